@@ -1,0 +1,210 @@
+"""A generated instance segmentation dataset: rotated, overlapping shapes on textured backgrounds.
+
+Small enough to train on in minutes without a GPU, and on disk in COCO format, so that it takes the
+same path through the code as COCO does. ``python -m gn_detect.data.shapes --help`` writes one of
+another size. Importing this module registers ``shapes_train`` and ``shapes_val``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from PIL import Image, ImageDraw, ImageFilter
+from pycocotools import mask as mask_util
+
+CLASSES = ("ellipse", "rectangle", "triangle", "star")
+SPLITS = ("train", "val")
+# No object is drawn that would leave less than this part of another visible.
+MIN_VISIBLE = 0.35
+
+
+def write_shapes(
+    root: str | Path,
+    *,
+    num_train: int = 600,
+    num_val: int = 100,
+    image_size: int = 160,
+    seed: int = 0,
+) -> Path:
+    """Write ``train.json``, ``val.json`` and the images ``train/``, ``val/`` under ``root``, once.
+
+    The images depend on the arguments alone. ``root`` appears complete or not at all, also when
+    several processes write it at the same time.
+
+    Args:
+        root: directory of the dataset; its parents are made.
+        num_train, num_val: images of each split.
+        image_size: height and width in pixels.
+        seed: another one gives other images.
+
+    Returns:
+        ``root`` as a Path.
+
+    Raises:
+        ValueError: ``root`` holds a dataset of other arguments, or something else.
+    """
+    root = Path(root)
+    counts = dict(zip(SPLITS, (num_train, num_val)))
+    info = {"description": "gn_detect shapes", "counts": counts, "size": image_size, "seed": seed}
+    if min(*counts.values(), image_size - 31) < 1:
+        raise ValueError("shapes need at least 1 image in each split, and images of 32 pixels")
+    if not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        try:
+            for i, (split, count) in enumerate(counts.items()):
+                _write_split(temporary, split, count, image_size, (seed, i), info)
+            temporary.chmod(0o755)
+            try:
+                temporary.rename(root)
+            except OSError:
+                if not root.exists():  # otherwise another process was faster
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        found = json.loads((root / "train.json").read_text())["info"]
+    except (OSError, ValueError, KeyError):
+        found = None
+    if found != info:
+        raise ValueError(
+            f"{root} exists and holds something else than shapes of {info}: "
+            "delete it, or choose another directory"
+        )
+    return root
+
+
+def _write_split(root: Path, split: str, count: int, size: int, seed: tuple, info: dict) -> None:
+    (root / split).mkdir()
+    images, annotations = [], []
+    for image_id in range(1, count + 1):
+        image, objects = draw_image(np.random.default_rng([*seed, image_id]), size)
+        name = f"{image_id:06d}.jpg"
+        image.save(root / split / name, quality=95)
+        images.append({"id": image_id, "file_name": name, "height": size, "width": size})
+        for category_id, mask in objects:
+            rle = mask_util.encode(np.asfortranarray(mask))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": mask_util.toBbox(rle).tolist(),
+                    "area": int(mask_util.area(rle)),
+                    "iscrowd": 0,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    (root / f"{split}.json").write_text(json.dumps(content))
+
+
+def draw_image(
+    rng: np.random.Generator, size: int
+) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
+    """Draw one image.
+
+    Returns:
+        the RGB image, and for each object its category id (from 1, see ``CLASSES``) and the mask of
+        its visible part, (size, size) uint8.
+    """
+    canvas = _texture(rng, size, rng.uniform(40, 215, 3), contrast=35)
+    count = 0 if rng.random() < 0.06 else int(rng.integers(1, 6))
+    categories, whole, visible = [], [], []
+    for _ in range(count):
+        category = int(rng.integers(len(CLASSES)))
+        mask = _shape_mask(rng, CLASSES[category], size)
+        covered = [v & ~mask for v in visible]
+        if any(c.sum() < MIN_VISIBLE * w.sum() for c, w in zip(covered, whole)):
+            continue  # it would hide another object
+        categories.append(category + 1)
+        whole.append(mask)
+        visible = [*covered, mask]
+        colour = rng.uniform(0, 255, 3)
+        while np.abs(colour - canvas[mask].mean(0)).sum() < 120:  # to be seen at all
+            colour = rng.uniform(0, 255, 3)
+        canvas[mask] = _texture(rng, size, colour, contrast=18)[mask]
+    canvas += rng.normal(0, 4, canvas.shape)
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    image = image.filter(ImageFilter.GaussianBlur(0.5))
+    return image, [(k, v.astype(np.uint8)) for k, v in zip(categories, visible)]
+
+
+def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, contrast: float):
+    """Noise of three scales around a colour, (size, size, 3) float."""
+    out = np.tile(colour, (size, size, 1))
+    for cells in (2, 8, 32):
+        noise = rng.normal(128, 48, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
+        noise = Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+        out += (np.asarray(noise, dtype=float) - 128) / 48 * contrast / 2
+    return out
+
+
+def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+    """The mask of one shape of random place, size, proportions and rotation, (size, size) bool."""
+    radius = size * rng.uniform(0.09, 0.24)
+    squeeze = rng.uniform(0.55, 1.0)
+    if name == "ellipse":
+        t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    elif name == "rectangle":
+        t = np.array([0.25, 0.75, 1.25, 1.75]) * np.pi
+    elif name == "triangle":
+        t = np.array([0, 2 / 3, 4 / 3]) * np.pi
+    else:
+        t = np.arange(10) * np.pi / 5
+    lengths = np.where(np.arange(len(t)) % 2, 0.45, 1.0) if name == "star" else 1.0
+    points = np.stack([np.cos(t) * lengths, np.sin(t) * lengths * squeeze], 1) * radius
+    angle = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = points @ rotation.T + rng.uniform(radius * 0.6, size - radius * 0.6, 2)
+    mask = Image.new("1", (size, size))
+    ImageDraw.Draw(mask).polygon([tuple(p) for p in points], fill=1)
+    return np.array(mask)
+
+
+def _register(root: Path) -> None:
+    for split in SPLITS:
+        name = f"shapes_{split}"
+        if name in DatasetCatalog.list():
+            continue
+        json_file, image_root = str(root / f"{split}.json"), str(root / split)
+
+        def load(name=name, json_file=json_file, image_root=image_root):
+            if not os.path.exists(json_file):
+                write_shapes(root)
+            return load_coco_json(json_file, image_root, name)
+
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="coco",
+            thing_classes=list(CLASSES),
+            generate=lambda: write_shapes(root),
+        )
+
+
+_register(Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))) / "shapes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=write_shapes.__doc__.splitlines()[0])
+    parser.add_argument("root", help="directory to write")
+    parser.add_argument("--num-train", type=int, default=600)
+    parser.add_argument("--num-val", type=int, default=100)
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    print(write_shapes(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from .group_norm import GroupNorm
+
+__all__ = ["GroupNorm"]

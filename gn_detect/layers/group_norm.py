@@ -1,0 +1,41 @@
+"""Group Normalization (Wu & He, ECCV 2018, https://arxiv.org/abs/1803.08494)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group Normalization over (N, C, *) as in the GN paper, section 3.
+
+    An ``nn.GroupNorm`` by type, because optimizers and converters find norm layers by type
+    (Detectron2's ``solver/build.py`` exempts their gamma and beta from weight decay).
+
+    Args:
+        num_groups: G. Each of the G groups of C/G channels of each image has its own mean and
+            variance. G=1 is LayerNorm over (C, H, W), G=C is InstanceNorm (GN paper, section 3.1).
+        num_channels: C.
+        eps: added to the variance.
+        affine: learn a gamma and a beta of shape (C,).
+
+    Raises:
+        ValueError: ``num_groups`` does not divide ``num_channels``; the message lists the values
+            that do.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        if num_groups < 1 or num_channels % num_groups:
+            divisors = [g for g in range(1, num_channels + 1) if num_channels % g == 0]
+            raise ValueError(
+                f"{num_channels} channels cannot be divided into {num_groups} groups; "
+                f"numbers of groups that work: {', '.join(map(str, divisors))}"
+            )
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
