@@ -1,0 +1,278 @@
+"""COCO-format data of the user's own: registered, and looked through before a run starts.
+
+What Detectron2 and pycocotools would report in the middle of a run, or never, is found here in one
+pass over the annotations. Loading itself is Detectron2's (``load_coco_json``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file, the item, and what to do."""
+
+
+@dataclass
+class CocoSummary:
+    """What :func:`check_coco_json` found.
+
+    Attributes:
+        classes: category id -> name, ordered by id, as Detectron2 orders its classes.
+        num_images, num_annotations: as listed in the file; degenerate annotations not counted.
+        has_rle: an object (not a crowd region) has its mask as RLE.
+    """
+
+    classes: dict[int, str]
+    num_images: int
+    num_annotations: int
+    has_rle: bool
+
+
+def register_coco_json(name: str, json_file: str, image_root: str) -> None:
+    """Register a COCO JSON under ``name``, in place of what had that name before."""
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, json_file, image_root)
+
+
+def check_coco_dataset(name: str, *, masks: bool, evaluation: bool) -> CocoSummary | None:
+    """Check a registered dataset, generating it first if it is a generated one.
+
+    Returns:
+        the summary, or None for a dataset that is not a COCO JSON.
+
+    Raises:
+        DataError: see :func:`check_coco_json`; or no dataset has this name.
+    """
+    if name not in DatasetCatalog.list():
+        raise DataError(
+            f"DATASETS names {name!r}, which is not registered. For data of your own, use "
+            "--train-json, --train-images, --val-json and --val-images"
+        )
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "coco":
+        return None
+    if metadata.get("generate"):
+        metadata.generate()
+    json_file, image_root = metadata.json_file, metadata.image_root
+    if name.startswith("coco_") and not os.path.isfile(json_file):
+        raise DataError(
+            f"{name}: there is no {json_file}; set DETECTRON2_DATASETS to the directory of coco/"
+        )
+    return check_coco_json(json_file, image_root, masks=masks, evaluation=evaluation)
+
+
+def check_coco_json(
+    json_file: str, image_root: str, *, masks: bool, evaluation: bool
+) -> CocoSummary:
+    """Look through a COCO JSON and the directory of its images, without opening an image.
+
+    Degenerate annotations (a box of zero area; polygons of fewer than 3 points), which the COCO
+    tools and Detectron2 drop, are counted in one warning.
+
+    Args:
+        json_file: annotations.
+        image_root: directory of the images.
+        masks: the model needs the masks of the objects.
+        evaluation: pycocotools will evaluate against the file: it needs ``area`` and ``iscrowd``.
+
+    Raises:
+        DataError: the file is missing, truncated or empty, an image is absent, or an annotation
+            cannot be used; the message names the first such item.
+    """
+    content = _read_json(json_file)
+    classes = _check_categories(content["categories"], json_file)
+    names = _check_images(content["images"], json_file, image_root)
+    checker = _AnnotationChecker(json_file, classes, names, masks, evaluation)
+    for index, annotation in enumerate(content["annotations"]):
+        checker.check(annotation, index)
+    checker.warn()
+    if not checker.num_valid:
+        raise DataError(f"{json_file} holds no annotation of an object that could be used")
+    return CocoSummary(classes, len(names), checker.num_valid, checker.has_rle)
+
+
+def _read_json(json_file: str) -> dict:
+    try:
+        with open(json_file, encoding="utf-8") as f:
+            content = json.load(f)
+    except OSError as error:
+        raise DataError(f"cannot read {json_file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DataError(f"{json_file} is not valid JSON ({error}); is it truncated?") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{json_file} is not in COCO format: it has no list {key!r}")
+    return content
+
+
+def _check_categories(categories: list, json_file: str) -> dict[int, str]:
+    classes = {}
+    for category in categories:
+        if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
+            raise DataError(f"{json_file}: category {category!r} needs an 'id' and a 'name'")
+        if category["id"] in classes:
+            raise DataError(f"{json_file} declares category id {category['id']} twice")
+        classes[category["id"]] = category["name"]
+    if not classes:
+        raise DataError(f"{json_file} declares no categories")
+    return dict(sorted(classes.items()))
+
+
+def _check_images(images: list, json_file: str, image_root: str) -> dict[int, str]:
+    """Return image id -> file name."""
+    if not images:
+        raise DataError(f"{json_file} lists no images")
+    if not os.path.isdir(image_root):
+        raise DataError(f"the image directory {image_root} (for {json_file}) does not exist")
+    names, listings, absent = {}, {}, []
+    for image in images:
+        for key in ("id", "file_name", "height", "width"):
+            if not isinstance(image, dict) or key not in image:
+                raise DataError(f"{json_file}: image {image!r} has no {key!r}")
+        if image["id"] in names:
+            raise DataError(f"{json_file} lists image id {image['id']} twice")
+        names[image["id"]] = image["file_name"]
+        # One listing per directory: faster than a look at each of 118,000 files.
+        directory, base = os.path.split(os.path.join(image_root, image["file_name"]))
+        if directory not in listings:
+            listings[directory] = set(os.listdir(directory)) if os.path.isdir(directory) else ()
+        if base not in listings[directory]:
+            absent.append(image["file_name"])
+    if absent:
+        raise DataError(
+            f"{len(absent)} of the {len(images)} images listed in {json_file} are not in "
+            f"{image_root}, the first: {absent[0]}"
+        )
+    return names
+
+
+class _AnnotationChecker:
+    def __init__(self, json_file, classes, names, masks, evaluation):
+        self.json_file, self.classes, self.names = json_file, classes, names
+        self.masks, self.evaluation = masks, evaluation
+        self.degenerate: dict[str, list[str]] = defaultdict(list)  # kind -> annotations
+        self.seen: set = set()
+        self.num_valid = 0
+        self.has_rle = False
+
+    def check(self, annotation: dict, index: int) -> None:
+        if not isinstance(annotation, dict) or "id" not in annotation:
+            raise DataError(f"{self.json_file}: annotation number {index} has no 'id'")
+        image_id = annotation.get("image_id")
+        where = f"annotation {annotation['id']} (image {self.names.get(image_id, image_id)})"
+        error = self._error(annotation)
+        if error:
+            raise DataError(f"{self.json_file}: {where} {error}")
+        self.seen.add(annotation["id"])
+        if image_id not in self.names or annotation.get("iscrowd", 0):
+            return  # not an object to be trained on; the former, Detectron2 counts in a warning
+        kind = self._degenerate(annotation)
+        if kind:
+            self.degenerate[kind].append(where)
+        else:
+            self.num_valid += 1
+            self.has_rle |= isinstance(annotation.get("segmentation"), dict)
+
+    def _error(self, annotation: dict) -> str | None:
+        if annotation["id"] in self.seen:
+            return "has an id that another annotation has too; ids must be unique"
+        if annotation.get("category_id") not in self.classes:
+            declared = ", ".join(map(str, list(self.classes)[:10]))
+            return (
+                f"has category_id {annotation.get('category_id')}, which 'categories' does not "
+                f"declare (it declares {declared}{', ...' if len(self.classes) > 10 else ''})"
+            )
+        box = annotation.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
+            return f"has the bbox {box}; four finite numbers x, y, width, height are needed"
+        if annotation.get("ignore", 0):
+            return "has 'ignore' set, which Detectron2 does not support; use 'iscrowd', or delete it"
+        if self.evaluation:
+            for key in ("area", "iscrowd"):
+                if key not in annotation:
+                    return f"has no {key!r}, which the COCO evaluation needs; add it"
+        if self.masks and not annotation.get("iscrowd", 0):
+            return _segmentation_error(annotation.get("segmentation"))
+        return None
+
+    def _degenerate(self, annotation: dict) -> str | None:
+        if min(annotation["bbox"][2:]) <= 0:
+            return "a box of zero area"
+        polygons = annotation.get("segmentation")
+        if self.masks and isinstance(polygons, list):
+            if not any(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
+                return "polygons of fewer than 3 points"
+        return None
+
+    def warn(self) -> None:
+        count = sum(map(len, self.degenerate.values()))
+        if count:
+            kinds = "; ".join(
+                f"{len(items)} with {kind}, the first: {items[0]}"
+                for kind, items in self.degenerate.items()
+            )
+            logger.warning(
+                f"{self.json_file}: {count} degenerate annotations are not trained on ({kinds})"
+            )
+
+
+def _segmentation_error(segmentation) -> str | None:
+    if not segmentation:
+        return "has no segmentation; add it, or train boxes alone with MODEL.MASK_ON False"
+    if isinstance(segmentation, dict):
+        if {"counts", "size"} <= segmentation.keys():
+            return None
+    elif isinstance(segmentation, list) and all(isinstance(p, list) for p in segmentation):
+        if all(_is_finite(v) for p in segmentation for v in p):
+            return None
+    return "has a segmentation that is neither a list of polygons nor RLE"
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def resolve_classes(cfg: CfgNode, stated: int | None, summaries: dict[str, CocoSummary]) -> None:
+    """Set ``MODEL.ROI_HEADS.NUM_CLASSES`` to what the datasets declare.
+
+    Args:
+        cfg: changed in place.
+        stated: the number that the user's config states, if it does.
+        summaries: dataset name -> summary, for every COCO-format dataset of ``cfg``.
+
+    Raises:
+        DataError: the datasets differ in their categories, or the config states another number.
+    """
+    if not summaries:
+        return
+    (first, summary), *others = summaries.items()
+    for name, other in others:
+        if other.classes != summary.classes:
+            differ = sorted(dict(other.classes.items() ^ summary.classes.items()), key=str)
+            raise DataError(
+                f"the datasets {first} and {name} declare different categories (ids "
+                f"{', '.join(map(str, differ[:10]))}); ids and names must be the same in both"
+            )
+    count = len(summary.classes)
+    if stated is not None and stated != count:
+        raise DataError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {stated}, but the dataset {first} declares {count} "
+            f"categories; leave the key out, and it follows the data"
+        )
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    names = ", ".join(map(str, summary.classes.values()))
+    logger.info(f"MODEL.ROI_HEADS.NUM_CLASSES = {count}, from the dataset {first}: {names}")

@@ -1,0 +1,108 @@
+"""Before a run starts: settle what follows from the machine and the data, refuse what cannot work."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from detectron2.config import CfgNode
+
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import CocoSummary, check_coco_dataset, resolve_classes
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_run(
+    cfg: CfgNode,
+    *,
+    num_gpus: int = 1,
+    num_machines: int = 1,
+    eval_only: bool = False,
+    resume: bool = False,
+) -> None:
+    """Complete ``cfg`` in place for this machine and its datasets, and check it.
+
+    Sets ``MODEL.DEVICE`` (and AMP) where there is no CUDA, ``MODEL.ROI_HEADS.NUM_CLASSES`` and
+    ``INPUT.MASK_FORMAT`` from the data, and logs each with the reason. Looks through the
+    annotations of the COCO-format datasets.
+
+    Args:
+        cfg: of :func:`gn_detect.config.load_config`.
+        num_gpus: GPUs of this machine, or processes where there is no CUDA.
+        num_machines: machines.
+        eval_only: evaluate, do not train.
+        resume: continue from the last checkpoint in ``OUTPUT_DIR``.
+
+    Raises:
+        ConfigError, DataError: the run could not work.
+    """
+    _resolve_device(cfg, num_gpus)
+    _check_weights(cfg, eval_only, resume)
+    summaries = _check_datasets(cfg, eval_only)
+    resolve_classes(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES, summaries)
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES is None:
+        raise ConfigError(
+            "MODEL.ROI_HEADS.NUM_CLASSES: no dataset in COCO format declares it; set it"
+        )
+    if eval_only:
+        return
+    processes = max(num_gpus * num_machines, 1)
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, the images of one step over all "
+            f"processes; it must be a multiple of their number, {processes}"
+        )
+
+
+def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:
+    if torch.cuda.is_available():
+        if num_gpus > torch.cuda.device_count():
+            raise ConfigError(
+                f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()}"
+            )
+        return
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        cfg.MODEL.DEVICE = "cpu"
+        logger.warning("no CUDA device is available: MODEL.DEVICE = cpu")
+    if cfg.SOLVER.AMP.ENABLED:
+        cfg.SOLVER.AMP.ENABLED = False
+        logger.warning("mixed precision needs CUDA: SOLVER.AMP.ENABLED = False")
+
+
+def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if resume and not resumes:
+        logger.warning(f"--resume: no checkpoint in {cfg.OUTPUT_DIR}, starting at iteration 0")
+    if resumes:
+        return
+    weights = cfg.MODEL.WEIGHTS
+    if not weights and eval_only:
+        raise ConfigError("MODEL.WEIGHTS is empty: with --eval-only, name the weights to evaluate")
+    path = weights.split("?")[0]  # Detectron2 takes ?matching_heuristics=True
+    if weights and "://" not in weights and not os.path.isfile(path):
+        raise ConfigError(f"MODEL.WEIGHTS: there is no file {path}")
+
+
+def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
+    if eval_only and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: with --eval-only, name the data to evaluate on")
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: name the data to train on (--train-json ...)")
+    if not cfg.DATASETS.TEST:
+        logger.warning("DATASETS.TEST is empty (no --val-json): nothing will be evaluated")
+    train = () if eval_only else cfg.DATASETS.TRAIN
+    summaries = {}
+    for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
+        summary = check_coco_dataset(
+            name, masks=cfg.MODEL.MASK_ON, evaluation=name in cfg.DATASETS.TEST
+        )
+        if summary is None:
+            continue
+        summaries[name] = summary
+        logger.info(f"{name}: {summary.num_images} images, {summary.num_annotations} annotations")
+        if name in train and summary.has_rle and cfg.INPUT.MASK_FORMAT == "polygon":
+            cfg.INPUT.MASK_FORMAT = "bitmask"
+            logger.info(f"INPUT.MASK_FORMAT = bitmask: {name} has masks as RLE")
+    return summaries

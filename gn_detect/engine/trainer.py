@@ -1,0 +1,193 @@
+"""Detectron2's DefaultTrainer, for GPUs and CPUs, resumable to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import sys
+import weakref
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    hooks,
+)
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from gn_detect.data.loader import (
+    ResumableTrainingSampler,
+    build_test_loader,
+    build_train_loader,
+)
+
+from .hooks import FiniteLossCheck, ProgressBar
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Train, evaluate and resume a detector from a config.
+
+    What it changes in DefaultTrainer: data parallel training on CPUs (gloo); a loss that is not
+    finite names the images; the COCO evaluation; a progress bar on a terminal; and a checkpoint
+    that also holds the random state and the place in the training data, so that a resumed run
+    goes on as if it had not stopped. With several processes, or with data loading workers, the
+    order of the images continues exactly, but their random augmentation does not.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)  # DefaultTrainer's own would build its kind of DDP and loader
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, loader, optimizer)
+        self._finite_losses = FiniteLossCheck(model)
+        self._trainer.register_hooks([self._finite_losses])
+
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._resumed_random_state: dict | None = None
+        self._show_progress = comm.is_main_process() and sys.stderr.isatty()
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """The COCO evaluation (pycocotools); results JSON in ``OUTPUT_DIR/inference``."""
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind != "coco":
+            raise ValueError(
+                f"the dataset {dataset_name} has the evaluator type {kind!r}; only 'coco' is "
+                "supported: register it in COCO format"
+            )
+        # With several test sets, one directory for each, so that none overwrites another's.
+        parts = ["inference"] if len(cfg.DATASETS.TEST) == 1 else ["inference", dataset_name]
+        return COCOEvaluator(
+            dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, *parts), use_fast_impl=False
+        )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
+        """Evaluate; leaves the random state as it was, so that training goes on the same."""
+        with _preserved_random_state():
+            return super().test(cfg, model, evaluators)
+
+    def build_hooks(self) -> list:
+        ret = super().build_hooks()
+        if not self.cfg.DATASETS.TEST:
+            ret = [h for h in ret if not isinstance(h, hooks.EvalHook)]
+        return ret
+
+    def build_writers(self) -> list:
+        writers = super().build_writers()
+        if self._show_progress:  # its line takes the place of the lines on the console
+            writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
+        return writers
+
+    @property
+    def _sampler(self) -> ResumableTrainingSampler | None:
+        sampler = getattr(getattr(self.data_loader, "dataset", None), "sampler", None)
+        return sampler if isinstance(sampler, ResumableTrainingSampler) else None
+
+    def train(self):
+        if not self._show_progress:
+            return super().train()
+        bar = ProgressBar(self.start_iter, self.max_iter)
+        self.register_hooks([hooks.PeriodicWriter([bar], period=1)])
+        loggers = [log for log in map(logging.getLogger, logging.root.manager.loggerDict)]
+        with logging_redirect_tqdm([log for log in loggers if log.handlers]):
+            return super().train()
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self._sampler:
+            self._sampler.start = self.start_iter
+        # Creating the iterator draws from torch's generator: first that, then the saved state.
+        self._trainer._data_loader_iter  # noqa: B018
+        if self._resumed_random_state:
+            _set_random_state(self._resumed_random_state)
+
+    def run_step(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a loss, or a predicted box, is infinite or NaN.
+        """
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            message = self._finite_losses.describe(self.iter, error)
+            raise FloatingPointError(message) from None
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        state["random_state"] = _get_random_state()
+        if self._sampler:
+            state["data_seed"] = self._sampler.seed
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        # The state is of the first process; the others keep the seeds that they have, as sharing
+        # it would give all of them the same augmentations.
+        if comm.is_main_process():
+            self._resumed_random_state = state.get("random_state")
+        if self._sampler and "data_seed" in state:
+            self._sampler.seed = state["data_seed"]
+
+
+def _get_random_state() -> dict:
+    """The state of the generators that training draws from, in types that ``torch.load`` with
+    ``weights_only`` accepts."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+@contextlib.contextmanager
+def _preserved_random_state():
+    state = _get_random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Train, fine-tune or evaluate a detector with Group Normalization.
+
+Takes Detectron2's own arguments, and --train-json, --train-images, --val-json, --val-images for
+data of your own in COCO format. Without CUDA it runs on the CPU, in --num-gpus processes.
+"""
+
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from gn_detect.config import ConfigError, load_config
+from gn_detect.data.coco import DataError, register_coco_json
+from gn_detect.engine import Trainer, prepare_run
+
+
+def parse_args():
+    parser = default_argument_parser()
+    group = parser.add_argument_group("data of your own, in COCO format")
+    for split, which in (("train", "training"), ("val", "validation")):
+        group.add_argument(f"--{split}-json", metavar="F", help=f"annotations for {which}")
+        group.add_argument(f"--{split}-images", metavar="DIR", help=f"images for {which}")
+    args = parser.parse_args()
+    for split in ("train", "val"):
+        if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
+            parser.error(f"--{split}-json and --{split}-images go together")
+    return args
+
+
+def register_data(args):
+    """Register the data of the command line; return the DATASETS keys that follow from it."""
+    keys = {}
+    if args.train_json:
+        register_coco_json("custom_train", args.train_json, args.train_images)
+        keys = {"TRAIN": ("custom_train",), "TEST": ()}  # what the config names is other data
+    if args.val_json:
+        register_coco_json("custom_val", args.val_json, args.val_images)
+        keys["TEST"] = ("custom_val",)
+    return keys
+
+
+def setup(args):
+    """Build the config and refuse what cannot work, before any process or output is started."""
+    cfg = load_config(args.config_file, args.opts)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=0, name="gn_detect")
+    for key, value in register_data(args).items():
+        cfg.DATASETS[key] = value
+    prepare_run(
+        cfg,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        eval_only=args.eval_only,
+        resume=args.resume,
+    )
+    cfg.freeze()
+    return cfg
+
+
+def main(args, cfg):
+    register_data(args)  # again: this may be another process
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_detect")
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, setup(args)),
+        )
+    except (ConfigError, DataError, FloatingPointError) as error:
+        # From a data loading worker, the sentence is the last line of a traceback.
+        sys.exit("error: " + str(error).strip().splitlines()[-1].split("DataError: ")[-1])
