@@ -1,0 +1,20 @@
+"""Fixtures of all tests. Two threads: the machines of CI are small."""
+
+import pytest
+import torch
+from helpers import SHARED_DATA, CocoFiles
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def shared_data():
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the directory shared/data of real photos is absent")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def coco_files(tmp_path):
+    """A COCO JSON of three images on disk; a test changes its ``content`` and calls ``write``."""
+    return CocoFiles(tmp_path / "data")

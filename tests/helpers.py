@@ -1,0 +1,89 @@
+"""Small configs and data for the tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import gn_detect
+from gn_detect.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+# Real photos, not part of the project: tests that use them are skipped where they are absent.
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", *opts):
+    """A config that ships with gn_detect, on the CPU, without weights, with 80 classes."""
+    base = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 80]
+    return load_config(gn_detect.get_config_file(name), [*base, *opts])
+
+
+# A Mask R-CNN that trains an iteration on a CPU in a moment.
+TINY = [
+    *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TRAIN", "96"),
+    *("INPUT.MAX_SIZE_TEST", "96", "SOLVER.WARMUP_ITERS", "2", "SEED", "3"),
+]
+
+
+def run_tool(name: str, *args, env=None, cwd=None, check=True) -> subprocess.CompletedProcess:
+    """Run ``tools/<name>``, as a user would."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if check and result.returncode:
+        raise AssertionError(f"exit {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def coco_json(num_images: int = 3, size: int = 64) -> dict:
+    """The content of a COCO JSON of two classes with ids 3 and 7; one square in each image."""
+    images = [
+        {"id": i, "file_name": f"{i}.png", "height": size, "width": size}
+        for i in range(1, num_images + 1)
+    ]
+    annotations = [
+        {
+            "id": i * 10,
+            "image_id": i,
+            "category_id": 3 if i % 2 else 7,
+            "bbox": [8, 8, 24, 24],
+            "area": 576,
+            "iscrowd": 0,
+            "segmentation": [[8, 8, 32, 8, 32, 32, 8, 32]],
+        }
+        for i in range(1, num_images + 1)
+    ]
+    categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+class CocoFiles:
+    def __init__(self, root: Path):
+        self.json_file, self.image_root = root / "annotations.json", root / "images"
+        self.image_root.mkdir(parents=True)
+        self.content = coco_json()
+        rng = np.random.default_rng(0)
+        for image in self.content["images"]:
+            pixels = rng.integers(0, 255, (image["height"], image["width"], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(self.image_root / image["file_name"])
+        self.write()
+
+    def write(self) -> None:
+        self.json_file.write_text(json.dumps(self.content))
+
+    def arguments(self, split: str = "train") -> list[str]:
+        return [f"--{split}-json", str(self.json_file), f"--{split}-images", str(self.image_root)]
