@@ -1,0 +1,166 @@
+import json
+import logging
+
+import pytest
+import torch
+from detectron2.engine import hooks
+from detectron2.utils.events import EventStorage
+from helpers import TINY, config
+
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import Trainer
+from gn_detect.engine.hooks import ProgressBar
+
+TRAINED = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+
+
+@pytest.fixture
+def train(coco_files, tmp_path):
+    """``train(output, *opts)``: a trainer on ``coco_files``, after ``resume_or_load``."""
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+
+    def build(output: str, *opts, resume: bool = False) -> Trainer:
+        cfg = config(
+            TRAINED,
+            *(*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2, "INPUT.MASK_FORMAT", "polygon"),
+            *("DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",), "TEST.EVAL_PERIOD", 0),
+            *("INPUT.MIN_SIZE_TRAIN", (56, 64, 72), "SOLVER.MAX_ITER", 6),
+            *("OUTPUT_DIR", str(tmp_path / output), *opts),
+        )
+        torch.manual_seed(0)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume)
+        return trainer
+
+    return build
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
+    options = ("SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 2)
+    whole = train("whole", *options)
+    whole.train()
+    assert (tmp_path / "whole" / "last_checkpoint").read_text() == "model_final.pth"
+
+    stopped = train("stopped", *options)
+    stopped.max_iter = 4  # as if it was killed there; the schedule is that of 6 iterations
+    stopped.train()
+    assert any((weights(whole)[k] != v).any() for k, v in weights(stopped).items())
+
+    torch.rand(7)  # another process would be in another random state
+    resumed = train("stopped", *options, "SEED", 99, resume=True)
+    assert resumed.start_iter == 4
+    resumed.train()
+    for key, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[key], value), key
+
+
+def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path):
+    trainer = train("own")
+    trainer.train()
+    checkpoint = torch.load(tmp_path / "own" / "model_final.pth")
+    for key in ("random_state", "data_seed"):
+        del checkpoint["trainer"][key]
+    checkpoint["iteration"] = checkpoint["trainer"]["iteration"] = 2
+    torch.save(checkpoint, tmp_path / "own" / "model_final.pth")
+    assert train("own", resume=True).start_iter == 3
+
+
+def test_evaluation_does_not_change_what_training_draws(train):
+    trainer = train("evaluated")
+    before = torch.get_rng_state()
+    results = Trainer.test(trainer.cfg, trainer.model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert {"bbox", "segm"} <= results.keys() and "AP50" in results["bbox"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(train, value, tmp_path, monkeypatch):
+    trainer = train("diverged", "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2)
+    before_step, losses = trainer.run_step, trainer.model.roi_heads.box_predictor.losses
+
+    def broken(*args):
+        scale = value if trainer.iter == 3 else 1.0
+        return {k: v * (scale if k == "loss_cls" else 1.0) for k, v in losses(*args).items()}
+
+    monkeypatch.setattr(trainer.model.roi_heads.box_predictor, "losses", broken)
+    good = {}
+
+    def remember():
+        if trainer.iter == 3:
+            good.update(weights(trainer))
+        before_step()
+
+    monkeypatch.setattr(trainer, "run_step", remember)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert "diverged at iteration 3 (a loss is not finite)" in message
+    assert f"loss_cls {value:.4g}" in message and "loss_rpn_loc 0." in message
+    assert message.count(".png") == 2 and "SOLVER.BASE_LR" in message
+    # The optimizer has not taken the step, and the last good checkpoint is the last one.
+    assert all(torch.equal(good[k], v) for k, v in weights(trainer).items())
+    assert (tmp_path / "diverged" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert train("diverged", resume=True).start_iter == 2
+
+
+def test_predicted_boxes_that_are_not_finite(train, monkeypatch):
+    trainer = train("diverged")
+    with torch.no_grad():
+        trainer.model.proposal_generator.rpn_head.anchor_deltas.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"iteration 0 \(Predicted.*images: .*\.png"):
+        trainer.train()
+
+
+def test_metrics_and_results_are_written(train, tmp_path):
+    train("run", "TEST.EVAL_PERIOD", 3).train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").open()]
+    assert {"iteration", "total_loss", "loss_mask", "lr", "bbox/AP", "segm/AP"} <= set().union(*rows)
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))
+    results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert isinstance(results, list)
+
+
+def test_without_a_test_set_nothing_is_evaluated(train):
+    trainer = train("run", "DATASETS.TEST", ())
+    assert not any(isinstance(h, hooks.EvalHook) for h in trainer._hooks)
+    trainer.train()
+
+
+def test_an_evaluator_type_that_is_not_coco(train):
+    from detectron2.data import MetadataCatalog
+
+    trainer = train("run")
+    MetadataCatalog.get("other").evaluator_type = "lvis"
+    with pytest.raises(ValueError, match="dataset other has the evaluator type 'lvis'"):
+        Trainer.build_evaluator(trainer.cfg, "other")
+
+
+def test_progress_on_a_terminal_and_lines_otherwise(train, monkeypatch, caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        train("lines").train()
+    assert "total_loss" in caplog.text and "eta" in caplog.text
+    caplog.clear()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with caplog.at_level(logging.INFO):
+        train("bar").train()
+    assert "total_loss" not in caplog.text
+    assert "6/6" in (shown := capsys.readouterr().err) and "total_loss=" in shown
+
+
+def test_progress_bar_shows_iteration_losses_and_time(capsys):
+    with EventStorage(4) as storage:
+        bar = ProgressBar(start_iter=4, max_iter=10)
+        for _ in range(3):
+            storage.put_scalars(total_loss=2.5, loss_cls=1.25, lr=0.1)
+            bar.write()
+            storage.step()
+        bar._bar.refresh()
+        bar.close()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "7/10" in shown and "total_loss=2.5" in shown and "cls=1.25" in shown
+    assert "<" in shown and "lr" not in shown  # elapsed<remaining

@@ -1,0 +1,156 @@
+"""The command line, end to end."""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import ROOT, SHARED_DATA, TINY, run_tool
+
+QUICK = ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
+
+
+def train_net(*args, **kwargs):
+    return run_tool("train_net.py", *args, **kwargs)
+
+
+def metrics(output) -> dict:
+    """The last value of each metric."""
+    rows = [json.loads(line) for line in (output / "metrics.json").open()]
+    return {key: value for row in rows for key, value in row.items()}
+
+
+@pytest.fixture(scope="module")
+def coco_root(tmp_path_factory):
+    """``DETECTRON2_DATASETS`` in which 80 + 80 photos stand for COCO 2017."""
+    data = SHARED_DATA / "coco_dev"
+    if not data.is_dir():
+        pytest.skip("the directory shared/data of real photos is absent")
+    root = tmp_path_factory.mktemp("datasets")
+    (root / "coco/annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"coco/{split}2017").symlink_to(data / "images")
+        target = root / f"coco/annotations/instances_{split}2017.json"
+        target.symlink_to(data / f"{split}.json")
+    return root
+
+
+def test_coco_with_official_ids_trains_evaluates_and_resumes(coco_root, tmp_path):
+    """The R50-FPN config on the built-in datasets; small images, so that a CPU can do it."""
+    config = ROOT / "configs/COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_3x.yaml"
+    environment = {"DETECTRON2_DATASETS": str(coco_root)}
+    options = [*TINY, "SOLVER.IMS_PER_BATCH", 1, "OUTPUT_DIR", tmp_path / "run"]
+    options += ["SOLVER.CHECKPOINT_PERIOD", 2]
+    first = train_net(
+        "--config-file", config, *options, "SOLVER.MAX_ITER", 3, env=environment
+    ).stdout
+    assert "NUM_CLASSES = 80, from the dataset coco_2017_train: person, bicycle" in first
+    assert "coco_2017_val: 80 images" in first
+    assert "Starting training from iteration 0" in first
+    assert re.search(r"\|\s*AP\s*\|\s*AP50\s*\|", first)  # the table
+    resumed = train_net(
+        "--resume", "--config-file", config, *options, "SOLVER.MAX_ITER", 5, env=environment
+    ).stdout
+    assert "Starting training from iteration 3" in resumed
+    assert metrics(tmp_path / "run")["iteration"] == 4
+
+    ids = {c["id"] for c in json.loads((SHARED_DATA / "coco_dev/val.json").read_text())["categories"]}
+    results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
+    assert max(ids) == 90 and {r["category_id"] for r in results} <= ids
+
+
+def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
+    data = shared_data / "pennfudan"
+    arguments = [
+        *("--config-file", QUICK, "--val-json", data / "val.json"),
+        *("--val-images", data / "images"),
+    ]
+    train_net(
+        *arguments,
+        *("--train-json", data / "train.json", "--train-images", data / "images"),
+        *(*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SOLVER.MAX_ITER", 4),
+        *("OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 0),
+    )
+    trained = metrics(tmp_path / "run")
+    output = train_net(
+        "--eval-only",
+        *arguments,
+        *(*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+        *("MODEL.WEIGHTS", tmp_path / "run/model_final.pth", "OUTPUT_DIR", tmp_path / "eval"),
+    ).stdout
+    values = [
+        [float(v) for v in line.split(": ")[-1].split(",")]
+        for line in output.splitlines()
+        if re.search(r"copypaste: [\d.]+,", line)
+    ]
+    expected = [
+        [trained[f"{task}/{name}"] for name in ("AP", "AP50", "AP75")] for task in ("bbox", "segm")
+    ]
+    assert [v[:3] for v in values] == [[round(x, 4) for x in row] for row in expected]
+    same = "inference/coco_instances_results.json"
+    assert (tmp_path / "run" / same).read_bytes() == (tmp_path / "eval" / same).read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
+def test_two_processes_without_cuda(coco_files, tmp_path):
+    output = train_net(
+        *("--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
+        *(*coco_files.arguments("train"), *coco_files.arguments("val"), *TINY),
+        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "run"),
+        env={"OMP_NUM_THREADS": "1"},
+    ).stdout
+    assert "no CUDA device is available: MODEL.DEVICE = cpu" in output
+    assert "Rank of current process: 0. World size: 2" in output
+    assert metrics(tmp_path / "run")["iteration"] == 1
+    assert (tmp_path / "run/model_final.pth").is_file()
+
+
+def refusal(*args) -> str:
+    """The sentence on standard error of a run that is refused before it starts."""
+    result = train_net(*args, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr + result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Starting training" not in result.stdout
+    return line
+
+
+def test_bad_data_is_one_sentence(coco_files, tmp_path):
+    coco_files.content["annotations"][0]["category_id"] = 5
+    coco_files.write()
+    line = refusal("--config-file", QUICK, *coco_files.arguments(), "OUTPUT_DIR", tmp_path / "run")
+    assert str(coco_files.json_file) in line and "annotation 10 (image 1.png)" in line
+
+
+def test_bad_key_is_one_sentence(coco_files, tmp_path):
+    line = refusal("--config-file", QUICK, *coco_files.arguments(), "MODEL.NOTHING", "1")
+    assert line == "error: the command line: Non-existent key: MODEL.NOTHING"
+
+
+def test_groups_that_do_not_fit_are_one_sentence(coco_files, tmp_path):
+    result = train_net(
+        *("--config-file", QUICK, *coco_files.arguments(), *TINY, "MODEL.FPN.OUT_CHANNELS", 40),
+        *("MODEL.GN.NUM_GROUPS", 32, "OUTPUT_DIR", tmp_path / "run"),
+        check=False,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr + result.stdout
+    assert "backbone.fpn_lateral2.norm: 40 channels" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undecodable_image_is_named_at_first_use(coco_files, tmp_path, workers):
+    (coco_files.image_root / "2.png").write_bytes(b"not an image")
+    result = train_net(
+        *("--config-file", QUICK, *coco_files.arguments(), *TINY, "SOLVER.MAX_ITER", 9),
+        *("DATALOADER.NUM_WORKERS", workers, "OUTPUT_DIR", tmp_path / "run"),
+        check=False,
+    )
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: cannot use the image") and "2.png" in line
+
+
+def test_half_of_a_pair_of_arguments(coco_files):
+    result = train_net("--train-json", coco_files.json_file, check=False)
+    assert result.returncode == 2
+    assert "--train-json and --train-images go together" in result.stderr
