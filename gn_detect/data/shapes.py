@@ -20,10 +20,10 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as mask_util
 
-CLASSES = ("ellipse", "rectangle", "triangle", "star")
+CLASSES = ("ellipse", "triangle", "cross")
 SPLITS = ("train", "val")
 # No object is drawn that would leave less than this part of another visible.
-MIN_VISIBLE = 0.35
+MIN_VISIBLE = 0.4
 
 
 def write_shapes(
@@ -31,7 +31,7 @@ def write_shapes(
     *,
     num_train: int = 600,
     num_val: int = 100,
-    image_size: int = 160,
+    image_size: int = 128,
     seed: int = 0,
 ) -> Path:
     """Write ``train.json``, ``val.json`` and the images ``train/``, ``val/`` under ``root``, once.
@@ -117,8 +117,8 @@ def draw_image(
         the RGB image, and for each object its category id (from 1, see ``CLASSES``) and the mask of
         its visible part, (size, size) uint8.
     """
-    canvas = _texture(rng, size, rng.uniform(40, 215, 3), contrast=35)
-    count = 0 if rng.random() < 0.06 else int(rng.integers(1, 6))
+    canvas = _texture(rng, size, rng.uniform(40, 215, 3), contrast=24)
+    count = 0 if rng.random() < 0.06 else int(rng.integers(1, 7))
     categories, whole, visible = [], [], []
     for _ in range(count):
         category = int(rng.integers(len(CLASSES)))
@@ -130,9 +130,9 @@ def draw_image(
         whole.append(mask)
         visible = [*covered, mask]
         colour = rng.uniform(0, 255, 3)
-        while np.abs(colour - canvas[mask].mean(0)).sum() < 120:  # to be seen at all
+        while np.abs(colour - canvas[mask].mean(0)).sum() < 180:  # to be seen well
             colour = rng.uniform(0, 255, 3)
-        canvas[mask] = _texture(rng, size, colour, contrast=18)[mask]
+        canvas[mask] = _texture(rng, size, colour, contrast=14)[mask]
     canvas += rng.normal(0, 4, canvas.shape)
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(0.5))
@@ -151,19 +151,16 @@ def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, contrast: 
 
 def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     """The mask of one shape of random place, size, proportions and rotation, (size, size) bool."""
-    radius = size * rng.uniform(0.09, 0.24)
-    squeeze = rng.uniform(0.55, 1.0)
-    if name == "ellipse":
-        t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    elif name == "rectangle":
-        t = np.array([0.25, 0.75, 1.25, 1.75]) * np.pi
-    elif name == "triangle":
-        t = np.array([0, 2 / 3, 4 / 3]) * np.pi
+    radius = size * rng.uniform(0.11, 0.24)
+    squeeze = rng.uniform(0.7, 1.0)
+    if name == "cross":  # two bars, a third as wide as they are long
+        steps = [(3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1)]
+        points = np.array(steps + [(-x, -y) for x, y in steps]) / np.hypot(3, 1)
     else:
-        t = np.arange(10) * np.pi / 5
-    lengths = np.where(np.arange(len(t)) % 2, 0.45, 1.0) if name == "star" else 1.0
-    points = np.stack([np.cos(t) * lengths, np.sin(t) * lengths * squeeze], 1) * radius
-    angle = rng.uniform(0, 2 * np.pi)
+        t = np.linspace(0, 2 * np.pi, 60 if name == "ellipse" else 3, endpoint=False)
+        points = np.stack([np.sin(t), -np.cos(t)], 1)
+    points *= [radius, radius * squeeze]
+    angle = np.radians(rng.uniform(-30, 30))
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = points @ rotation.T + rng.uniform(radius * 0.6, size - radius * 0.6, 2)
     mask = Image.new("1", (size, size))
@@ -201,7 +198,7 @@ def main() -> None:
     parser.add_argument("root", help="directory to write")
     parser.add_argument("--num-train", type=int, default=600)
     parser.add_argument("--num-val", type=int, default=100)
-    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     print(write_shapes(**vars(parser.parse_args())))
 

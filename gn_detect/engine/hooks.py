@@ -70,7 +70,8 @@ class ProgressBar(EventWriter):
             if name.startswith("loss_") or name == "total_loss"
         }
         self._bar.set_postfix(losses, refresh=False)
-        self._bar.update(storage.iter + 1 - self._bar.n)
+        # After the last iteration Detectron2 writes once more, as if there was another one.
+        self._bar.update(min(storage.iter + 1, self._bar.total) - self._bar.n)
 
     def close(self) -> None:
         self._bar.close()
