@@ -10,9 +10,9 @@ except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
     raise ImportError(
-        "gn_detect needs detectron2, which is not on the package index. In a checkout of gn_detect, "
-        "`make venv` sets up everything; by hand: `pip install --no-deps --ignore-requires-python "
-        "LabGym==3.1.2` and `pip install tools/detectron2_alias`, or the official build: "
+        "gn_detect needs detectron2, which is not on the package index. In a checkout of "
+        "gn_detect, `make venv` sets up everything; by hand: `pip install tools/detectron2_alias` "
+        "and `pip install --no-deps --ignore-requires-python LabGym==3.1.2`, or the official build: "
         "`pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2`."
     ) from None
 

@@ -63,7 +63,9 @@ def get_config_file(name: str) -> str:
         FileNotFoundError: there is no such config; the message lists similar names.
     """
     # A wheel carries configs/ inside the package; a checkout has it beside the package.
-    root = next((p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()), None)
+    root = next(
+        (p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()), None
+    )
     if root is None:
         raise FileNotFoundError(f"gn_detect is installed without its configs/ ({_PACKAGE})")
     path = root / name

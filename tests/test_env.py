@@ -58,7 +58,10 @@ def test_stock_script_trains_our_config(coco_files, tmp_path):
         )
 
     without = run({"DETECTRON2_ENV_MODULE": ""})
-    assert without.returncode and "Non-existent config key: MODEL.GN" in without.stderr + without.stdout
+    assert (
+        without.returncode
+        and "Non-existent config key: MODEL.GN" in without.stderr + without.stdout
+    )
 
     result = run({"DETECTRON2_ENV_MODULE": "gn_detect.env"})
     assert result.returncode == 0, result.stderr

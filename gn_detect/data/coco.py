@@ -200,7 +200,9 @@ class _AnnotationChecker:
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
             return f"has the bbox {box}; four finite numbers x, y, width, height are needed"
         if annotation.get("ignore", 0):
-            return "has 'ignore' set, which Detectron2 does not support; use 'iscrowd', or delete it"
+            return (
+                "has 'ignore' set, which Detectron2 does not support; use 'iscrowd', or delete it"
+            )
         if self.evaluation:
             for key in ("area", "iscrowd"):
                 if key not in annotation:

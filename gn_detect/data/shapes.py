@@ -52,7 +52,7 @@ def write_shapes(
         ValueError: ``root`` holds a dataset of other arguments, or something else.
     """
     root = Path(root)
-    counts = dict(zip(SPLITS, (num_train, num_val)))
+    counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
     info = {"description": "gn_detect shapes", "counts": counts, "size": image_size, "seed": seed}
     if min(*counts.values(), image_size - 31) < 1:
         raise ValueError("shapes need at least 1 image in each split, and images of 32 pixels")
@@ -124,7 +124,7 @@ def draw_image(
         category = int(rng.integers(len(CLASSES)))
         mask = _shape_mask(rng, CLASSES[category], size)
         covered = [v & ~mask for v in visible]
-        if any(c.sum() < MIN_VISIBLE * w.sum() for c, w in zip(covered, whole)):
+        if any(c.sum() < MIN_VISIBLE * w.sum() for c, w in zip(covered, whole, strict=True)):
             continue  # it would hide another object
         categories.append(category + 1)
         whole.append(mask)
@@ -136,7 +136,7 @@ def draw_image(
     canvas += rng.normal(0, 4, canvas.shape)
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(0.5))
-    return image, [(k, v.astype(np.uint8)) for k, v in zip(categories, visible)]
+    return image, [(k, v.astype(np.uint8)) for k, v in zip(categories, visible, strict=True)]
 
 
 def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, contrast: float):

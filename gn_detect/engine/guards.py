@@ -1,4 +1,4 @@
-"""Before a run starts: settle what follows from the machine and the data, refuse what cannot work."""
+"""Before a run: settle what follows from the machine and the data, refuse what cannot work."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class GroupNormFactory:
             node = node[part]
         if node != "GN":
             raise ConfigError(
-                f"{key} is {node!r}, but this component builds GroupNorm: set {key} to 'GN', or use "
+                f"{key} is {node!r}, but this component builds GroupNorm: set it to 'GN', or use "
                 "Detectron2's own component (the same name without 'gn_' or 'GN') for other norms"
             )
         return cls(cfg.MODEL.GN.NUM_GROUPS, cfg.MODEL.GN.EPS)

@@ -17,7 +17,8 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     ``MODEL.GN``.
 
     Raises:
-        ConfigError: ``MODEL.RESNETS.NORM`` is not GN, or the groups do not divide a layer's channels.
+        ConfigError: ``MODEL.RESNETS.NORM`` is not GN, or the groups do not divide a layer's
+            channels.
     """
     backbone = build_resnet_backbone(with_gn_norms(cfg, "MODEL.RESNETS.NORM"), input_shape)
     GroupNormFactory.check(backbone, "backbone")

@@ -104,10 +104,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
 
 
 def test_processes_that_write_at_the_same_time(tmp_path):
-    code = (
-        "from gn_detect.data.shapes import write_shapes;"
-        f"write_shapes('shapes', **{SMALL!r})"
-    )
+    code = f"from gn_detect.data.shapes import write_shapes;write_shapes('shapes', **{SMALL!r})"
     workers = [
         subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ})
         for _ in range(2)

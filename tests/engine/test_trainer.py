@@ -118,7 +118,9 @@ def test_predicted_boxes_that_are_not_finite(train, monkeypatch):
 def test_metrics_and_results_are_written(train, tmp_path):
     train("run", "TEST.EVAL_PERIOD", 3).train()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").open()]
-    assert {"iteration", "total_loss", "loss_mask", "lr", "bbox/AP", "segm/AP"} <= set().union(*rows)
+    assert {"iteration", "total_loss", "loss_mask", "lr", "bbox/AP", "segm/AP"} <= set().union(
+        *rows
+    )
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
     results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert isinstance(results, list)

@@ -1,10 +1,10 @@
 import pytest
+from helpers import config
 from torch import nn
 
 from gn_detect.config import ConfigError
 from gn_detect.layers import GroupNorm
 from gn_detect.modeling import GroupNormFactory
-from helpers import config
 
 
 def test_reads_the_config():

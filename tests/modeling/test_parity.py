@@ -105,7 +105,7 @@ def test_same_inference(r50_pair):
         with torch.no_grad():
             outputs.append([d["instances"] for d in model(batch)])
         model.roi_heads.box_predictor.test_score_thresh = threshold
-    for ours, theirs in zip(*outputs):
+    for ours, theirs in zip(*outputs, strict=True):
         assert len(ours) == len(theirs) > 0
         for field in ("scores", "pred_classes", "pred_masks"):
             torch.testing.assert_close(ours.get(field), theirs.get(field), rtol=1e-4, atol=1e-5)

@@ -54,7 +54,9 @@ def test_coco_with_official_ids_trains_evaluates_and_resumes(coco_root, tmp_path
     assert "Starting training from iteration 3" in resumed
     assert metrics(tmp_path / "run")["iteration"] == 4
 
-    ids = {c["id"] for c in json.loads((SHARED_DATA / "coco_dev/val.json").read_text())["categories"]}
+    ids = {
+        c["id"] for c in json.loads((SHARED_DATA / "coco_dev/val.json").read_text())["categories"]
+    }
     results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert max(ids) == 90 and {r["category_id"] for r in results} <= ids
 
