@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     raise ImportError(
         "gn_detect needs detectron2, which is not on the package index. In a checkout of "
         "gn_detect, `make venv` sets up everything; by hand: `pip install tools/detectron2_alias` "
-        "and `pip install --no-deps --ignore-requires-python LabGym==3.1.2`, or the official build: "
+        "and `pip install --no-deps --ignore-requires-python LabGym==3.1.2`. The official build: "
         "`pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2`."
     ) from None
 

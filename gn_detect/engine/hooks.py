@@ -46,8 +46,8 @@ class FiniteLossCheck(HookBase):
         files = ", ".join(d.get("file_name", "(no file)") for d in self._batch)
         terms = ", ".join(f"{k} {v.item():.4g}" for k, v in self._losses.items())
         return (
-            f"training diverged at iteration {iteration} ({cause}); losses: {terms or 'none yet'};"
-            f" images: {files}. The checkpoints saved before are intact; lower SOLVER.BASE_LR, raise "
+            f"training diverged at iteration {iteration} ({cause}); losses: {terms or 'none yet'}; "
+            f"images: {files}. Earlier checkpoints are intact; lower SOLVER.BASE_LR, raise "
             "SOLVER.WARMUP_ITERS or enable SOLVER.CLIP_GRADIENTS, and look at these images"
         )
 
