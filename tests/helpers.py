@@ -19,7 +19,10 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", *opts):
     """A config that ships with gn_detect, on the CPU, without weights, with 80 classes."""
-    base = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 80]
+    base = [
+        *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 80),
+        *("DATALOADER.NUM_WORKERS", 0),
+    ]
     return load_config(gn_detect.get_config_file(name), [*base, *opts])
 
 

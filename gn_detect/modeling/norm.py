@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -31,13 +34,11 @@ class GroupNormFactory:
         Raises:
             ConfigError: ``key`` (such as ``MODEL.FPN.NORM``) asks for something other than GN.
         """
-        node = cfg
-        for part in key.split("."):
-            node = node[part]
-        if node != "GN":
+        node, name = _find(cfg, key)
+        if node[name] != "GN":
             raise ConfigError(
-                f"{key} is {node!r}, but this component builds GroupNorm: set it to 'GN', or use "
-                "Detectron2's own component (the same name without 'gn_' or 'GN') for other norms"
+                f"{key} is {node[name]!r}, but this component builds GroupNorm: set it to 'GN', or "
+                "use Detectron2's own component (of the same name without 'gn_' or 'GN')"
             )
         return cls(cfg.MODEL.GN.NUM_GROUPS, cfg.MODEL.GN.EPS)
 
@@ -79,9 +80,12 @@ def with_gn_norms(cfg: CfgNode, *keys: str) -> CfgNode:
     """
     copy = cfg.clone()
     for key in keys:
-        *path, last = key.split(".")
-        node = copy
-        for part in path:
-            node = node[part]
-        dict.__setitem__(node, last, GroupNormFactory.from_config(cfg, key))
+        node, name = _find(copy, key)
+        node[name] = GroupNormFactory.from_config(cfg, key)
     return copy
+
+
+def _find(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    """The node of ``cfg`` that holds ``key``, and the last part of the key."""
+    *path, name = key.split(".")
+    return functools.reduce(operator.getitem, path, cfg), name
