@@ -40,7 +40,7 @@ def test_coco_with_official_ids_trains_evaluates_and_resumes(coco_root, tmp_path
     config = ROOT / "configs/COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_3x.yaml"
     environment = {"DETECTRON2_DATASETS": str(coco_root)}
     options = [*TINY, "SOLVER.IMS_PER_BATCH", 1, "OUTPUT_DIR", tmp_path / "run"]
-    options += ["SOLVER.CHECKPOINT_PERIOD", 2]
+    options += ["SOLVER.CHECKPOINT_PERIOD", 2, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
     first = train_net(
         "--config-file", config, *options, "SOLVER.MAX_ITER", 3, env=environment
     ).stdout
@@ -52,7 +52,7 @@ def test_coco_with_official_ids_trains_evaluates_and_resumes(coco_root, tmp_path
         "--resume", "--config-file", config, *options, "SOLVER.MAX_ITER", 5, env=environment
     ).stdout
     assert "Starting training from iteration 3" in resumed
-    assert metrics(tmp_path / "run")["iteration"] == 4
+    assert metrics(tmp_path / "run")["iteration"] == 5
 
     ids = {
         c["id"] for c in json.loads((SHARED_DATA / "coco_dev/val.json").read_text())["categories"]
@@ -99,11 +99,12 @@ def test_two_processes_without_cuda(coco_files, tmp_path):
         *("--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
         *(*coco_files.arguments("train"), *coco_files.arguments("val"), *TINY),
         *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "run"),
+        *("MODEL.DEVICE", "cuda"),
         env={"OMP_NUM_THREADS": "1"},
     ).stdout
     assert "no CUDA device is available: MODEL.DEVICE = cpu" in output
     assert "Rank of current process: 0. World size: 2" in output
-    assert metrics(tmp_path / "run")["iteration"] == 1
+    assert metrics(tmp_path / "run")["iteration"] == 2
     assert (tmp_path / "run/model_final.pth").is_file()
 
 
