@@ -29,15 +29,15 @@ class FiniteLossCheck(HookBase):
         self._batch, self._losses = inputs[0], {}
 
     def _after_forward(self, model, inputs, losses):
-        if model.training:
-            self._losses = losses
+        if model.training:  # a dict, or one tensor, as SimpleTrainer accepts
+            self._losses = losses if isinstance(losses, dict) else {"total_loss": losses}
 
     def after_backward(self) -> None:
         """
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        losses = torch.stack([v.detach() for v in self._losses.values()])
+        losses = torch.stack([v.detach().float() for v in self._losses.values()])
         if not torch.isfinite(losses).all():
             raise FloatingPointError("a loss is not finite")
 
