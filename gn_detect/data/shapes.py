@@ -151,7 +151,7 @@ def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, contrast: 
 
 def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     """The mask of one shape of random place, size, proportions and rotation, (size, size) bool."""
-    radius = size * rng.uniform(0.11, 0.24)
+    radius = size * rng.uniform(0.12, 0.25)
     squeeze = rng.uniform(0.7, 1.0)
     if name == "cross":  # two bars, a third as wide as they are long
         steps = [(3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1)]
