@@ -16,7 +16,7 @@ HAS_REAL_DETECTRON2 := import importlib.metadata as m, importlib.util as u, sys;
 	version = next((d.version for d in m.distributions(name="detectron2")), ""); \
 	sys.exit("+labgym" in version or u.find_spec("detectron2") is None)
 
-# A real detectron2 is kept, and so is the torch it was compiled against: no constraints then.
+# A real detectron2 is used as it is, and no constraints move the torch that it was compiled against.
 # LabGym carries the copy of Detectron2; its own requirements (a GUI, TensorFlow) are not wanted,
 # and it comes last because pip would list them as conflicts.
 $(STAMP): constraints.txt setup.py pyproject.toml \
@@ -39,7 +39,8 @@ test: venv
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# metrics.json is appended to, so an old run goes first.
+# The data is drawn from datasets/, wherever COCO lies; metrics.json is appended to, so an old run goes.
+demo: export DETECTRON2_DATASETS := datasets
 demo: venv
 	rm -rf $(DEMO)
 	$(BIN)/python tools/train_net.py \

@@ -46,6 +46,8 @@ def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode
             cfg.merge_from_file(config_file, allow_unsafe=False)
         source = "the command line"
         cfg.merge_from_list(opts or [])
+    except (AttributeError, TypeError):  # what yacs and fvcore raise where a mapping is expected
+        raise ConfigError(f"{source}: not a mapping of config keys to values") from None
     except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ConfigError(f"{source}: {reason}") from None

@@ -86,6 +86,8 @@ def draw_predictions(
         (results, predicted, results_json),
     ):
         for item in objects:
+            if by_image is truth and item["image_id"] not in ids:
+                continue  # Detectron2 skips it, too
             for key, known in (("image_id", ids), ("category_id", names)):
                 if item[key] not in known:
                     raise ValueError(

@@ -77,12 +77,13 @@ def test_number_of_classes_is_none_until_stated(tmp_path):
         ("MODEL: {GN: {GROUPS: 3}}", "Non-existent config key: MODEL.GN.GROUPS"),
         ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER"),
         ("MODEL: [", "c.yaml"),
+        ("just words", "c.yaml"),
         ("_BASE_: absent.yaml", "absent.yaml"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):
     path = tmp_path / "c.yaml"
-    path.write_text(text + "\nVERSION: 2\n")
+    path.write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml: ") as error:
         load_config(str(path))
     assert message in str(error.value)
@@ -103,6 +104,7 @@ def test_yaml_does_not_execute_code(tmp_path):
         (["MODEL.NOTHING", "1"], "command line: Non-existent key: MODEL.NOTHING"),
         (["SOLVER.MAX_ITER"], "command line: Override list has odd length"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER.X", "3"], "the command line: "),
     ],
 )
 def test_bad_options(opts, message):

@@ -12,9 +12,9 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gn_detect.config import ConfigError, load_config
-from gn_detect.data.coco import DataError, register_coco_json
-from gn_detect.engine import Trainer, prepare_run
+from gn_detect.config import load_config
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import Trainer, prepare_run, sentence
 
 
 def parse_args():
@@ -43,7 +43,7 @@ def register_data(args):
 
 
 def setup(args):
-    """Build the config and refuse what cannot work, before any process or output is started."""
+    """Build the config, and refuse what cannot work before anything is started."""
     cfg = load_config(args.config_file, args.opts)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=0, name="gn_detect")
     for key, value in register_data(args).items():
@@ -84,6 +84,8 @@ if __name__ == "__main__":
             dist_url=args.dist_url,
             args=(args, setup(args)),
         )
-    except (ConfigError, DataError, FloatingPointError) as error:
-        # From a data loading worker, the sentence is the last line of a traceback.
-        sys.exit("error: " + str(error).strip().splitlines()[-1].split("DataError: ")[-1])
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        sys.exit(f"error: {message}")

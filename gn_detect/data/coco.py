@@ -48,7 +48,9 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
     register_coco_instances(name, {}, json_file, image_root)
 
 
-def check_coco_dataset(name: str, *, masks: bool, evaluation: bool) -> CocoSummary | None:
+def check_coco_dataset(
+    name: str, *, masks: bool, training: bool, evaluation: bool
+) -> CocoSummary | None:
     """Check a registered dataset, generating it first if it is a generated one.
 
     Returns:
@@ -72,11 +74,13 @@ def check_coco_dataset(name: str, *, masks: bool, evaluation: bool) -> CocoSumma
         raise DataError(
             f"{name}: there is no {json_file}; set DETECTRON2_DATASETS to the directory of coco/"
         )
-    return check_coco_json(json_file, image_root, masks=masks, evaluation=evaluation)
+    return check_coco_json(
+        json_file, image_root, masks=masks, training=training, evaluation=evaluation
+    )
 
 
 def check_coco_json(
-    json_file: str, image_root: str, *, masks: bool, evaluation: bool
+    json_file: str, image_root: str, *, masks: bool, training: bool, evaluation: bool
 ) -> CocoSummary:
     """Look through a COCO JSON and the directory of its images, without opening an image.
 
@@ -87,25 +91,29 @@ def check_coco_json(
         json_file: annotations.
         image_root: directory of the images.
         masks: the model needs the masks of the objects.
-        evaluation: pycocotools will evaluate against the file: it needs ``area`` and ``iscrowd``.
+        training: the file is trained on. If not, it may lack annotations altogether, as the test
+            sets of COCO do: Detectron2 then writes predictions without scoring them.
+        evaluation: pycocotools scores against the file: it needs ``area`` and ``iscrowd``.
 
     Raises:
         DataError: the file is missing, truncated or empty, an image is absent, or an annotation
             cannot be used; the message names the first such item.
     """
-    content = _read_json(json_file)
+    content = _read_json(json_file, needs_annotations=training)
     classes = _check_categories(content["categories"], json_file)
-    names = _check_images(content["images"], json_file, image_root)
-    checker = _AnnotationChecker(json_file, classes, names, masks, evaluation)
+    images = _check_images(content["images"], json_file, image_root)
+    if "annotations" not in content:
+        return CocoSummary(classes, len(images), 0, False)
+    checker = _AnnotationChecker(json_file, classes, images, masks, evaluation)
     for index, annotation in enumerate(content["annotations"]):
         checker.check(annotation, index)
     checker.warn()
     if not checker.num_valid:
         raise DataError(f"{json_file} holds no annotation of an object that could be used")
-    return CocoSummary(classes, len(names), checker.num_valid, checker.has_rle)
+    return CocoSummary(classes, len(images), checker.num_valid, checker.has_rle)
 
 
-def _read_json(json_file: str) -> dict:
+def _read_json(json_file: str, needs_annotations: bool) -> dict:
     try:
         with open(json_file, encoding="utf-8") as f:
             content = json.load(f)
@@ -113,7 +121,9 @@ def _read_json(json_file: str) -> dict:
         raise DataError(f"cannot read {json_file}: {error.strerror or error}") from None
     except ValueError as error:
         raise DataError(f"{json_file} is not valid JSON ({error}); is it truncated?") from None
-    for key in ("images", "annotations", "categories"):
+    for key in ("images", "categories", "annotations"):
+        if key == "annotations" and key not in content and not needs_annotations:
+            continue
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{json_file} is not in COCO format: it has no list {key!r}")
     return content
@@ -132,20 +142,20 @@ def _check_categories(categories: list, json_file: str) -> dict[int, str]:
     return dict(sorted(classes.items()))
 
 
-def _check_images(images: list, json_file: str, image_root: str) -> dict[int, str]:
-    """Return image id -> file name."""
+def _check_images(images: list, json_file: str, image_root: str) -> dict[int, dict]:
+    """Return image id -> entry of the image."""
     if not images:
         raise DataError(f"{json_file} lists no images")
     if not os.path.isdir(image_root):
         raise DataError(f"the image directory {image_root} (for {json_file}) does not exist")
-    names, listings, absent = {}, {}, []
+    by_id, listings, absent = {}, {}, []
     for image in images:
         for key in ("id", "file_name", "height", "width"):
             if not isinstance(image, dict) or key not in image:
                 raise DataError(f"{json_file}: image {image!r} has no {key!r}")
-        if image["id"] in names:
+        if image["id"] in by_id:
             raise DataError(f"{json_file} lists image id {image['id']} twice")
-        names[image["id"]] = image["file_name"]
+        by_id[image["id"]] = image
         # One listing per directory: faster than a look at each of 118,000 files.
         directory, base = os.path.split(os.path.join(image_root, image["file_name"]))
         if directory not in listings:
@@ -157,13 +167,15 @@ def _check_images(images: list, json_file: str, image_root: str) -> dict[int, st
             f"{len(absent)} of the {len(images)} images listed in {json_file} are not in "
             f"{image_root}, the first: {absent[0]}"
         )
-    return names
+    return by_id
 
 
 class _AnnotationChecker:
-    def __init__(self, json_file, classes, names, masks, evaluation):
-        self.json_file, self.classes, self.names = json_file, classes, names
+    def __init__(self, json_file, classes, images, masks, evaluation):
+        self.json_file, self.classes, self.images = json_file, classes, images
         self.masks, self.evaluation = masks, evaluation
+        # Two official files repeat ids; Detectron2's load_coco_json makes the same exception.
+        self.unique_ids = "minival" not in json_file
         self.degenerate: dict[str, list[str]] = defaultdict(list)  # kind -> annotations
         self.seen: set = set()
         self.num_valid = 0
@@ -172,23 +184,26 @@ class _AnnotationChecker:
     def check(self, annotation: dict, index: int) -> None:
         if not isinstance(annotation, dict) or "id" not in annotation:
             raise DataError(f"{self.json_file}: annotation number {index} has no 'id'")
-        image_id = annotation.get("image_id")
-        where = f"annotation {annotation['id']} (image {self.names.get(image_id, image_id)})"
         error = self._error(annotation)
         if error:
-            raise DataError(f"{self.json_file}: {where} {error}")
+            raise DataError(f"{self.json_file}: {self._where(annotation)} {error}")
         self.seen.add(annotation["id"])
-        if image_id not in self.names or annotation.get("iscrowd", 0):
+        if annotation.get("image_id") not in self.images or annotation.get("iscrowd", 0):
             return  # not an object to be trained on; the former, Detectron2 counts in a warning
         kind = self._degenerate(annotation)
         if kind:
-            self.degenerate[kind].append(where)
+            self.degenerate[kind].append(self._where(annotation))
         else:
             self.num_valid += 1
             self.has_rle |= isinstance(annotation.get("segmentation"), dict)
 
+    def _where(self, annotation: dict) -> str:
+        image_id = annotation.get("image_id")
+        image = self.images.get(image_id, {"file_name": image_id})["file_name"]
+        return f"annotation {annotation['id']} (image {image})"
+
     def _error(self, annotation: dict) -> str | None:
-        if annotation["id"] in self.seen:
+        if annotation["id"] in self.seen and self.unique_ids:
             return "has an id that another annotation has too; ids must be unique"
         if annotation.get("category_id") not in self.classes:
             declared = ", ".join(map(str, list(self.classes)[:10]))
@@ -207,8 +222,30 @@ class _AnnotationChecker:
             for key in ("area", "iscrowd"):
                 if key not in annotation:
                     return f"has no {key!r}, which the COCO evaluation needs; add it"
-        if self.masks and not annotation.get("iscrowd", 0):
-            return _segmentation_error(annotation.get("segmentation"))
+        if self.masks and (self.evaluation or not annotation.get("iscrowd", 0)):
+            return self._segmentation_error(annotation)
+        return None
+
+    def _segmentation_error(self, annotation: dict) -> str | None:
+        segmentation = annotation.get("segmentation")
+        if not segmentation:
+            return "has no segmentation; add it, or train boxes alone with MODEL.MASK_ON False"
+        image = self.images.get(annotation.get("image_id"))
+        if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
+            if image and list(segmentation["size"]) != [image["height"], image["width"]]:
+                return (
+                    f"has an RLE of {segmentation['size']} pixels, but its image is declared as "
+                    f"{[image['height'], image['width']]} (height, width)"
+                )
+            return None
+        try:
+            is_polygons = math.isfinite(sum(map(sum, segmentation)))
+        except TypeError:
+            is_polygons = False
+        if not is_polygons:
+            return "has a segmentation that is neither a list of polygons nor RLE"
+        if self.evaluation and len(segmentation[0]) < 6:
+            return "has a first polygon of fewer than 3 points, which pycocotools cannot score"
         return None
 
     def _degenerate(self, annotation: dict) -> str | None:
@@ -228,20 +265,9 @@ class _AnnotationChecker:
                 for kind, items in self.degenerate.items()
             )
             logger.warning(
-                f"{self.json_file}: {count} degenerate annotations are not trained on ({kinds})"
+                f"{self.json_file}: {count} degenerate annotations; as training data they are "
+                f"dropped, as ground truth pycocotools takes them as they are ({kinds})"
             )
-
-
-def _segmentation_error(segmentation) -> str | None:
-    if not segmentation:
-        return "has no segmentation; add it, or train boxes alone with MODEL.MASK_ON False"
-    if isinstance(segmentation, dict):
-        if {"counts", "size"} <= segmentation.keys():
-            return None
-    elif isinstance(segmentation, list) and all(isinstance(p, list) for p in segmentation):
-        if all(_is_finite(v) for p in segmentation for v in p):
-            return None
-    return "has a segmentation that is neither a list of polygons nor RLE"
 
 
 def _is_finite(value) -> bool:

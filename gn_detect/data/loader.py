@@ -109,7 +109,7 @@ class NamingDatasetMapper(DatasetMapper):
         """
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # Pillow and Detectron2 raise too many kinds to list
             raise DataError(
                 f"cannot use the image {dataset_dict['file_name']} ({type(error).__name__}: "
                 f"{error}); replace it, or take it out of the annotations"

@@ -20,8 +20,11 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as mask_util
 
+from .coco import DataError
+
 CLASSES = ("ellipse", "triangle", "cross")
 SPLITS = ("train", "val")
+VERSION = 1  # of what is drawn; another one, and a directory of older images is refused
 # No object is drawn that would leave less than this part of another visible.
 MIN_VISIBLE = 0.4
 
@@ -49,13 +52,13 @@ def write_shapes(
         ``root`` as a Path.
 
     Raises:
-        ValueError: ``root`` holds a dataset of other arguments, or something else.
+        DataError: ``root`` holds a dataset of other arguments, or something else.
     """
     root = Path(root)
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
-    info = {"description": "gn_detect shapes", "counts": counts, "size": image_size, "seed": seed}
+    info = {"generator": VERSION, "counts": counts, "size": image_size, "seed": seed}
     if min(*counts.values(), image_size - 31) < 1:
-        raise ValueError("shapes need at least 1 image in each split, and images of 32 pixels")
+        raise DataError("shapes need at least 1 image in each split, and images of 32 pixels")
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -75,7 +78,7 @@ def write_shapes(
     except (OSError, ValueError, KeyError):
         found = None
     if found != info:
-        raise ValueError(
+        raise DataError(
             f"{root} exists and holds something else than shapes of {info}: "
             "delete it, or choose another directory"
         )

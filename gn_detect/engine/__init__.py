@@ -1,4 +1,4 @@
-from .guards import prepare_run
+from .guards import prepare_run, sentence
 from .trainer import Trainer
 
-__all__ = ["Trainer", "prepare_run"]
+__all__ = ["Trainer", "prepare_run", "sentence"]

@@ -9,9 +9,27 @@ import torch
 from detectron2.config import CfgNode
 
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import CocoSummary, check_coco_dataset, resolve_classes
+from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset, resolve_classes
 
 logger = logging.getLogger(__name__)
+
+# What is the user's to mend: shown as a sentence, without a traceback.
+EXPECTED_ERRORS = (ConfigError, DataError, FloatingPointError)
+
+
+def sentence(error: Exception) -> str | None:
+    """The message for a user of one of ``EXPECTED_ERRORS``; None for any other error.
+
+    One that comes from a data loading worker or from another process carries its traceback as
+    text, and the sentence is the last line of it.
+    """
+    lines = str(error).strip().splitlines()
+    last = lines[-1] if lines else ""
+    for kind in EXPECTED_ERRORS:
+        module, found, message = last.partition(f"{kind.__name__}: ")
+        if found and " " not in module:
+            return message
+    return last if isinstance(error, EXPECTED_ERRORS) else None
 
 
 def prepare_run(
@@ -62,21 +80,32 @@ def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:
             raise ConfigError(
                 f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()}"
             )
-        return
-    if cfg.MODEL.DEVICE.startswith("cuda"):
+        if num_gpus > 1 and cfg.MODEL.DEVICE == "cpu":
+            raise ConfigError(
+                f"MODEL.DEVICE is cpu, but Detectron2 connects {num_gpus} processes through CUDA "
+                "where it is available; hide it with CUDA_VISIBLE_DEVICES=''"
+            )
+    elif cfg.MODEL.DEVICE.startswith("cuda"):
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("no CUDA device is available: MODEL.DEVICE = cpu")
-    if cfg.SOLVER.AMP.ENABLED:
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         cfg.SOLVER.AMP.ENABLED = False
         logger.warning("mixed precision needs CUDA: SOLVER.AMP.ENABLED = False")
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
-    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if resume and not resumes:
+    if resume:
+        pointer = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        if os.path.isfile(pointer):
+            with open(pointer) as f:
+                checkpoint = os.path.join(cfg.OUTPUT_DIR, f.read().strip())
+            if not os.path.isfile(checkpoint):
+                raise ConfigError(
+                    f"--resume: {pointer} names {checkpoint}, which does not exist; write the name "
+                    "of another checkpoint into it, or delete it to start at iteration 0"
+                )
+            return
         logger.warning(f"--resume: no checkpoint in {cfg.OUTPUT_DIR}, starting at iteration 0")
-    if resumes:
-        return
     weights = cfg.MODEL.WEIGHTS
     if not weights and eval_only:
         raise ConfigError("MODEL.WEIGHTS is empty: with --eval-only, name the weights to evaluate")
@@ -96,9 +125,17 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
     summaries = {}
     for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
         summary = check_coco_dataset(
-            name, masks=cfg.MODEL.MASK_ON, evaluation=name in cfg.DATASETS.TEST
+            name,
+            masks=cfg.MODEL.MASK_ON,
+            training=name in train,
+            evaluation=name in cfg.DATASETS.TEST,
         )
         if summary is None:
+            if name in cfg.DATASETS.TEST:
+                raise ConfigError(
+                    f"DATASETS.TEST: {name} is not in COCO format, and only the COCO evaluation is "
+                    "supported; register it with register_coco_instances"
+                )
             continue
         summaries[name] = summary
         logger.info(f"{name}: {summary.num_images} images, {summary.num_annotations} annotations")

@@ -22,31 +22,36 @@ class FiniteLossCheck(HookBase):
     def __init__(self, model: nn.Module):
         self._batch: list[dict] = []
         self._losses: dict[str, torch.Tensor] = {}
+        self._previous: dict[str, torch.Tensor] = {}
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
 
     def _before_forward(self, model, inputs):
-        self._batch, self._losses = inputs[0], {}
+        if model.training:
+            self._batch, self._previous, self._losses = inputs[0], self._losses, {}
 
     def _after_forward(self, model, inputs, losses):
         if model.training:  # a dict, or one tensor, as SimpleTrainer accepts
-            self._losses = losses if isinstance(losses, dict) else {"total_loss": losses}
+            losses = losses if isinstance(losses, dict) else {"total_loss": losses}
+            self._losses = {name: loss.detach() for name, loss in losses.items()}
 
     def after_backward(self) -> None:
         """
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        losses = torch.stack([v.detach().float() for v in self._losses.values()])
+        losses = torch.stack([loss.float() for loss in self._losses.values()])
         if not torch.isfinite(losses).all():
             raise FloatingPointError("a loss is not finite")
 
     def describe(self, iteration: int, cause: Exception) -> str:
         """The sentence for a user whose training diverged at ``iteration``."""
         files = ", ".join(d.get("file_name", "(no file)") for d in self._batch)
-        terms = ", ".join(f"{k} {v.item():.4g}" for k, v in self._losses.items())
+        # Predicted boxes can be found infinite before this iteration has any loss.
+        which, losses = ("", self._losses) if self._losses else ("previous ", self._previous)
+        terms = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items()) or "none"
         return (
-            f"training diverged at iteration {iteration} ({cause}); losses: {terms or 'none yet'}; "
+            f"training diverged at iteration {iteration} ({cause}); {which}losses: {terms}; "
             f"images: {files}. Earlier checkpoints are intact; lower SOLVER.BASE_LR, raise "
             "SOLVER.WARMUP_ITERS or enable SOLVER.CLIP_GRADIENTS, and look at these images"
         )

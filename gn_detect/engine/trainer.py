@@ -27,12 +27,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from gn_detect.data.coco import DataError
 from gn_detect.data.loader import (
     ResumableTrainingSampler,
     build_test_loader,
     build_train_loader,
 )
 
+from .guards import sentence
 from .hooks import FiniteLossCheck, ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,6 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._resumed_random_state: dict | None = None
-        self._show_progress = comm.is_main_process() and sys.stderr.isatty()
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -107,24 +108,24 @@ class Trainer(DefaultTrainer):
             ret = [h for h in ret if not isinstance(h, hooks.EvalHook)]
         return ret
 
-    def build_writers(self) -> list:
-        writers = super().build_writers()
-        if self._show_progress:  # its line takes the place of the lines on the console
-            writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
-        return writers
-
     @property
     def _sampler(self) -> ResumableTrainingSampler | None:
         sampler = getattr(getattr(self.data_loader, "dataset", None), "sampler", None)
         return sampler if isinstance(sampler, ResumableTrainingSampler) else None
 
     def train(self):
-        if not self._show_progress:
+        """Train to the end, with a progress bar if the output is a terminal."""
+        logging.getLogger(TrainerBase.__module__).addFilter(_shorten_expected_error)
+        if not (comm.is_main_process() and sys.stdout.isatty() and sys.stderr.isatty()):
             return super().train()
         bar = ProgressBar(self.start_iter, self.max_iter)
         self.register_hooks([hooks.PeriodicWriter([bar], period=1)])
         loggers = [log for log in map(logging.getLogger, logging.root.manager.loggerDict)]
-        with logging_redirect_tqdm([log for log in loggers if log.handlers]):
+        loggers = [log for log in loggers if log.handlers]
+        with logging_redirect_tqdm(loggers):
+            for handler in (h for log in loggers for h in log.handlers):
+                if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
+                    handler.addFilter(_is_not_metrics)  # the bar shows them; log.txt has them
             return super().train()
 
     def before_train(self) -> None:
@@ -162,6 +163,18 @@ class Trainer(DefaultTrainer):
             self._resumed_random_state = state.get("random_state")
         if self._sampler and "data_seed" in state:
             self._sampler.seed = state["data_seed"]
+
+
+def _shorten_expected_error(record: logging.LogRecord) -> bool:
+    """Log what is the user's to mend as its sentence; Detectron2 logs a traceback of it."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, (DataError, FloatingPointError)):
+        record.msg, record.exc_info = f"{record.msg} {sentence(error)}", None
+    return True
+
+
+def _is_not_metrics(record: logging.LogRecord) -> bool:
+    return record.name != CommonMetricPrinter.__module__
 
 
 def _get_random_state() -> dict:

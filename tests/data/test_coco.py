@@ -1,5 +1,6 @@
 """Every kind of bad data, by the sentence that it gets."""
 
+import json
 import logging
 
 import pytest
@@ -16,11 +17,11 @@ from gn_detect.data.coco import (
 )
 from gn_detect.data.loader import NamingDatasetMapper, build_test_loader
 
+ALL = {"masks": True, "training": True, "evaluation": True}
 
-def check(files, masks=True, evaluation=True):
-    return check_coco_json(
-        str(files.json_file), str(files.image_root), masks=masks, evaluation=evaluation
-    )
+
+def check(files, **kwargs):
+    return check_coco_json(str(files.json_file), str(files.image_root), **{**ALL, **kwargs})
 
 
 def refusal(files, **kwargs) -> str:
@@ -43,12 +44,12 @@ def test_classes_and_boxes_are_those_that_detectron2_loads(coco_files):
     dicts = DatasetCatalog.get("test_own")
     assert MetadataCatalog.get("test_own").thing_classes == list(check(coco_files).classes.values())
     assert [d["annotations"][0]["category_id"] for d in dicts] == [0, 1, 0]  # ids 3, 7, 3
-    assert check_coco_dataset("test_own", masks=True, evaluation=True) == check(coco_files)
+    assert check_coco_dataset("test_own", **ALL) == check(coco_files)
 
 
 def test_missing_json(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*absent\.json: No such file"):
-        check_coco_json(str(tmp_path / "absent.json"), "x", masks=True, evaluation=True)
+        check_coco_json(str(tmp_path / "absent.json"), "x", **ALL)
 
 
 def test_truncated_json(coco_files):
@@ -73,7 +74,7 @@ def test_absent_images_are_counted(coco_files):
 
 def test_absent_image_directory(coco_files):
     with pytest.raises(DataError, match="image directory nowhere .* does not exist"):
-        check_coco_json(str(coco_files.json_file), "nowhere", masks=True, evaluation=True)
+        check_coco_json(str(coco_files.json_file), "nowhere", **ALL)
 
 
 @pytest.mark.parametrize("list_name", ["images", "categories"])
@@ -104,7 +105,9 @@ def test_no_segmentation(coco_files, segmentation):
     assert check(coco_files, masks=False).num_annotations == 3
 
 
-@pytest.mark.parametrize("segmentation", [[1, 2, 3, 4, 5, 6], {"counts": [1]}, "x"])
+@pytest.mark.parametrize(
+    "segmentation", [[1, 2, 3, 4, 5, 6], {"counts": [1]}, "x", [[1, 2, 3, 4, 5, float("nan")]]]
+)
 def test_malformed_segmentation(coco_files, segmentation):
     coco_files.content["annotations"][1]["segmentation"] = segmentation
     assert "neither a list of polygons nor RLE" in refusal(coco_files)
@@ -139,15 +142,61 @@ def test_missing_keys(coco_files, list_name, key):
     assert f"'{key}'" in refusal(coco_files)
 
 
+def test_rle_of_another_size_than_the_image(coco_files):
+    coco_files.content["annotations"][1]["segmentation"] = {"size": [64, 63], "counts": [4032]}
+    message = refusal(coco_files)
+    assert "annotation 20 (image 2.png) has an RLE of [64, 63] pixels" in message
+    assert "[64, 64]" in message
+
+
+def test_masks_that_pycocotools_could_not_score(coco_files):
+    coco_files.content["annotations"][0]["segmentation"].insert(0, [1, 2])
+    assert "first polygon of fewer than 3 points" in refusal(coco_files)
+    assert check(coco_files, evaluation=False).num_annotations == 3
+    crowd = {**coco_files.content["annotations"][0], "id": 99, "iscrowd": 1, "segmentation": None}
+    coco_files.content["annotations"] = [*coco_files.content["annotations"][1:], crowd]
+    assert "annotation 99 (image 1.png) has no segmentation" in refusal(coco_files)
+    assert check(coco_files, evaluation=False).num_annotations == 2
+
+
+def test_test_sets_have_no_annotations(coco_files):
+    del coco_files.content["annotations"]
+    assert "no list 'annotations'" in refusal(coco_files)
+    summary = check(coco_files, training=False)
+    assert (summary.num_images, summary.num_annotations) == (3, 0)
+
+
+def test_crowd_regions_are_not_trained_on(shared_data):
+    root = shared_data / "coco_dev"
+    crowds = {
+        a["image_id"]: a["bbox"]
+        for a in json.loads((root / "train.json").read_text())["annotations"]
+        if a["iscrowd"]
+    }
+    register_coco_json("test_crowd", str(root / "train.json"), str(root / "images"))
+    summary = check_coco_dataset("test_crowd", **ALL)
+    dicts = DatasetCatalog.get("test_crowd")
+    assert summary.num_annotations == sum(len(d["annotations"]) for d in dicts) - len(crowds) > 0
+    cfg = config()
+    cfg.INPUT.RANDOM_FLIP = "none"
+    mapper = NamingDatasetMapper(cfg, is_train=True)
+    for record in (d for d in dicts if d["image_id"] in crowds):
+        objects = [a for a in record["annotations"] if not a["iscrowd"]]
+        assert len(objects) < len(record["annotations"])
+        assert len(mapper(record)["instances"]) == len(objects)
+
+
 def test_degenerate_annotations_are_counted_and_dropped(coco_files, caplog):
     coco_files.content["annotations"][0]["bbox"][2] = 0
     coco_files.content["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
     coco_files.write()
     with caplog.at_level(logging.WARNING, "gn_detect"):
-        summary = check(coco_files)
+        summary = check(coco_files, evaluation=False)
     assert summary.num_annotations == 1
     (record,) = caplog.records
-    assert "annotations.json: 2 degenerate annotations are not trained on" in record.message
+    assert "annotations.json: 2 degenerate annotations; as training data they are dropped" in (
+        record.message
+    )
     assert "1 with a box of zero area, the first: annotation 10 (image 1.png)" in record.message
     assert "polygons of fewer than 3 points, the first: annotation 20" in record.message
 
@@ -179,7 +228,7 @@ def test_image_of_another_size_than_declared_is_named(coco_files):
 
 def test_unregistered_dataset():
     with pytest.raises(DataError, match="'nothing', which is not registered.*--train-json"):
-        check_coco_dataset("nothing", masks=True, evaluation=True)
+        check_coco_dataset("nothing", **ALL)
 
 
 def test_number_of_classes_follows_the_data(coco_files, caplog):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from gn_detect.data.coco import DataError
 from gn_detect.data.shapes import CLASSES, draw_image, write_shapes
 
 SMALL = {"num_train": 12, "num_val": 5, "image_size": 64}
@@ -87,7 +88,7 @@ def test_other_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shapes exists and holds something else.*delete it"):
         write_shapes(root, **{**SMALL, "image_size": 96})
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="mine exists and holds something else"):
+    with pytest.raises(DataError, match="mine exists and holds something else"):
         write_shapes(tmp_path / "mine", **SMALL)
     with pytest.raises(ValueError, match="images of 32 pixels"):
         write_shapes(tmp_path / "small", num_train=1, num_val=1, image_size=8)

@@ -6,7 +6,7 @@ from helpers import TINY
 
 from gn_detect.config import ConfigError, load_config
 from gn_detect.data.coco import DataError, register_coco_json
-from gn_detect.engine import prepare_run
+from gn_detect.engine import prepare_run, sentence
 
 
 @pytest.fixture
@@ -61,7 +61,11 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
     [
         (["MODEL.WEIGHTS", "absent.pth"], {}, "MODEL.WEIGHTS: there is no file absent.pth"),
         (["MODEL.WEIGHTS", ""], {"eval_only": True}, "MODEL.WEIGHTS is empty.*--eval-only"),
-        (["DATASETS.TEST", ()], {"eval_only": True, "resume": False}, "(DATASETS.TEST|WEIGHTS)"),
+        (
+            ["DATASETS.TEST", (), "MODEL.WEIGHTS", __file__],
+            {"eval_only": True},
+            "DATASETS.TEST is empty: with --eval-only",
+        ),
         (["DATASETS.TRAIN", ()], {}, "DATASETS.TRAIN is empty"),
         (["DATASETS.TRAIN", ("nothing",)], {}, "'nothing', which is not registered"),
         (
@@ -80,6 +84,28 @@ def test_what_cannot_run_is_refused(own_data, opts, kwargs, message):
 def test_a_builtin_dataset_that_is_not_there(own_data):
     with pytest.raises(DataError, match="coco_2017_train: there is no .*DETECTRON2_DATASETS"):
         prepare(["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()])
+
+
+def test_a_test_set_that_is_not_coco(own_data):
+    with pytest.raises(ConfigError, match="voc_2007_val is not in COCO format"):
+        prepare([*own_data, "DATASETS.TEST", ("voc_2007_val",)])
+
+
+def test_resume_from_a_checkpoint_that_is_gone(own_data, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(ConfigError, match="last_checkpoint names .*model_0000009.pth"):
+        prepare([*own_data, "OUTPUT_DIR", str(tmp_path)], resume=True)
+
+
+def test_sentences_of_expected_errors_alone():
+    assert sentence(DataError("bad.json: fix it")) == "bad.json: fix it"
+    worker = DataError("Caught DataError in worker.\nTraceback\na.b.DataError: cannot use 2.png")
+    assert sentence(worker) == "cannot use 2.png"
+    process = Exception("-- Process 1\nTraceback\nFloatingPointError: training diverged")
+    assert sentence(process) == "training diverged"
+    assert sentence(ValueError("a bug")) is None
+    assert sentence(ValueError("Traceback\nValueError: not DataError: a bug")) is None
+    assert sentence(KeyError()) is None
 
 
 def test_resume_without_a_checkpoint_is_said(own_data, caplog):

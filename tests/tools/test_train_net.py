@@ -1,7 +1,11 @@
 """The command line, end to end."""
 
+import contextlib
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,7 +97,10 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
     assert (tmp_path / "run" / same).read_bytes() == (tmp_path / "eval" / same).read_bytes()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
+
+
+@without_cuda
 def test_two_processes_without_cuda(coco_files, tmp_path):
     output = train_net(
         *("--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
@@ -104,8 +111,91 @@ def test_two_processes_without_cuda(coco_files, tmp_path):
     ).stdout
     assert "no CUDA device is available: MODEL.DEVICE = cpu" in output
     assert "Rank of current process: 0. World size: 2" in output
+    assert "total_loss" in output
     assert metrics(tmp_path / "run")["iteration"] == 2
     assert (tmp_path / "run/model_final.pth").is_file()
+
+
+@without_cuda
+def test_an_error_in_one_of_two_processes_is_a_sentence(coco_files, tmp_path):
+    (coco_files.image_root / "2.png").write_bytes(b"not an image")
+    result = train_net(
+        *("--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
+        *(*coco_files.arguments("train"), *TINY, "SOLVER.IMS_PER_BATCH", 2),
+        *("SOLVER.MAX_ITER", 9, "OUTPUT_DIR", tmp_path / "run"),
+        env={"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: cannot use the image")
+
+
+DATA_PARALLEL = """
+import sys, torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from helpers import TINY, config
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import Trainer
+
+def main(json_file, images, output):
+    register_coco_json("own", json_file, images)
+    trainer = Trainer(config(
+        "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml", *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2,
+        "DATASETS.TRAIN", ("own",), "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 3))
+    trainer.resume_or_load(False)
+    before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+    trainer.train()
+    after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    gathered = comm.all_gather(after)
+    if comm.is_main_process():
+        assert len(gathered) == 2 and torch.equal(*gathered) and not torch.equal(before, after)
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto", args=tuple(sys.argv[1:]))
+"""
+
+
+@without_cuda
+def test_processes_train_the_same_weights(coco_files, tmp_path):
+    """Each of two processes sees other images; their averaged gradients keep the weights equal."""
+    (tmp_path / "script.py").write_text(DATA_PARALLEL)
+    result = subprocess.run(
+        [sys.executable, "script.py", coco_files.json_file, coco_files.image_root, "output"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_progress_bar_on_a_terminal(coco_files, tmp_path):
+    parent, child = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools/train_net.py", "--config-file", QUICK]
+        + [*coco_files.arguments(), *TINY, "SOLVER.MAX_ITER", "5"]
+        + ["OUTPUT_DIR", tmp_path / "run"],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+    )
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # raised at the end of the output
+        while chunk := os.read(parent, 65536):
+            shown += chunk
+    os.close(parent)
+    assert process.wait() == 0, shown.decode()
+    shown = shown.decode()
+    assert re.search(r"5/5 \[.*total_loss=", shown)
+    assert "total_loss: " not in shown  # the bar has taken the place of these lines
+    assert "total_loss: " in (tmp_path / "run/log.txt").read_text()
 
 
 def refusal(*args) -> str:
@@ -148,7 +238,7 @@ def test_undecodable_image_is_named_at_first_use(coco_files, tmp_path, workers):
         *("DATALOADER.NUM_WORKERS", workers, "OUTPUT_DIR", tmp_path / "run"),
         check=False,
     )
-    assert result.returncode == 1
+    assert result.returncode == 1 and "Traceback" not in result.stdout
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: cannot use the image") and "2.png" in line
 
