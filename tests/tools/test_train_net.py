@@ -1,11 +1,14 @@
 """The command line, end to end."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -174,9 +177,9 @@ def test_processes_train_the_same_weights(coco_files, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
 def test_progress_bar_on_a_terminal(coco_files, tmp_path):
     parent, child = os.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # 40 x 200
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools/train_net.py", "--config-file", QUICK]
         + [*coco_files.arguments(), *TINY, "SOLVER.MAX_ITER", "5"]
