@@ -210,7 +210,7 @@ def _curves_figure(curves):
         if not keys:
             axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center")
         elif axes is not rate:
-            axes.legend()
+            axes.legend(ncols=3 if axes is loss else 1, fontsize="small", loc="best")
     if any(value > 0 for key in losses for value in curves[key][1]):
         loss.set_yscale("log")  # the terms differ by orders of magnitude
     return figure
