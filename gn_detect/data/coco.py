@@ -13,7 +13,6 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
@@ -272,35 +271,3 @@ class _AnnotationChecker:
 
 def _is_finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def resolve_classes(cfg: CfgNode, stated: int | None, summaries: dict[str, CocoSummary]) -> None:
-    """Set ``MODEL.ROI_HEADS.NUM_CLASSES`` to what the datasets declare.
-
-    Args:
-        cfg: changed in place.
-        stated: the number that the user's config states, if it does.
-        summaries: dataset name -> summary, for every COCO-format dataset of ``cfg``.
-
-    Raises:
-        DataError: the datasets differ in their categories, or the config states another number.
-    """
-    if not summaries:
-        return
-    (first, summary), *others = summaries.items()
-    for name, other in others:
-        if other.classes != summary.classes:
-            differ = sorted(dict(other.classes.items() ^ summary.classes.items()), key=str)
-            raise DataError(
-                f"the datasets {first} and {name} declare different categories (ids "
-                f"{', '.join(map(str, differ[:10]))}); ids and names must be the same in both"
-            )
-    count = len(summary.classes)
-    if stated is not None and stated != count:
-        raise DataError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {stated}, but the dataset {first} declares {count} "
-            f"categories; leave the key out, and it follows the data"
-        )
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    names = ", ".join(map(str, summary.classes.values()))
-    logger.info(f"MODEL.ROI_HEADS.NUM_CLASSES = {count}, from the dataset {first}: {names}")

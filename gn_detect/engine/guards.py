@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset, resolve_classes
+from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,7 @@ def prepare_run(
     _resolve_device(cfg, num_gpus)
     _check_weights(cfg, eval_only, resume)
     summaries = _check_datasets(cfg, eval_only)
-    resolve_classes(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES, summaries)
-    if cfg.MODEL.ROI_HEADS.NUM_CLASSES is None:
-        raise ConfigError(
-            "MODEL.ROI_HEADS.NUM_CLASSES: no dataset in COCO format declares it; set it"
-        )
+    _resolve_classes(cfg, summaries)
     if eval_only:
         return
     processes = max(num_gpus * num_machines, 1)
@@ -143,3 +139,30 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
             cfg.INPUT.MASK_FORMAT = "bitmask"
             logger.info(f"INPUT.MASK_FORMAT = bitmask: {name} has masks as RLE")
     return summaries
+
+
+def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:
+    stated = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if not summaries:
+        if stated is None:
+            raise ConfigError(
+                "MODEL.ROI_HEADS.NUM_CLASSES: no dataset in COCO format declares it; set it"
+            )
+        return
+    (first, summary), *others = summaries.items()
+    for name, other in others:
+        if other.classes != summary.classes:
+            differ = sorted(dict(other.classes.items() ^ summary.classes.items()), key=str)
+            raise DataError(
+                f"the datasets {first} and {name} declare different categories (ids "
+                f"{', '.join(map(str, differ[:10]))}); ids and names must be the same in both"
+            )
+    count = len(summary.classes)
+    if stated is not None and stated != count:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {stated}, but the dataset {first} declares {count} "
+            "categories; leave the key out, and it follows the data"
+        )
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    names = ", ".join(map(str, summary.classes.values()))
+    logger.info(f"MODEL.ROI_HEADS.NUM_CLASSES = {count}, from the dataset {first}: {names}")

@@ -7,13 +7,11 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import config
 
-from gn_detect.config import load_config
 from gn_detect.data.coco import (
     DataError,
     check_coco_dataset,
     check_coco_json,
     register_coco_json,
-    resolve_classes,
 )
 from gn_detect.data.loader import NamingDatasetMapper, build_test_loader
 
@@ -226,25 +224,3 @@ def test_image_of_another_size_than_declared_is_named(coco_files):
 def test_unregistered_dataset():
     with pytest.raises(DataError, match="'nothing', which is not registered.*--train-json"):
         check_coco_dataset("nothing", **ALL)
-
-
-def test_number_of_classes_follows_the_data(coco_files, caplog):
-    cfg = load_config()
-    with caplog.at_level(logging.INFO, "gn_detect"):
-        resolve_classes(cfg, None, {"own": check(coco_files)})
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
-    assert "NUM_CLASSES = 2, from the dataset own: dog, cat" in caplog.text
-
-
-def test_a_config_that_states_another_number(coco_files):
-    cfg = load_config("", ["MODEL.ROI_HEADS.NUM_CLASSES", "80"])
-    with pytest.raises(DataError, match="NUM_CLASSES is 80, but the dataset own declares 2"):
-        resolve_classes(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES, {"own": check(coco_files)})
-
-
-def test_datasets_of_different_categories(coco_files):
-    train = check(coco_files)
-    coco_files.content["categories"][0]["name"] = "tiger"
-    coco_files.write()
-    with pytest.raises(DataError, match=r"a and b declare different categories \(ids 7\)"):
-        resolve_classes(load_config(), None, {"a": train, "b": check(coco_files)})

@@ -1,3 +1,4 @@
+import json
 import logging
 
 import pytest
@@ -35,10 +36,22 @@ def test_without_cuda_the_cpu_is_used_and_said(own_data, caplog):
     assert "SOLVER.AMP.ENABLED = False" in caplog.text
 
 
-def test_classes_follow_the_data(own_data):
-    assert prepare([*own_data, *TINY]).MODEL.ROI_HEADS.NUM_CLASSES == 2
-    with pytest.raises(DataError, match="NUM_CLASSES is 80, but the dataset own declares 2"):
+def test_classes_follow_the_data(own_data, caplog):
+    with caplog.at_level(logging.INFO, "gn_detect"):
+        assert prepare([*own_data, *TINY]).MODEL.ROI_HEADS.NUM_CLASSES == 2
+    assert "NUM_CLASSES = 2, from the dataset own: dog, cat" in caplog.text
+    assert prepare([*own_data, "MODEL.ROI_HEADS.NUM_CLASSES", 2]).MODEL.ROI_HEADS.NUM_CLASSES == 2
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 80, but the dataset own declares 2"):
         prepare([*own_data, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 80])
+
+
+def test_datasets_of_different_categories(own_data, coco_files):
+    coco_files.content["categories"][0]["name"] = "tiger"
+    other = coco_files.json_file.with_name("other.json")
+    other.write_text(json.dumps(coco_files.content))
+    register_coco_json("other", str(other), str(coco_files.image_root))
+    with pytest.raises(DataError, match=r"own and other declare different categories \(ids 7\)"):
+        prepare([*own_data, *TINY, "DATASETS.TEST", ("other",)])
 
 
 def test_mask_format_follows_the_data(own_data, coco_files):
