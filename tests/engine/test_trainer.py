@@ -157,9 +157,9 @@ def test_an_evaluator_type_that_is_not_coco(train):
     from detectron2.data import MetadataCatalog
 
     trainer = train("run")
-    MetadataCatalog.get("other").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="dataset other has the evaluator type 'lvis'"):
-        Trainer.build_evaluator(trainer.cfg, "other")
+    MetadataCatalog.get("lvis_data").evaluator_type = "lvis"
+    with pytest.raises(ValueError, match="dataset lvis_data has the evaluator type 'lvis'"):
+        Trainer.build_evaluator(trainer.cfg, "lvis_data")
 
 
 def test_progress_bar_shows_iteration_losses_and_time(capsys):
