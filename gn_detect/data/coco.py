@@ -83,8 +83,8 @@ def check_coco_json(
 ) -> CocoSummary:
     """Look through a COCO JSON and the directory of its images, without opening an image.
 
-    Degenerate annotations (a box of zero area; polygons of fewer than 3 points), which the COCO
-    tools and Detectron2 drop, are counted in one warning.
+    Degenerate annotations (a box of zero area; polygons of fewer than 3 points), which Detectron2
+    drops from the training data, are counted in one warning.
 
     Args:
         json_file: annotations.

@@ -75,6 +75,18 @@ def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path)
     assert train("own", resume=True).start_iter == 3
 
 
+def test_fine_tuning_for_other_classes_keeps_all_but_the_predictors(train, tmp_path):
+    trainer = train("two")
+    trainer.checkpointer.save("two_classes")
+    path = str(tmp_path / "two" / "two_classes.pth")
+    options = ("MODEL.ROI_HEADS.NUM_CLASSES", 5, "MODEL.WEIGHTS", path, "SEED", 4)
+    old, new = weights(trainer), weights(train("five", *options))
+    other = {key for key in old if not torch.equal(old[key], new[key])}
+    assert old.keys() == new.keys()
+    assert other and all("predictor" in key for key in other)
+    assert new["roi_heads.box_predictor.cls_score.weight"].shape[0] == 6
+
+
 def test_evaluation_does_not_change_what_training_draws(train):
     trainer = train("evaluated")
     before = torch.get_rng_state()
