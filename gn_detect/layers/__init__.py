@@ -1,3 +1,4 @@
 from .group_norm import GroupNorm
+from .weight_std import WSConv2d, standardize_weight
 
-__all__ = ["GroupNorm"]
+__all__ = ["GroupNorm", "WSConv2d", "standardize_weight"]
