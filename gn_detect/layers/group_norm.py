@@ -33,9 +33,13 @@ class GroupNorm(nn.GroupNorm):
         dtype=None,
     ):
         if num_groups < 1 or num_channels % num_groups:
-            divisors = [g for g in range(1, num_channels + 1) if num_channels % g == 0]
             raise ValueError(
                 f"{num_channels} channels cannot be divided into {num_groups} groups; "
-                f"numbers of groups that work: {', '.join(map(str, divisors))}"
+                f"numbers of groups that work: {', '.join(map(str, divisors(num_channels)))}"
             )
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+
+
+def divisors(num_channels: int) -> list[int]:
+    """The numbers of groups, or of channels per group, that ``num_channels`` can have."""
+    return [d for d in range(1, num_channels + 1) if num_channels % d == 0]

@@ -1,13 +1,24 @@
 from .box_head import GNFastRCNNConvFCHead
-from .fpn import build_gn_resnet_fpn_backbone
+from .fpn import build_gn_resnet_fpn_backbone, build_gn_retinanet_resnet_fpn_backbone
+from .keypoint_head import GNKRCNNConvDeconvUpsampleHead
 from .mask_head import GNMaskRCNNConvUpsampleHead
-from .norm import GroupNormFactory
+from .meta_arch import GNRetinaNet, GNSemSegFPNHead
+from .norm import GroupNormFactory, finish_norms
 from .resnet import build_gn_resnet_backbone
+from .roi_heads import GNRes5ROIHeads
+from .rpn_head import GNRPNHead
 
 __all__ = [
     "GNFastRCNNConvFCHead",
+    "GNKRCNNConvDeconvUpsampleHead",
     "GNMaskRCNNConvUpsampleHead",
+    "GNRPNHead",
+    "GNRes5ROIHeads",
+    "GNRetinaNet",
+    "GNSemSegFPNHead",
     "GroupNormFactory",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
+    "build_gn_retinanet_resnet_fpn_backbone",
+    "finish_norms",
 ]

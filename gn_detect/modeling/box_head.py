@@ -1,4 +1,4 @@
-"""Box head of Faster R-CNN with Group Normalization."""
+"""Box head of Faster R-CNN with any norm."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 
-from .norm import GroupNormFactory
+from gn_detect.config import ConfigError
+
+from .norm import (
+    GroupNormFactory,
+    finish_norms,
+    insert_after,
+    norm_from_config,
+    weight_standardization_from_config,
+)
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
-    """Convolutions with GN and ReLU, then fully connected layers with ReLU, on each RoI.
+    """Convolutions with norm and ReLU, then fully connected layers with ReLU, on each RoI.
 
     With four convolutions of 256 channels and one layer of 1024 it is the ``4conv1fc`` head of the
     GN paper (table 5; Detectron ``add_roi_Xconv1fc_gn_head``). The fully connected layers have no
-    norm there, nor here. Output: (R, fc_dims[-1]) from (R, C, H, W).
+    norm there; ``fc_norm`` gives them one, as ``make_fc(use_gn=True)`` of maskrcnn-benchmark does.
+    Output: (R, fc_dims[-1]) from (R, C, H, W).
 
     Args:
         input_shape: channels, height and width of the pooled RoI features.
         conv_dims: output channels of the 3x3 convolutions.
         fc_dims: output sizes of the fully connected layers.
-        conv_norm: ``channels -> nn.Module``; by default 32 groups, eps 1e-5.
+        conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
+        fc_norm: ``channels -> nn.Module`` on (R, C), or "".
+        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
 
     Raises:
         ConfigError: the groups do not divide a layer's channels.
@@ -34,14 +45,29 @@ class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
         *,
         conv_dims: list[int],
         fc_dims: list[int],
-        conv_norm: GroupNormFactory | None = None,
+        conv_norm: GroupNormFactory | str | None = None,
+        fc_norm: GroupNormFactory | str = "",
+        weight_standardization: str = "",
     ):
-        conv_norm = conv_norm or GroupNormFactory()
+        conv_norm = GroupNormFactory() if conv_norm is None else conv_norm
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=conv_norm)
-        GroupNormFactory.check(self, "roi_heads.box_head")
+        if fc_norm:
+            for k, fc in enumerate(self.fcs, start=1):
+                fc.bias = None
+                insert_after(self, f"fc{k}", f"fc_norm{k}", fc_norm(fc.out_features))
+        finish_norms(self, "roi_heads.box_head", weight_standardization)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        args = super().from_config(cfg, input_shape)
-        args["conv_norm"] = GroupNormFactory.from_config(cfg, "MODEL.ROI_BOX_HEAD.NORM")
-        return args
+        fc_norm = norm_from_config(cfg, "MODEL.ROI_BOX_HEAD.FC_NORM")
+        if fc_norm and isinstance(fc_norm, str):
+            raise ConfigError(
+                f"MODEL.ROI_BOX_HEAD.FC_NORM is {fc_norm!r}, which normalizes maps; set it to "
+                "'GN', 'LN' or ''"
+            )
+        return {
+            **super().from_config(cfg, input_shape),
+            "conv_norm": norm_from_config(cfg, "MODEL.ROI_BOX_HEAD.NORM"),
+            "fc_norm": fc_norm,
+            "weight_standardization": weight_standardization_from_config(cfg),
+        }

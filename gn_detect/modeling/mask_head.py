@@ -1,27 +1,35 @@
-"""Mask head of Mask R-CNN with Group Normalization."""
+"""Mask head of Mask R-CNN with any norm."""
 
 from __future__ import annotations
 
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
 
-from .norm import GroupNormFactory
+from .norm import (
+    GroupNormFactory,
+    finish_norms,
+    insert_after,
+    norm_from_config,
+    weight_standardization_from_config,
+)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
-    """Convolutions with GN and ReLU, then a deconvolution and the predictor, on each RoI.
+    """Convolutions with norm and ReLU, then a deconvolution and the predictor, on each RoI.
 
     With four convolutions of 256 channels it is the mask head of the GN paper (Detectron
-    ``mask_rcnn_fcn_head_v1up4convs_gn``). The deconvolution has no norm there, nor here. Mask
-    logits: (R, num_classes, 2H, 2W) from (R, C, H, W).
+    ``mask_rcnn_fcn_head_v1up4convs_gn``). The deconvolution has no norm there; ``deconv_norm``
+    gives it one. Mask logits: (R, num_classes, 2H, 2W) from (R, C, H, W).
 
     Args:
         input_shape: channels of the pooled RoI features.
         num_classes: foreground classes, or 1 for class-agnostic masks.
         conv_dims: output channels of the 3x3 convolutions and, last, of the deconvolution.
-        conv_norm: ``channels -> nn.Module``; by default 32 groups, eps 1e-5.
+        conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
+        deconv_norm: as ``get_norm`` takes it; by default none.
+        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
         **kwargs: of ``BaseMaskRCNNHead`` (``loss_weight``, ``vis_period``).
 
     Raises:
@@ -35,20 +43,29 @@ class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         *,
         num_classes: int,
         conv_dims: list[int],
-        conv_norm: GroupNormFactory | None = None,
+        conv_norm: GroupNormFactory | str | None = None,
+        deconv_norm: GroupNormFactory | str = "",
+        weight_standardization: str = "",
         **kwargs,
     ):
         super().__init__(
             input_shape,
             num_classes=num_classes,
             conv_dims=conv_dims,
-            conv_norm=conv_norm or GroupNormFactory(),
+            conv_norm=GroupNormFactory() if conv_norm is None else conv_norm,
             **kwargs,
         )
-        GroupNormFactory.check(self, "roi_heads.mask_head")
+        if deconv_norm:
+            self.deconv.bias = None
+            norm = get_norm(deconv_norm, self.deconv.out_channels)
+            insert_after(self, "deconv", "deconv_norm", norm)
+        finish_norms(self, "roi_heads.mask_head", weight_standardization)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        args = super().from_config(cfg, input_shape)
-        args["conv_norm"] = GroupNormFactory.from_config(cfg, "MODEL.ROI_MASK_HEAD.NORM")
-        return args
+        return {
+            **super().from_config(cfg, input_shape),
+            "conv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.NORM"),
+            "deconv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.DECONV_NORM"),
+            "weight_standardization": weight_standardization_from_config(cfg),
+        }

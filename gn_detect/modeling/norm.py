@@ -3,66 +3,80 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import operator
+from collections.abc import Iterator
 
 from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
 from gn_detect.config import ConfigError
-from gn_detect.layers import GroupNorm
+from gn_detect.layers import GroupNorm, WSConv2d
+from gn_detect.layers.group_norm import divisors
+from gn_detect.layers.weight_std import VARIANTS
+
+logger = logging.getLogger(__name__)
+
+# What Detectron2's ``get_norm`` builds; passed on as it is. Its "GN" and "LN" are not among them:
+# GN has 32 groups and eps 1e-5 there, and LN normalizes each position alone (as in ConvNeXt).
+_DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 class GroupNormFactory:
     """A callable ``channels -> GroupNorm``, as Detectron2 takes for every ``norm`` argument.
 
     Detectron2 calls it deep inside its blocks, where the name of the layer is not known yet. So a
-    layer that cannot be built is remembered, and :meth:`check` names all of them at once.
+    layer that cannot be built is remembered, and :func:`finish_norms` names all of them at once.
 
     Args:
-        num_groups: groups of every layer.
+        num_groups: groups of every layer; 0 where ``channels_per_group`` is given.
         eps: added to the variance of every layer.
+        channels_per_group: channels of every group, in place of ``num_groups``.
+        nearest_divisor: where these do not divide the channels of a layer, take the nearest number
+            that does (the smaller of two), instead of refusing.
+
+    Raises:
+        ValueError: both or neither of ``num_groups`` and ``channels_per_group`` are given.
     """
 
-    def __init__(self, num_groups: int = 32, eps: float = 1e-5):
+    def __init__(
+        self,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        *,
+        channels_per_group: int = 0,
+        nearest_divisor: bool = False,
+    ):
+        if (num_groups > 0) == (channels_per_group > 0):
+            raise ValueError(
+                f"num_groups is {num_groups} and channels_per_group is {channels_per_group}: "
+                "exactly one of them must be positive, and the other 0"
+            )
         self.num_groups = num_groups
         self.eps = eps
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, key: str) -> GroupNormFactory:
-        """Read ``MODEL.GN`` for the component whose norm is chosen by the config key ``key``.
-
-        Raises:
-            ConfigError: ``key`` (such as ``MODEL.FPN.NORM``) asks for something other than GN.
-        """
-        node, name = _find(cfg, key)
-        if node[name] != "GN":
-            raise ConfigError(
-                f"{key} is {node[name]!r}, but this component builds GroupNorm: set it to 'GN', or "
-                "use Detectron2's own component (of the same name without 'gn_' or 'GN')"
-            )
-        return cls(cfg.MODEL.GN.NUM_GROUPS, cfg.MODEL.GN.EPS)
+        self.channels_per_group = channels_per_group
+        self.nearest_divisor = nearest_divisor
 
     def __call__(self, channels: int) -> nn.Module:
-        try:
-            return GroupNorm(self.num_groups, channels, self.eps)
-        except ValueError as error:
-            return _Unbuilt(str(error))
-
-    @staticmethod
-    def check(module: nn.Module, name: str) -> None:
-        """Refuse ``module``, called ``name`` in the model, if one of its norms could not be built.
-
-        Raises:
-            ConfigError: names each such layer, its channels, the groups, and values that work.
-        """
-        unbuilt = {n: m.reason for n, m in module.named_modules() if isinstance(m, _Unbuilt)}
-        if unbuilt:
-            layers = "; ".join(f"{name}.{n}: {reason}" for n, reason in unbuilt.items())
-            raise ConfigError(f"MODEL.GN.NUM_GROUPS does not fit: {layers}")
+        asked = number = self.num_groups or self.channels_per_group
+        what = "groups" if self.num_groups else "channels per group"
+        if channels % asked:
+            if not self.nearest_divisor:
+                return _Unbuilt(
+                    f"{channels} channels cannot be divided into {asked} {what}; "
+                    f"numbers that work: {', '.join(map(str, divisors(channels)))}"
+                )
+            number = min(divisors(channels), key=lambda d: abs(d - asked))
+        layer = GroupNorm(number if self.num_groups else channels // number, channels, self.eps)
+        if number != asked:
+            layer.adapted = f"{number} {what} instead of {asked}, for {channels} channels"
+        return layer
 
 
 class _Unbuilt(nn.Module):
-    """In the place of a GroupNorm whose channels the groups do not divide, until ``check``."""
+    """In the place of a GroupNorm whose channels the groups do not divide."""
 
     def __init__(self, reason: str):
         super().__init__()
@@ -72,17 +86,128 @@ class _Unbuilt(nn.Module):
         raise ValueError(self.reason)
 
 
-def with_gn_norms(cfg: CfgNode, *keys: str) -> CfgNode:
-    """Return a copy of ``cfg`` in which the norm keys ``keys`` hold a factory, not a string.
+def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
+    """What the config key ``key`` (such as ``MODEL.FPN.NORM``) asks for, as ``get_norm`` takes it.
 
-    Detectron2's builders pass the value on to ``get_norm``, which takes either. A CfgNode refuses
-    a callable as an attribute, not as an item.
+    ``GN`` follows ``MODEL.GN``; ``LN`` is GN with one group and ``IN`` with one channel per group
+    (GN paper, section 3.1); the others are Detectron2's: BN, SyncBN, FrozenBN, "".
+
+    Raises:
+        ConfigError: the value is unknown, or the groups of ``MODEL.GN`` are not stated once.
+    """
+    node, name = _find(cfg, key)
+    norm, gn = node[name], cfg.MODEL.GN
+    if norm == "LN":
+        return GroupNormFactory(1, gn.EPS)
+    if norm == "IN":
+        return GroupNormFactory(0, gn.EPS, channels_per_group=1)
+    if norm == "GN":
+        if (gn.NUM_GROUPS > 0) == (gn.CHANNELS_PER_GROUP > 0):
+            raise ConfigError(
+                f"MODEL.GN.NUM_GROUPS is {gn.NUM_GROUPS} and MODEL.GN.CHANNELS_PER_GROUP is "
+                f"{gn.CHANNELS_PER_GROUP}: exactly one of them states the groups; set the other "
+                "to 0"
+            )
+        return GroupNormFactory(
+            gn.NUM_GROUPS,
+            gn.EPS,
+            channels_per_group=gn.CHANNELS_PER_GROUP,
+            nearest_divisor=gn.NEAREST_DIVISOR,
+        )
+    if norm in _DETECTRON2_NORMS:
+        return norm
+    known = ", ".join(map(repr, ("GN", "LN", "IN", *_DETECTRON2_NORMS)))
+    raise ConfigError(f"{key} is {norm!r}; known: {known}")
+
+
+def with_norms(cfg: CfgNode, *keys: str) -> CfgNode:
+    """Return a copy of ``cfg`` in which the norm keys ``keys`` hold what Detectron2 can build.
+
+    Detectron2's builders pass the value on to ``get_norm``, which takes a string or a callable. A
+    CfgNode refuses a callable as an attribute, not as an item.
     """
     copy = cfg.clone()
     for key in keys:
         node, name = _find(copy, key)
-        node[name] = GroupNormFactory.from_config(cfg, key)
+        node[name] = norm_from_config(cfg, key)
     return copy
+
+
+def weight_standardization_from_config(cfg: CfgNode) -> str:
+    """The variant of ``layers.standardize_weight`` that ``MODEL.GN.WEIGHT_STANDARDIZATION`` asks
+    for, or "" for none.
+
+    Raises:
+        ConfigError: the value is unknown.
+    """
+    value = cfg.MODEL.GN.WEIGHT_STANDARDIZATION
+    if value == "auto":
+        grouped = cfg.MODEL.RESNETS.NUM_GROUPS > 1 and cfg.MODEL.RESNETS.NORM == "GN"
+        return "authors" if grouped else ""
+    if value and value not in VARIANTS:
+        known = ", ".join(map(repr, ("auto", "", *VARIANTS)))
+        raise ConfigError(f"MODEL.GN.WEIGHT_STANDARDIZATION is {value!r}; known: {known}")
+    return value
+
+
+def finish_norms(module: nn.Module, name: str, weight_standardization: str = "") -> None:
+    """Complete a component, in place, whose norms came from a :class:`GroupNormFactory`.
+
+    Logs each layer that got other groups than asked for, and standardizes the weights of the
+    convolutions that a GroupNorm follows.
+
+    Args:
+        module: the component.
+        name: its name in the model.
+        weight_standardization: a variant of ``layers.standardize_weight``, or "" for none.
+
+    Raises:
+        ConfigError: a norm could not be built; names each such layer, its channels, the groups,
+            and values that work.
+    """
+    unbuilt = {n: m.reason for n, m in module.named_modules() if isinstance(m, _Unbuilt)}
+    if unbuilt:
+        layers = "; ".join(f"{name}.{n}: {reason}" for n, reason in unbuilt.items())
+        raise ConfigError(
+            f"MODEL.GN.NUM_GROUPS (or CHANNELS_PER_GROUP) does not fit: {layers}. "
+            "MODEL.GN.NEAREST_DIVISOR True takes the nearest number in each of these layers"
+        )
+    for child_name, child in module.named_modules():
+        if hasattr(child, "adapted"):
+            logger.info(f"{name}.{child_name}: {child.adapted}")
+            del child.adapted
+    if weight_standardization:
+        for conv in list(_convs_before_group_norm(module)):
+            WSConv2d.convert_(conv, weight_standardization)
+
+
+def _convs_before_group_norm(module: nn.Module) -> Iterator[nn.Conv2d]:
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d) and isinstance(getattr(child, "norm", None), GroupNorm):
+            yield child
+        elif isinstance(child, nn.Sequential):
+            for conv, norm in itertools.pairwise(child):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, GroupNorm):
+                    yield conv
+
+
+def add_norm(conv: Conv2d, norm: GroupNormFactory | str) -> None:
+    """Put a norm behind a convolution that Detectron2 built without one, and drop its bias, as
+    Detectron2 does wherever it knows of the norm. ``norm`` is as ``get_norm`` takes it."""
+    layer = get_norm(norm, conv.out_channels)
+    if layer is not None:
+        conv.norm, conv.bias = layer, None
+
+
+def insert_after(sequential: nn.Sequential, name: str, new_name: str, new: nn.Module) -> None:
+    """Add ``new`` to ``sequential`` under ``new_name``, right behind its child ``name``."""
+    children = list(sequential.named_children())
+    for child_name, _ in children:
+        delattr(sequential, child_name)
+    for child_name, child in children:
+        sequential.add_module(child_name, child)
+        if child_name == name:
+            sequential.add_module(new_name, new)
 
 
 def _find(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:

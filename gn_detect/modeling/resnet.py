@@ -1,25 +1,54 @@
-"""ResNet (He et al., CVPR 2016) with Group Normalization: R18, R34, R50, R101, R152."""
+"""ResNet (He et al., CVPR 2016) and ResNeXt (Xie et al., CVPR 2017) with any norm."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ResNet, build_resnet_backbone
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from torch import nn
 
-from .norm import GroupNormFactory, with_gn_norms
+from gn_detect.config import ConfigError
+
+from .norm import finish_norms, weight_standardization_from_config, with_norms
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ``build_resnet_backbone`` with our GN in stem, blocks and shortcuts.
+    """Detectron2's ``build_resnet_backbone`` with our norms in stem, blocks and shortcuts.
 
-    Same keys and shapes as with ``MODEL.RESNETS.NORM: "GN"`` there; groups and eps come from
-    ``MODEL.GN``.
+    Same keys and shapes as with ``MODEL.RESNETS.NORM: "GN"`` there; groups, eps, Weight
+    Standardization and the initial gamma of each block come from ``MODEL.GN``.
 
     Raises:
-        ConfigError: ``MODEL.RESNETS.NORM`` is not GN, or the groups do not divide a layer's
+        ConfigError: ``MODEL.RESNETS.NORM`` is unknown, or the groups do not divide a layer's
             channels.
     """
-    backbone = build_resnet_backbone(with_gn_norms(cfg, "MODEL.RESNETS.NORM"), input_shape)
-    GroupNormFactory.check(backbone, "backbone")
+    backbone = build_resnet_backbone(with_norms(cfg, "MODEL.RESNETS.NORM"), input_shape)
+    finish_resnet(backbone, "backbone", cfg)
     return backbone
+
+
+def finish_resnet(module: nn.Module, name: str, cfg: CfgNode) -> None:
+    """Complete, in place, a module of residual blocks built with ``with_norms``.
+
+    Args:
+        module: a ResNet, or a stage of one.
+        name: its name in the model.
+
+    Raises:
+        ConfigError: the groups do not divide a layer's channels, or ``ZERO_INIT_RESIDUAL`` finds
+            a norm without gamma.
+    """
+    finish_norms(module, name, weight_standardization_from_config(cfg))
+    if not cfg.MODEL.GN.ZERO_INIT_RESIDUAL:
+        return
+    for block in module.modules():
+        if isinstance(block, (BottleneckBlock, BasicBlock)):
+            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
+            if not isinstance(getattr(last.norm, "weight", None), nn.Parameter):
+                raise ConfigError(
+                    "MODEL.GN.ZERO_INIT_RESIDUAL is True, but MODEL.RESNETS.NORM is "
+                    f"{cfg.MODEL.RESNETS.NORM!r}, which has no gamma to train; set it to False"
+                )
+            nn.init.zeros_(last.norm.weight)

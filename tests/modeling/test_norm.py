@@ -1,35 +1,199 @@
 import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from helpers import config
 from torch import nn
 
 from gn_detect.config import ConfigError
-from gn_detect.layers import GroupNorm
-from gn_detect.modeling import GroupNormFactory
+from gn_detect.layers import GroupNorm, WSConv2d
+from gn_detect.modeling import GroupNormFactory, finish_norms
+from gn_detect.modeling.norm import norm_from_config, weight_standardization_from_config
+
+R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
+R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+KEY = "MODEL.FPN.NORM"
 
 
-def test_reads_the_config():
-    cfg = config(
-        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml",
-        *("MODEL.GN.NUM_GROUPS", 16, "MODEL.GN.EPS", 1e-3),
-    )
-    layer = GroupNormFactory.from_config(cfg, "MODEL.FPN.NORM")(48)
+def norms_of(model, *prefixes):
+    return {
+        type(m)
+        for name, m in model.named_modules()
+        if name.startswith(prefixes) and hasattr(m, "weight") and not hasattr(m, "kernel_size")
+    }
+
+
+def test_gn_follows_the_config():
+    cfg = config(R50, "MODEL.GN.NUM_GROUPS", 16, "MODEL.GN.EPS", 1e-3)
+    layer = norm_from_config(cfg, KEY)(48)
     assert isinstance(layer, GroupNorm)
     assert (layer.num_groups, layer.num_channels, layer.eps) == (16, 48, 1e-3)
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN", ""])
-def test_another_norm_is_refused_by_key(norm):
-    cfg = config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", "MODEL.FPN.NORM", norm)
-    with pytest.raises(ConfigError, match=f"MODEL.FPN.NORM is '{norm}'"):
-        GroupNormFactory.from_config(cfg, "MODEL.FPN.NORM")
+@pytest.mark.parametrize("norm, num_groups", [("LN", 1), ("IN", 48)])
+def test_ln_and_in_are_group_norms(norm, num_groups):
+    """Against the definitions: mean and variance over (C, H, W), and over (H, W)."""
+    layer = norm_from_config(config(R50, KEY, norm), KEY)(48)
+    assert isinstance(layer, GroupNorm) and layer.num_groups == num_groups
+    x = torch.randn(2, 48, 5, 7, dtype=torch.float64)
+    dims = (1, 2, 3) if norm == "LN" else (2, 3)
+    var, mean = torch.var_mean(x, dims, keepdim=True, correction=0)
+    torch.testing.assert_close(layer.double()(x), (x - mean) / (var + 1e-5).sqrt())
 
 
-def test_check_names_every_layer_that_could_not_be_built():
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN", ""])
+def test_norms_of_detectron2_pass_through(norm):
+    assert norm_from_config(config(R50, KEY, norm), KEY) == norm
+
+
+def test_an_unknown_norm_is_named_by_key():
+    with pytest.raises(ConfigError, match="MODEL.FPN.NORM is 'gn'; known: 'GN', 'LN', 'IN', ''"):
+        norm_from_config(config(R50, KEY, "gn"), KEY)
+
+
+def test_channels_per_group():
+    cfg = config(R50, "MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 16)
+    factory = norm_from_config(cfg, KEY)
+    assert [factory(c).num_groups for c in (16, 64, 256)] == [1, 4, 16]
+
+
+@pytest.mark.parametrize("groups, channels", [(32, 16), (0, 0), (-1, 0)])
+def test_groups_are_stated_exactly_once(groups, channels):
+    opts = ["MODEL.GN.NUM_GROUPS", groups, "MODEL.GN.CHANNELS_PER_GROUP", channels]
+    with pytest.raises(ConfigError, match=f"NUM_GROUPS is {groups} and .*PER_GROUP is {channels}"):
+        norm_from_config(config(R50, *opts), KEY)
+    with pytest.raises(ValueError, match="exactly one"):
+        GroupNormFactory(groups, channels_per_group=channels)
+
+
+def test_layers_that_could_not_be_built_are_all_named():
     factory = GroupNormFactory(num_groups=32)
     module = nn.ModuleDict({"a": factory(64), "b": factory(48), "c": nn.Sequential(factory(80))})
     with pytest.raises(ConfigError) as error:
-        GroupNormFactory.check(module, "backbone")
+        finish_norms(module, "backbone")
     message = str(error.value)
     assert "backbone.b: 48 channels cannot be divided into 32 groups" in message
     assert "backbone.c.0: 80 channels" in message
     assert "backbone.a" not in message
+
+
+def test_nearest_divisor_is_logged_per_layer(caplog):
+    factory = GroupNormFactory(32, nearest_divisor=True)
+    module = nn.ModuleDict({"a": factory(64), "b": factory(48), "c": factory(80)})
+    with caplog.at_level("INFO"):
+        finish_norms(module, "backbone")
+    assert [m.num_groups for m in module.values()] == [
+        32,
+        24,
+        40,
+    ]  # 24 | 48; 40 | 80, 20 is farther
+    assert caplog.messages == [
+        "backbone.b: 24 groups instead of 32, for 48 channels",
+        "backbone.c: 40 groups instead of 32, for 80 channels",
+    ]
+    per_group = GroupNormFactory(0, channels_per_group=32, nearest_divisor=True)
+    assert per_group(48).num_groups == 2  # 24 channels each
+
+
+def test_every_component_honours_its_key():
+    cfg = config(
+        R18,
+        *("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "LN", "MODEL.RPN.NORM", "IN"),
+        *("MODEL.ROI_BOX_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_NORM", "LN"),
+        *("MODEL.ROI_MASK_HEAD.NORM", "FrozenBN", "MODEL.ROI_MASK_HEAD.DECONV_NORM", "GN"),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 3),
+    )
+    model = build_model(cfg)
+    assert norms_of(model, "backbone.bottom_up") == {nn.BatchNorm2d}
+    assert model.backbone.fpn_lateral2.norm.num_groups == 1
+    assert model.proposal_generator.rpn_head.conv.norm.num_groups == 64
+    assert model.roi_heads.box_head.conv1.norm is None
+    assert model.roi_heads.box_head.conv1.bias is not None
+    assert list(dict(model.roi_heads.box_head.named_children()))[-3:] == [
+        *("fc1", "fc_norm1", "fc_relu1")
+    ]
+    assert isinstance(model.roi_heads.mask_head.mask_fcn1.norm, FrozenBatchNorm2d)
+    assert list(dict(model.roi_heads.mask_head.named_children()))[-4:] == [
+        *("deconv", "deconv_norm", "deconv_relu", "predictor")
+    ]
+    for layer in (
+        model.proposal_generator.rpn_head.conv,
+        model.roi_heads.box_head.fc1,
+        model.roi_heads.mask_head.deconv,
+    ):
+        assert layer.bias is None  # the norm's beta takes its place
+
+
+def test_a_norm_of_maps_is_refused_for_fully_connected_layers():
+    with pytest.raises(ConfigError, match="FC_NORM is 'BN'"):
+        build_model(config(R18, "MODEL.ROI_BOX_HEAD.FC_NORM", "BN"))
+
+
+@pytest.mark.parametrize("norm", ["GN", "BN"])
+def test_zero_init_residual(norm):
+    model = build_model(
+        config(R18, "MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", norm)
+    )
+    zero = {
+        name for name, p in model.named_parameters() if name.endswith("norm.weight") and not p.any()
+    }
+    blocks = [(stage, block) for stage in (2, 3, 4, 5) for block in (0, 1)]
+    assert zero == {f"backbone.bottom_up.res{s}.{b}.conv2.norm.weight" for s, b in blocks}
+    # Each block is then the identity, or its shortcut, before the ReLU.
+    block = model.backbone.bottom_up.res2[0].eval()
+    x = torch.rand(1, 64, 8, 8)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_zero_init_residual_needs_a_gamma():
+    opts = ["MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", "FrozenBN"]
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is 'FrozenBN', which has no gamma"):
+        build_model(config(R18, *opts))
+
+
+@pytest.mark.parametrize("variant", ["authors", "timm"])
+def test_weight_standardization_of_every_convolution_before_a_gn(variant):
+    opts = ["MODEL.GN.WEIGHT_STANDARDIZATION", variant, "MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    plain, model = build_model(config(R18)), build_model(config(R18, *opts))
+    before_gn = {
+        n for n, m in plain.named_modules() if isinstance(getattr(m, "norm", None), GroupNorm)
+    }
+    standardized = {n: m for n, m in model.named_modules() if isinstance(m, WSConv2d)}
+    assert set(standardized) == before_gn and len(before_gn) == 36
+    assert {m.variant for m in standardized.values()} == {variant}
+    # Detectron2's FPN calls its convolutions through lists beside its attributes.
+    assert all(isinstance(m, WSConv2d) for m in model.backbone.lateral_convs)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "groups, norm, value, variant",
+    [
+        (1, "GN", "auto", ""),
+        (32, "GN", "auto", "authors"),
+        (32, "FrozenBN", "auto", ""),
+        (32, "GN", "", ""),
+        (1, "GN", "timm", "timm"),
+    ],
+)
+def test_weight_standardization_is_on_for_resnext_with_gn(groups, norm, value, variant):
+    cfg = config(
+        R50,
+        *("MODEL.RESNETS.NUM_GROUPS", groups, "MODEL.RESNETS.NORM", norm),
+        *("MODEL.GN.WEIGHT_STANDARDIZATION", value),
+    )
+    assert weight_standardization_from_config(cfg) == variant
+
+
+def test_unknown_weight_standardization():
+    with pytest.raises(ConfigError, match="WEIGHT_STANDARDIZATION is 'yes'; known: 'auto', ''"):
+        weight_standardization_from_config(config(R50, "MODEL.GN.WEIGHT_STANDARDIZATION", "yes"))
+
+
+def test_weight_standardization_skips_convolutions_without_gn():
+    module = nn.Sequential(Conv2d(4, 4, 3, norm=nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 3))
+    finish_norms(module, "m", "authors")
+    assert not any(isinstance(m, WSConv2d) for m in module)
+    followed = nn.Sequential(nn.Conv2d(4, 4, 3), GroupNorm(2, 4))  # as in RetinaNet's head
+    finish_norms(followed, "m", "authors")
+    assert isinstance(followed[0], WSConv2d)

@@ -24,6 +24,7 @@ def detectron2_config(ours):
     cfg.MODEL.PIXEL_STD = ours.MODEL.PIXEL_STD
     cfg.MODEL.BACKBONE.FREEZE_AT = ours.MODEL.BACKBONE.FREEZE_AT
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RPN.HEAD_NAME = "StandardRPNHead"
     cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
     cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     return cfg

@@ -1,0 +1,53 @@
+"""RetinaNet (Lin et al., ICCV 2017) and the semantic head of Panoptic FPN (Kirillov et al., CVPR
+2019) with any norm."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, RetinaNet
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+
+from .norm import finish_norms, weight_standardization_from_config, with_norms
+
+
+@META_ARCH_REGISTRY.register()
+class GNRetinaNet(RetinaNet):
+    """Detectron2's RetinaNet with our norms in its head, which all levels share.
+
+    Raises:
+        ConfigError: ``MODEL.RETINANET.NORM`` is unknown, or the groups do not divide a layer's
+            channels.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        args = super().from_config(with_norms(cfg, "MODEL.RETINANET.NORM"))
+        finish_norms(args["head"], "head", weight_standardization_from_config(cfg))
+        return args
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class GNSemSegFPNHead(SemSegFPNHead):
+    """Detectron2's head with our norms (GN in the paper, section 4.1).
+
+    Args:
+        *args, **kwargs: of ``SemSegFPNHead``.
+        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
+
+    Raises:
+        ConfigError: ``MODEL.SEM_SEG_HEAD.NORM`` is unknown, or the groups do not divide a layer's
+            channels.
+    """
+
+    @configurable
+    def __init__(self, *args, weight_standardization: str = "", **kwargs):
+        super().__init__(*args, **kwargs)
+        finish_norms(self, "sem_seg_head", weight_standardization)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
+        return {
+            **super().from_config(with_norms(cfg, "MODEL.SEM_SEG_HEAD.NORM"), input_shape),
+            "weight_standardization": weight_standardization_from_config(cfg),
+        }
