@@ -86,7 +86,7 @@ def test_nearest_divisor_is_logged_per_layer(caplog):
         32,
         24,
         40,
-    ]  # 24 | 48; 40 | 80, 20 is farther
+    ]  # 80: 40 is nearer than 20
     assert caplog.messages == [
         "backbone.b: 24 groups instead of 32, for 48 channels",
         "backbone.c: 40 groups instead of 32, for 80 channels",
