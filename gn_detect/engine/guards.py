@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
+from gn_detect.solver import resolve_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ def prepare_run(
     """Complete ``cfg`` in place for this machine and its datasets, and check it.
 
     Sets ``MODEL.DEVICE`` (and AMP) where there is no CUDA, ``MODEL.ROI_HEADS.NUM_CLASSES`` and
-    ``INPUT.MASK_FORMAT`` from the data, and logs each with the reason. Looks through the
-    annotations of the COCO-format datasets.
+    ``INPUT.MASK_FORMAT`` from the data, and the schedule from ``SOLVER.IMS_PER_GPU``
+    (``solver/schedule.py``), and logs each with the reason. Looks through the annotations of the
+    COCO-format datasets.
 
     Args:
         cfg: of :func:`gn_detect.config.load_config`.
@@ -62,12 +64,7 @@ def prepare_run(
     _resolve_classes(cfg, summaries)
     if eval_only:
         return
-    processes = max(num_gpus * num_machines, 1)
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, the images of one step over all "
-            f"processes; it must be a multiple of their number, {processes}"
-        )
+    resolve_schedule(cfg, processes=max(num_gpus * num_machines, 1))
 
 
 def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:

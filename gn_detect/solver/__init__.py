@@ -1,0 +1,3 @@
+from .schedule import resolve_schedule
+
+__all__ = ["resolve_schedule"]
