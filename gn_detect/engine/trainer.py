@@ -34,8 +34,8 @@ from gn_detect.data.loader import (
     build_train_loader,
 )
 
-from .guards import sentence
 from .hooks import FiniteLossCheck, ProgressBar
+from .prepare import sentence
 
 logger = logging.getLogger(__name__)
 

@@ -1,127 +1,134 @@
-import json
+"""Each guard, through a run that it is for; and each switch that lets the run pass."""
+
 import logging
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import CocoFiles, config
 
-from gn_detect.config import ConfigError, load_config
-from gn_detect.data.coco import DataError, register_coco_json
-from gn_detect.engine import prepare_run, sentence
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import prepare_run
 
-
-@pytest.fixture
-def own_data(coco_files):
-    """Options of a run on ``coco_files``."""
-    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
-    output = str(coco_files.json_file.parent / "output")
-    return ["DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",), "OUTPUT_DIR", output]
+R18 = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
+R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
+SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_3x.yaml"
+R50_GN = ["MODEL.WEIGHTS", "catalog://ImageNetPretrained/FAIR/R-50-GN"]
 
 
-def prepare(opts, **kwargs):
-    cfg = load_config("", opts)
-    prepare_run(cfg, **kwargs)
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory):
+    files = CocoFiles(tmp_path_factory.mktemp("guards") / "data")
+    register_coco_json("guarded", str(files.json_file), str(files.image_root))
+
+
+def prepare(name, *opts, num_gpus=1):
+    data = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "DATASETS.TRAIN", ("guarded",), "DATASETS.TEST", ()]
+    cfg = config(name, *data, *opts)
+    prepare_run(cfg, num_gpus=num_gpus)
     return cfg
 
 
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+REFUSED = [
+    (
+        "SCRATCH_FREEZE_AT",
+        (SCRATCH, "MODEL.BACKBONE.FREEZE_AT", 2),
+        r"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is 2: .*3\.3 box AP",
+    ),
+    (
+        "SCRATCH_FROZEN_BN",
+        (SCRATCH, "MODEL.RESNETS.NORM", "FrozenBN"),
+        "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN",
+    ),
+    (
+        "SCRATCH_FROZEN_BN",
+        (SCRATCH, "MODEL.ROI_MASK_HEAD.NORM", "FrozenBN"),
+        "MODEL.ROI_MASK_HEAD.NORM is FrozenBN",
+    ),
+    (
+        "WEIGHTS_STRIDE",
+        (R50, *R50_GN, "MODEL.RESNETS.STRIDE_IN_1X1", True),
+        "STRIDE_IN_1X1 is True, but catalog://.*R-50-GN was trained with False",
+    ),
+    (
+        "WEIGHTS_INPUT",
+        (R50, *R50_GN, "INPUT.FORMAT", "RGB"),
+        "INPUT.FORMAT is RGB, the weights' is BGR",
+    ),
+    (
+        "WEIGHTS_INPUT",
+        (R50, *R50_GN, "MODEL.PIXEL_STD", [57.375, 57.120, 58.395]),
+        r"MODEL.PIXEL_STD is \[57.375.*, the weights' is \[1.0",
+    ),
+    (
+        "SINGLE_VALUE_GROUPS",
+        (R18, "MODEL.ROI_BOX_HEAD.FC_NORM", "IN"),
+        "FC_NORM is IN, in 256 groups, over the output of a layer of 256 channels",
+    ),
+    (
+        "SINGLE_VALUE_GROUPS",
+        (R18, "MODEL.RESNETS.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (32,)),
+        "RESNETS.NORM is IN, .* maps of images of 32 pixels of 512 channels and a single position",
+    ),
+]
 
 
-@no_cuda
-def test_without_cuda_the_cpu_is_used_and_said(own_data, caplog):
+@pytest.mark.parametrize("switch, run, message", REFUSED)
+def test_refused_and_passed_with_its_switch(switch, run, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        prepare(*run)
+    assert str(error.value).endswith(f"set GUARDS.{switch} False")
+    prepare(*run, f"GUARDS.{switch}", False)
+
+
+WARNED = [
+    (
+        "LEARNING_RATE",
+        (SCRATCH, "SOLVER.IMS_PER_BATCH", 2),
+        "BASE_LR is 0.02 for 2 images per iteration, 8 times the 0.0025 of the linear rule",
+    ),
+    ("FEW_IMAGES", (R18,), "there are 3 images to train on"),
+    (
+        "SMALL_BATCH_BN",
+        (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", 2),
+        "MODEL.FPN.NORM is BN with 4 images per GPU and forward pass",
+    ),
+]
+
+
+@pytest.mark.parametrize("switch, run, message", WARNED)
+def test_warned_of_and_silenced_with_its_switch(switch, run, message, caplog):
     with caplog.at_level(logging.WARNING, "gn_detect"):
-        cfg = prepare([*own_data, "SOLVER.AMP.ENABLED", True])
-    assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
-    assert "no CUDA device is available: MODEL.DEVICE = cpu" in caplog.text
-    assert "SOLVER.AMP.ENABLED = False" in caplog.text
-
-
-def test_classes_follow_the_data(own_data, caplog):
-    with caplog.at_level(logging.INFO, "gn_detect"):
-        assert prepare([*own_data, *TINY]).MODEL.ROI_HEADS.NUM_CLASSES == 2
-    assert "NUM_CLASSES = 2, from the dataset own: dog, cat" in caplog.text
-    assert prepare([*own_data, "MODEL.ROI_HEADS.NUM_CLASSES", 2]).MODEL.ROI_HEADS.NUM_CLASSES == 2
-    with pytest.raises(ConfigError, match="NUM_CLASSES is 80, but the dataset own declares 2"):
-        prepare([*own_data, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 80])
-
-
-def test_datasets_of_different_categories(own_data, coco_files):
-    coco_files.content["categories"][0]["name"] = "tiger"
-    other = coco_files.json_file.with_name("other.json")
-    other.write_text(json.dumps(coco_files.content))
-    register_coco_json("other", str(other), str(coco_files.image_root))
-    with pytest.raises(DataError, match=r"own and other declare different categories \(ids 7\)"):
-        prepare([*own_data, *TINY, "DATASETS.TEST", ("other",)])
-
-
-def test_mask_format_follows_the_data(own_data, coco_files):
-    assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "polygon"
-    coco_files.content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [9, 4087]}
-    coco_files.write()
-    assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "bitmask"
-
-
-def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
-    del coco_files.content["annotations"][0]["segmentation"]
-    coco_files.write()
-    with pytest.raises(DataError, match="has no segmentation"):
-        prepare([*own_data, "MODEL.MASK_ON", True])
-    assert not prepare([*own_data, "MODEL.MASK_ON", False]).MODEL.MASK_ON
+        prepare(*run)
+    assert message in caplog.text and f"GUARDS.{switch} False" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        prepare(*run, f"GUARDS.{switch}", False)
+    assert f"GUARDS.{switch}" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    "opts, kwargs, message",
+    "run",
     [
-        (["MODEL.WEIGHTS", "absent.pth"], {}, "MODEL.WEIGHTS: there is no file absent.pth"),
-        (["MODEL.WEIGHTS", ""], {"eval_only": True}, "MODEL.WEIGHTS is empty.*--eval-only"),
-        (
-            ["DATASETS.TEST", (), "MODEL.WEIGHTS", __file__],
-            {"eval_only": True},
-            "DATASETS.TEST is empty: with --eval-only",
-        ),
-        (["DATASETS.TRAIN", ()], {}, "DATASETS.TRAIN is empty"),
-        (["DATASETS.TRAIN", ("nothing",)], {}, "'nothing', which is not registered"),
-        (
-            ["SOLVER.IMS_PER_BATCH", 3],
-            {"num_gpus": 1, "num_machines": 2},
-            "IMS_PER_BATCH is 3.*multiple of 2: the processes",
-        ),
-        (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
+        (SCRATCH, "SOLVER.IMS_PER_GPU", 1),
+        (R50, *R50_GN, "SOLVER.IMS_PER_GPU", 2, "SOLVER.ACCUMULATE_STEPS", "auto"),
+        (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02),
+        (R18, "MODEL.RESNETS.NORM", "IN", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02),
+        (R50, "MODEL.WEIGHTS", __file__, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.IMS_PER_GPU", 2),
     ],
 )
-def test_what_cannot_run_is_refused(own_data, opts, kwargs, message):
-    with pytest.raises((ConfigError, DataError), match=message):
-        prepare([*own_data, *opts], **kwargs)
-
-
-def test_a_builtin_dataset_that_is_not_there(own_data):
-    with pytest.raises(DataError, match="coco_2017_train: there is no .*DETECTRON2_DATASETS"):
-        prepare(["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()])
-
-
-def test_a_test_set_that_is_not_coco(own_data):
-    with pytest.raises(ConfigError, match="voc_2007_val is not in COCO format"):
-        prepare([*own_data, "DATASETS.TEST", ("voc_2007_val",)])
-
-
-def test_resume_from_a_checkpoint_that_is_gone(own_data, tmp_path):
-    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    with pytest.raises(ConfigError, match="last_checkpoint names .*model_0000009.pth"):
-        prepare([*own_data, "OUTPUT_DIR", str(tmp_path)], resume=True)
-
-
-def test_sentences_of_expected_errors_alone():
-    assert sentence(DataError("bad.json: fix it")) == "bad.json: fix it"
-    worker = DataError("Caught DataError in worker.\nTraceback\na.b.DataError: cannot use 2.png")
-    assert sentence(worker) == "cannot use 2.png"
-    process = Exception("-- Process 1\nTraceback\nFloatingPointError: training diverged")
-    assert sentence(process) == "training diverged"
-    assert sentence(ValueError("a bug")) is None
-    assert sentence(ValueError("Traceback\nValueError: not DataError: a bug")) is None
-    assert sentence(KeyError()) is None
-
-
-def test_resume_without_a_checkpoint_is_said(own_data, caplog):
+def test_a_sound_run_is_not_disturbed(run, caplog):
     with caplog.at_level(logging.WARNING, "gn_detect"):
-        prepare(own_data, resume=True)
-    assert "--resume: no checkpoint in" in caplog.text
+        prepare(*run, "GUARDS.FEW_IMAGES", False)
+    assert "GUARDS" not in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_synchronized_bn_on_a_cpu():
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is SyncBN, .* for CUDA only"):
+        prepare(R18, "MODEL.RESNETS.NORM", "SyncBN")
+
+
+def test_the_schedule_is_settled_for_the_processes():
+    cfg = prepare(SCRATCH, "SOLVER.IMS_PER_GPU", 1, num_gpus=2)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (2, 0.0025)

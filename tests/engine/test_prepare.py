@@ -1,0 +1,128 @@
+import json
+import logging
+
+import pytest
+import torch
+from helpers import TINY
+
+from gn_detect import get_config_file
+from gn_detect.config import ConfigError, load_config
+from gn_detect.data.coco import DataError, register_coco_json
+from gn_detect.engine import prepare_run, sentence
+
+
+@pytest.fixture
+def own_data(coco_files):
+    """Options of a run on ``coco_files``."""
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    output = str(coco_files.json_file.parent / "output")
+    return ["DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",), "OUTPUT_DIR", output]
+
+
+def prepare(opts, **kwargs):
+    cfg = load_config(get_config_file("quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"), opts)
+    prepare_run(cfg, **kwargs)
+    return cfg
+
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@no_cuda
+def test_without_cuda_the_cpu_is_used_and_said(own_data, caplog):
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        cfg = prepare([*own_data, "SOLVER.AMP.ENABLED", True])
+    assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
+    assert "no CUDA device is available: MODEL.DEVICE = cpu" in caplog.text
+    assert "SOLVER.AMP.ENABLED = False" in caplog.text
+
+
+def test_classes_follow_the_data(own_data, caplog):
+    with caplog.at_level(logging.INFO, "gn_detect"):
+        assert prepare([*own_data, *TINY]).MODEL.ROI_HEADS.NUM_CLASSES == 2
+    assert "NUM_CLASSES = 2, from the dataset own: dog, cat" in caplog.text
+    assert prepare([*own_data, "MODEL.ROI_HEADS.NUM_CLASSES", 2]).MODEL.ROI_HEADS.NUM_CLASSES == 2
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 80, but the dataset own declares 2"):
+        prepare([*own_data, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 80])
+
+
+def test_datasets_of_different_categories(own_data, coco_files):
+    coco_files.content["categories"][0]["name"] = "tiger"
+    other = coco_files.json_file.with_name("other.json")
+    other.write_text(json.dumps(coco_files.content))
+    register_coco_json("other", str(other), str(coco_files.image_root))
+    with pytest.raises(DataError, match=r"own and other declare different categories \(ids 7\)"):
+        prepare([*own_data, *TINY, "DATASETS.TEST", ("other",)])
+
+
+def test_mask_format_follows_the_data(own_data, coco_files):
+    assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "polygon"
+    coco_files.content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [9, 4087]}
+    coco_files.write()
+    assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "bitmask"
+
+
+def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
+    del coco_files.content["annotations"][0]["segmentation"]
+    coco_files.write()
+    with pytest.raises(DataError, match="has no segmentation"):
+        prepare([*own_data, "MODEL.MASK_ON", True])
+    assert not prepare([*own_data, "MODEL.MASK_ON", False]).MODEL.MASK_ON
+
+
+@pytest.mark.parametrize(
+    "opts, kwargs, message",
+    [
+        (["MODEL.WEIGHTS", "absent.pth"], {}, "MODEL.WEIGHTS: there is no file absent.pth"),
+        (["MODEL.WEIGHTS", ""], {"eval_only": True}, "MODEL.WEIGHTS is empty.*--eval-only"),
+        (
+            ["DATASETS.TEST", (), "MODEL.WEIGHTS", __file__],
+            {"eval_only": True},
+            "DATASETS.TEST is empty: with --eval-only",
+        ),
+        (["DATASETS.TRAIN", ()], {}, "DATASETS.TRAIN is empty"),
+        (["DATASETS.TRAIN", ("nothing",)], {}, "'nothing', which is not registered"),
+        (
+            ["SOLVER.IMS_PER_BATCH", 3],
+            {"num_gpus": 1, "num_machines": 2},
+            "IMS_PER_BATCH is 3.*multiple of 2: the processes",
+        ),
+        (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
+    ],
+)
+def test_what_cannot_run_is_refused(own_data, opts, kwargs, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        prepare([*own_data, *opts], **kwargs)
+
+
+def test_a_builtin_dataset_that_is_not_there(own_data):
+    with pytest.raises(DataError, match="coco_2017_train: there is no .*DETECTRON2_DATASETS"):
+        prepare(["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()])
+
+
+def test_a_test_set_that_is_not_coco(own_data):
+    with pytest.raises(ConfigError, match="voc_2007_val is not in COCO format"):
+        prepare([*own_data, "DATASETS.TEST", ("voc_2007_val",)])
+
+
+def test_resume_from_a_checkpoint_that_is_gone(own_data, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(ConfigError, match="last_checkpoint names .*model_0000009.pth"):
+        prepare([*own_data, "OUTPUT_DIR", str(tmp_path)], resume=True)
+
+
+def test_sentences_of_expected_errors_alone():
+    assert sentence(DataError("bad.json: fix it")) == "bad.json: fix it"
+    worker = DataError("Caught DataError in worker.\nTraceback\na.b.DataError: cannot use 2.png")
+    assert sentence(worker) == "cannot use 2.png"
+    process = Exception("-- Process 1\nTraceback\nFloatingPointError: training diverged")
+    assert sentence(process) == "training diverged"
+    assert sentence(ValueError("a bug")) is None
+    assert sentence(ValueError("Traceback\nValueError: not DataError: a bug")) is None
+    assert sentence(KeyError()) is None
+
+
+def test_resume_without_a_checkpoint_is_said(own_data, caplog):
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        prepare(own_data, resume=True)
+    assert "--resume: no checkpoint in" in caplog.text
