@@ -79,15 +79,15 @@ def add_gn_config(cfg: CfgNode) -> None:
 def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     """Detectron2's defaults and our keys, then ``config_file``, then ``opts`` (KEY VALUE ...).
 
-    ``MODEL.ROI_HEADS.NUM_CLASSES`` is None where neither states it: it then follows the data
-    (``engine.prepare_run``). YAML that would execute code is refused.
+    ``NUM_CLASSES`` of ``MODEL.ROI_HEADS`` and ``MODEL.RETINANET`` is None where neither states it:
+    it then follows the data (``engine.prepare_run``). YAML that would execute code is refused.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a key or the type of a value is wrong.
     """
     cfg = get_cfg()
     add_gn_config(cfg)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = None
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = None
     try:
         source = config_file
         if config_file:

@@ -20,8 +20,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", *opts):
     """A config that ships with gn_detect, on the CPU, without weights, with 80 classes."""
     base = [
-        *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 80),
-        *("DATALOADER.NUM_WORKERS", 0),
+        *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.RETINANET.NUM_CLASSES", 80),
     ]
     return load_config(gn_detect.get_config_file(name), [*base, *opts])
 

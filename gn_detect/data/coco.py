@@ -19,6 +19,10 @@ from detectron2.data.datasets import register_coco_instances
 logger = logging.getLogger(__name__)
 
 
+# Datasets with instances in a COCO JSON, by the evaluator that Detectron2 declares for them.
+COCO_EVALUATORS = ("coco", "coco_panoptic_seg")
+
+
 class DataError(ValueError):
     """Data that cannot be used. The message names the file, the item, and what to do."""
 
@@ -64,7 +68,7 @@ def check_coco_dataset(
             "--train-json, --train-images, --val-json and --val-images"
         )
     metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") != "coco":
+    if metadata.get("evaluator_type") not in COCO_EVALUATORS:
         return None
     if metadata.get("generate"):
         metadata.generate()

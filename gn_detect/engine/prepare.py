@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
 from gn_detect.solver import resolve_schedule
 
-from .guards import check_recipe
+from .guards import check_recipe, is_retinanet
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def prepare_run(
 ) -> None:
     """Complete ``cfg`` in place for this machine and its datasets, and check it.
 
-    Sets ``MODEL.DEVICE`` (and AMP) where there is no CUDA, ``MODEL.ROI_HEADS.NUM_CLASSES`` and
+    Sets ``MODEL.DEVICE`` (and AMP) where there is no CUDA, the classes and
     ``INPUT.MASK_FORMAT`` from the data, and the schedule from ``SOLVER.IMS_PER_GPU``
     (``solver/schedule.py``), and logs each with the reason. Looks through the annotations of the
     COCO-format datasets.
@@ -135,6 +137,15 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
                     "supported; register it with register_coco_instances"
                 )
             continue
+        if (
+            name in cfg.DATASETS.TEST
+            and MetadataCatalog.get(name).evaluator_type == "coco_panoptic_seg"
+            and importlib.util.find_spec("panopticapi") is None
+        ):
+            raise ConfigError(
+                f"DATASETS.TEST: the evaluation of {name} needs panopticapi: "
+                "pip install git+https://github.com/cocodataset/panopticapi.git"
+            )
         summaries[name] = summary
         logger.info(f"{name}: {summary.num_images} images, {summary.num_annotations} annotations")
         if name in train and summary.has_rle and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -144,12 +155,11 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
 
 
 def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:
-    stated = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    section = "RETINANET" if is_retinanet(cfg) else "ROI_HEADS"
+    key, stated = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
     if not summaries:
         if stated is None:
-            raise ConfigError(
-                "MODEL.ROI_HEADS.NUM_CLASSES: no dataset in COCO format declares it; set it"
-            )
+            raise ConfigError(f"{key}: no dataset in COCO format declares it; set it")
         return
     (first, summary), *others = summaries.items()
     for name, other in others:
@@ -162,9 +172,9 @@ def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:
     count = len(summary.classes)
     if stated is not None and stated != count:
         raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {stated}, but the dataset {first} declares {count} "
-            "categories; leave the key out, and it follows the data"
+            f"{key} is {stated}, but the dataset {first} declares {count} categories; leave the "
+            "key out, and it follows the data"
         )
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    cfg.MODEL[section].NUM_CLASSES = count
     names = ", ".join(map(str, summary.classes.values()))
-    logger.info(f"MODEL.ROI_HEADS.NUM_CLASSES = {count}, from the dataset {first}: {names}")
+    logger.info(f"{key} = {count}, from the dataset {first}: {names}")

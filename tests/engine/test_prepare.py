@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from helpers import TINY
 
 from gn_detect import get_config_file
@@ -44,6 +45,22 @@ def test_classes_follow_the_data(own_data, caplog):
     assert prepare([*own_data, "MODEL.ROI_HEADS.NUM_CLASSES", 2]).MODEL.ROI_HEADS.NUM_CLASSES == 2
     with pytest.raises(ConfigError, match="NUM_CLASSES is 80, but the dataset own declares 2"):
         prepare([*own_data, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 80])
+
+
+def test_classes_of_a_retinanet_follow_the_data(own_data):
+    model = prepare([*own_data, "MODEL.META_ARCHITECTURE", "GNRetinaNet"]).MODEL
+    assert model.RETINANET.NUM_CLASSES == 2 and model.ROI_HEADS.NUM_CLASSES is None
+    opts = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 80]
+    with pytest.raises(ConfigError, match="RETINANET.NUM_CLASSES is 80, but .* declares 2"):
+        prepare([*own_data, *opts])
+
+
+def test_the_panoptic_evaluation_is_asked_for_before_the_run(own_data, monkeypatch):
+    monkeypatch.setitem(vars(MetadataCatalog.get("own")), "evaluator_type", "coco_panoptic_seg")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="the evaluation of own needs panopticapi"):
+        prepare(own_data)
+    prepare([*own_data, "DATASETS.TEST", ()])
 
 
 def test_datasets_of_different_categories(own_data, coco_files):
