@@ -65,10 +65,15 @@ class ResumableTrainingSampler(TrainingSampler):
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
     """Detectron2's train loader, with a :class:`ResumableTrainingSampler` where it would take a
-    ``TrainingSampler``, and errors that name the image."""
+    ``TrainingSampler``, and errors that name the image.
+
+    ``SOLVER.IMS_PER_BATCH`` counts the images of an iteration; a batch of the loader is what one
+    of its ``SOLVER.ACCUMULATE_STEPS`` forward passes takes.
+    """
     mapper = NamingDatasetMapper(cfg, is_train=True)
+    total_batch_size = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE_STEPS or 1)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=total_batch_size)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     dataset = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -79,14 +84,14 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     by_orientation = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     sampler = ResumableTrainingSampler(
         [int(by_orientation and d["width"] > d["height"]) for d in dataset],
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        batch_size=total_batch_size // comm.get_world_size(),
         seed=comm.shared_random_seed() if cfg.SEED < 0 else cfg.SEED,
     )
     return build_detection_train_loader(
         dataset,
         mapper=mapper,
         sampler=sampler,
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        total_batch_size=total_batch_size,
         aspect_ratio_grouping=False,  # the sampler has done it
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
-from torch import nn
 from tqdm import tqdm
 
 
@@ -13,48 +14,44 @@ class FiniteLossCheck(HookBase):
     """Stop before the optimizer takes a step on a loss that is infinite or NaN.
 
     Detectron2 checks the mean over all processes, on the first one. Here each process checks its
-    own losses, so that the error names the images that caused it.
-
-    Args:
-        model: the model that is trained, as the trainer calls it (a DDP wrapper included).
+    own losses, so that the error names the images that caused it. For an
+    :class:`~gn_detect.engine.train_loop.AccumulatingTrainer`.
     """
 
-    def __init__(self, model: nn.Module):
-        self._batch: list[dict] = []
-        self._losses: dict[str, torch.Tensor] = {}
+    def __init__(self):
         self._previous: dict[str, torch.Tensor] = {}
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
-
-    def _before_forward(self, model, inputs):
-        if model.training:
-            self._batch, self._previous, self._losses = inputs[0], self._losses, {}
-
-    def _after_forward(self, model, inputs, losses):
-        if model.training:  # a dict, or one tensor, as SimpleTrainer accepts
-            losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-            self._losses = {name: loss.detach() for name, loss in losses.items()}
 
     def after_backward(self) -> None:
         """
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        losses = torch.stack([loss.float() for loss in self._losses.values()])
-        if not torch.isfinite(losses).all():
+        losses = [loss.float() for step in self.trainer.losses for loss in step.values()]
+        if not torch.stack(losses).isfinite().all():
             raise FloatingPointError("a loss is not finite")
+        self._previous = self.trainer.losses[-1]
 
     def describe(self, iteration: int, cause: Exception) -> str:
         """The sentence for a user whose training diverged at ``iteration``."""
-        files = ", ".join(d.get("file_name", "(no file)") for d in self._batch)
-        # Predicted boxes can be found infinite before this iteration has any loss.
-        which, losses = ("", self._losses) if self._losses else ("previous ", self._previous)
+        batch, which, losses = self._culprit()
+        files = ", ".join(d.get("file_name", "(no file)") for d in batch)
         terms = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items()) or "none"
         return (
             f"training diverged at iteration {iteration} ({cause}); {which}losses: {terms}; "
             f"images: {files}. Earlier checkpoints are intact; lower SOLVER.BASE_LR, raise "
             "SOLVER.WARMUP_ITERS or enable SOLVER.CLIP_GRADIENTS, and look at these images"
         )
+
+    def _culprit(self) -> tuple[list[dict], str, dict[str, torch.Tensor]]:
+        """The images at fault, and the losses to show, with what to call them."""
+        batches, losses = self.trainer.batches, self.trainer.losses
+        for batch, terms in zip(batches, losses, strict=False):
+            if not all(loss.isfinite() for loss in terms.values()):
+                return batch, "", terms
+        if len(losses) < len(batches):  # predicted boxes were found infinite before the loss
+            return batches[-1], "previous ", losses[-1] if losses else self._previous
+        # The gradient is that of all batches.
+        return list(itertools.chain(*batches)), "", self.trainer.mean_losses()
 
 
 class ProgressBar(EventWriter):

@@ -15,6 +15,7 @@ from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
 from gn_detect.solver import resolve_schedule
 
 from .guards import check_recipe, is_retinanet
+from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,15 @@ def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:
     elif cfg.MODEL.DEVICE.startswith("cuda"):
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("no CUDA device is available: MODEL.DEVICE = cpu")
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        cfg.SOLVER.AMP.ENABLED = False
-        logger.warning("mixed precision needs CUDA: SOLVER.AMP.ENABLED = False")
+    amp = cfg.SOLVER.AMP
+    if amp.DTYPE not in AMP_DTYPES:
+        raise ConfigError(f"SOLVER.AMP.DTYPE is {amp.DTYPE!r}; known: {', '.join(AMP_DTYPES)}")
+    if cfg.MODEL.DEVICE == "cpu" and amp.ENABLED and amp.DTYPE == "float16":
+        amp.ENABLED = False
+        logger.warning(
+            "mixed precision in float16 needs CUDA: SOLVER.AMP.ENABLED = False "
+            "(SOLVER.AMP.DTYPE bfloat16 does not need it)"
+        )
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:

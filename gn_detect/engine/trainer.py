@@ -14,14 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
@@ -36,6 +29,7 @@ from gn_detect.data.loader import (
 
 from .hooks import FiniteLossCheck, ProgressBar
 from .prepare import sentence
+from .train_loop import AMP_DTYPES, AccumulatingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +37,12 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """Train, evaluate and resume a detector from a config.
 
-    What it changes in DefaultTrainer: data parallel training on CPUs (gloo); a loss that is not
-    finite names the images; the COCO evaluation; a progress bar on a terminal; and a checkpoint
-    that also holds the random state and the place in the training data, so that a resumed run
-    goes on as if it had not stopped. With several processes, or with data loading workers, the
-    order of the images continues exactly, but their random augmentation does not.
+    What it changes in DefaultTrainer: data parallel training on CPUs (gloo); gradient
+    accumulation; bfloat16; a loss that is not finite names the images; the COCO evaluation; a
+    progress bar on a terminal; and a checkpoint that also holds the random state and the place in
+    the training data, so that a resumed run goes on as if it had not stopped. With several
+    processes, or with data loading workers, the order of the images continues exactly, but their
+    random augmentation does not.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -58,9 +53,16 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, loader, optimizer)
-        self._finite_losses = FiniteLossCheck(model)
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        self._trainer = AccumulatingTrainer(
+            model,
+            loader,
+            optimizer,
+            accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS or 1,
+            amp_dtype=AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None,
+            check_gradients=not (clip.ENABLED and clip.CLIP_TYPE == "value"),
+        )
+        self._finite_losses = FiniteLossCheck()
         self._trainer.register_hooks([self._finite_losses])
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -131,7 +133,7 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         super().before_train()
         if self._sampler:
-            self._sampler.start = self.start_iter
+            self._sampler.start = self.start_iter * self._trainer.accumulate_steps
         # Creating the iterator draws from torch's generator: first that, then the saved state.
         self._trainer._data_loader_iter  # noqa: B018
         if self._resumed_random_state:
@@ -140,7 +142,7 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         """
         Raises:
-            FloatingPointError: a loss, or a predicted box, is infinite or NaN.
+            FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
         """
         try:
             super().run_step()

@@ -38,6 +38,19 @@ def test_without_cuda_the_cpu_is_used_and_said(own_data, caplog):
     assert "SOLVER.AMP.ENABLED = False" in caplog.text
 
 
+@no_cuda
+def test_bfloat16_needs_no_cuda(own_data, caplog):
+    amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+    assert prepare([*own_data, *amp]).SOLVER.AMP.ENABLED
+    assert "AMP" not in caplog.text
+
+
+def test_an_unknown_dtype(own_data):
+    message = "SOLVER.AMP.DTYPE is 'bf16'; known: float16, bfloat16"
+    with pytest.raises(ConfigError, match=message):
+        prepare([*own_data, *TINY, "SOLVER.AMP.DTYPE", "bf16"])
+
+
 def test_classes_follow_the_data(own_data, caplog):
     with caplog.at_level(logging.INFO, "gn_detect"):
         assert prepare([*own_data, *TINY]).MODEL.ROI_HEADS.NUM_CLASSES == 2

@@ -1,7 +1,11 @@
+import itertools
 import json
+import math
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import hooks
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -45,6 +49,25 @@ def weights(trainer):
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 
+def record_images(trainer) -> list[list[str]]:
+    """The image files of each forward pass in training, from now on."""
+    seen = []
+
+    def record(model, inputs):
+        if model.training:
+            seen.append([image["file_name"] for image in inputs[0]])
+
+    trainer.model.register_forward_pre_hook(record)
+    return seen
+
+
+def stream(start: int, stop: int) -> list[str]:
+    """The image files of training with ``TINY``, from ``start`` on, as Detectron2 draws them."""
+    files = [image["file_name"] for image in DatasetCatalog.get("own")]
+    indices = TrainingSampler(len(files), seed=3)
+    return [files[i] for i in itertools.islice(indices, start, stop)]
+
+
 def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
     options = ("SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 2)
     whole = train("whole", *options)
@@ -73,6 +96,34 @@ def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path)
     checkpoint["iteration"] = checkpoint["trainer"]["iteration"] = 2
     torch.save(checkpoint, tmp_path / "own" / "model_final.pth")
     assert train("own", resume=True).start_iter == 3
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_an_iteration_takes_its_images_in_steps(train, sampler):
+    trainer = train(
+        "run",
+        *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2),
+        *("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.1),
+    )
+    seen = record_images(trainer)
+    trainer.train()
+    assert [len(batch) for batch in seen] == [2] * 4
+    if sampler == "TrainingSampler":
+        assert list(itertools.chain(*seen)) == stream(0, 8)
+
+
+def test_resumed_run_with_accumulation_equals_the_uninterrupted_one(train):
+    options = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 4)
+    whole = train("whole", *options)
+    whole.train()
+    stopped = train("stopped", *options, "SOLVER.CHECKPOINT_PERIOD", 2)
+    stopped.max_iter = 2
+    stopped.train()
+    resumed = train("stopped", *options, "SEED", 99, resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    for key, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[key], value), key
 
 
 def test_fine_tuning_for_other_classes_keeps_all_but_the_predictors(train, tmp_path):
@@ -125,6 +176,53 @@ def test_a_loss_that_is_not_finite(train, value, tmp_path, monkeypatch):
     assert train("diverged", resume=True).start_iter == 2
 
 
+@pytest.mark.parametrize("broken_step", [0, 1])
+def test_a_loss_that_is_not_finite_in_one_of_two_steps(train, broken_step, monkeypatch):
+    trainer = train("diverged", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
+    seen, losses = record_images(trainer), trainer.model.roi_heads.box_predictor.losses
+
+    def broken(*args):
+        terms = losses(*args)
+        if len(seen) == 2 * 2 + broken_step + 1:
+            terms["loss_cls"] = terms["loss_cls"] * math.nan
+        return terms
+
+    monkeypatch.setattr(trainer.model.roi_heads.box_predictor, "losses", broken)
+    saved, run_step = [], trainer.run_step
+    monkeypatch.setattr(trainer, "run_step", lambda: (saved.append(weights(trainer)), run_step()))
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    message, files = str(error.value), [file for (file,) in seen[-2:]]
+    assert "diverged at iteration 2 (a loss is not finite); losses: " in message
+    assert "loss_cls nan" in message and files[0] != files[1]
+    assert files[broken_step] in message and files[1 - broken_step] not in message
+    assert all(torch.equal(saved[-1][k], v) for k, v in weights(trainer).items())
+
+
+def test_a_gradient_that_is_not_finite_names_the_images_of_all_steps(train):
+    trainer = train("diverged", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
+    seen = record_images(trainer)
+
+    def break_gradient(grad):
+        return grad * (math.inf if trainer.iter == 2 else 1)
+
+    trainer.model.roi_heads.box_predictor.cls_score.bias.register_hook(break_gradient)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert "diverged at iteration 2 (a gradient is not finite); losses: loss_cls " in message
+    assert len(seen) == 6 and all(file in message for (file,) in seen[-2:])
+    assert "previous" not in message and "nan" not in message
+
+
+@pytest.mark.parametrize("kind, checked", [("norm", True), ("value", False)])
+def test_gradients_that_are_clipped_by_value_are_not_checked(train, kind, checked):
+    trainer = train(
+        "run", "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind
+    )
+    assert trainer._trainer.check_gradients is checked
+
+
 def test_predicted_boxes_that_are_not_finite(train, monkeypatch):
     trainer = train("diverged")
     with torch.no_grad():
@@ -146,6 +244,23 @@ def test_the_losses_before_predicted_boxes_diverged_are_shown(train, monkeypatch
     monkeypatch.setattr(trainer, "run_step", break_at_two)
     with pytest.raises(FloatingPointError, match=r"iteration 2 .*previous losses: loss_\w+ \d"):
         trainer.train()
+
+
+def test_predicted_boxes_that_diverge_in_the_second_step(train):
+    trainer = train("diverged", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
+    seen = record_images(trainer)
+    bias = trainer.model.proposal_generator.rpn_head.anchor_deltas.bias
+
+    def break_the_next(model, inputs, losses):
+        bias.data.fill_(math.nan)
+
+    trainer.model.register_forward_hook(break_the_next)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    (first,), (second,) = seen
+    assert f"images: {second}." in str(error.value) and first not in str(error.value)
+    assert "iteration 0 (Predicted" in str(error.value)
+    assert "previous losses: loss_cls" in str(error.value)
 
 
 def test_metrics_and_results_are_written(train, tmp_path):

@@ -1,0 +1,144 @@
+"""One iteration: an optimizer step on the mean gradient of one or more forward passes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# The values of SOLVER.AMP.DTYPE.
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """Detectron2's SimpleTrainer and AMPTrainer in one, with gradient accumulation.
+
+    An iteration draws ``accumulate_steps`` batches, runs the model forward and backward on each,
+    and takes one optimizer step on the mean of their gradients, so that schedules and hooks count
+    optimizer steps. Batches of one iteration weigh the same, as processes do in data parallel
+    training (Goyal et al., https://arxiv.org/abs/1706.02677, section 3.1): with a loss that is a
+    mean over images this is the gradient of one large batch.
+
+    Args:
+        model: takes a batch and returns a dict of scalar losses, or one scalar loss.
+        data_loader: yields the batches.
+        optimizer: clips gradients in its ``step``, if at all, as Detectron2's do: there they are
+            averaged, and no longer scaled.
+        accumulate_steps: batches of an iteration, in each process.
+        amp_dtype: run the forward pass under autocast to this dtype; with float16, scale the loss
+            so that small gradients do not vanish (Micikevicius et al.,
+            https://arxiv.org/abs/1710.03740, section 3.2), and leave out the steps whose gradients
+            overflow. None: no mixed precision.
+        check_gradients: where the loss is not scaled, stop before a step on gradients that are
+            infinite or NaN. Their clipping by value is reason to switch it off: it mends the
+            infinite ones.
+
+    Attributes:
+        batches: what the iteration has drawn so far.
+        losses: of each of ``batches`` that has passed the model: name -> scalar tensor, detached.
+        grad_scaler: None, except with float16.
+
+    Raises:
+        ValueError: ``accumulate_steps`` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        accumulate_steps: int = 1,
+        amp_dtype: torch.dtype | None = None,
+        check_gradients: bool = True,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        if accumulate_steps < 1:
+            raise ValueError(f"accumulate_steps is {accumulate_steps}; it must be at least 1")
+        self.accumulate_steps = accumulate_steps
+        self.amp_dtype = amp_dtype
+        self.check_gradients = check_gradients
+        self.batches: list = []
+        self.losses: list[dict[str, torch.Tensor]] = []
+        self._device_type = next(model.parameters()).device.type
+        self.grad_scaler: torch.amp.GradScaler | None = None
+        if amp_dtype == torch.float16:
+            self.grad_scaler = torch.amp.GradScaler(self._device_type)
+
+    def run_step(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a loss, or an unscaled gradient, is infinite or NaN; the optimizer
+                has not taken the step.
+        """
+        assert self.model.training, "[AccumulatingTrainer] model was changed to eval mode!"
+        self.batches, self.losses = [], []
+        data_time = 0.0
+        self.optimizer.zero_grad()
+        for step in range(self.accumulate_steps):
+            start = time.perf_counter()
+            self.batches.append(next(self._data_loader_iter))
+            data_time += time.perf_counter() - start
+            with self._gradient_sync(last=step == self.accumulate_steps - 1):
+                self._forward_backward(self.batches[-1])
+
+        self.after_backward()
+        # Gathers the losses of all processes: past it, those of each one have been finite.
+        self._write_metrics(self.mean_losses(), data_time)
+
+        if self.grad_scaler:
+            self.grad_scaler.step(self.optimizer)  # unscales the gradients first
+            self.grad_scaler.update()
+        else:
+            if self.check_gradients:
+                self._check_gradients()
+            self.optimizer.step()
+
+    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange what they have accumulated, once, in the last backward pass."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _forward_backward(self, batch) -> None:
+        enabled = self.amp_dtype is not None
+        with torch.autocast(self._device_type, dtype=self.amp_dtype, enabled=enabled):
+            losses = self.model(batch)
+        if isinstance(losses, torch.Tensor):
+            losses = {"total_loss": losses}
+        self.losses.append({name: loss.detach() for name, loss in losses.items()})
+        loss = sum(losses.values()) / self.accumulate_steps
+        if self.grad_scaler:
+            loss = self.grad_scaler.scale(loss)
+        loss.backward()
+
+    def mean_losses(self) -> dict[str, torch.Tensor]:
+        """The losses of this process, averaged over the batches of the iteration."""
+        return {
+            name: torch.stack([losses[name].double() for losses in self.losses]).mean()
+            for name in self.losses[0]
+        }
+
+    def _check_gradients(self) -> None:
+        # Clipping to an infinite norm changes nothing. It is the cheapest way to the norm: a few
+        # kernels for all parameters, and one wait for the device.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not torch.nn.utils.clip_grad_norm_(parameters, max_norm=float("inf")).isfinite():
+            raise FloatingPointError("a gradient is not finite")
+
+    def state_dict(self) -> dict:
+        """SimpleTrainer's, and ``grad_scaler`` as in AMPTrainer's."""
+        state = super().state_dict()
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load the state of a run with, or without, mixed precision."""
+        super().load_state_dict(state)
+        if self.grad_scaler and "grad_scaler" in state:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -1,0 +1,350 @@
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.config import get_cfg
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.solver.build import maybe_add_gradient_clipping
+from helpers import ROOT
+from torch import nn
+
+from gn_detect.engine.train_loop import AccumulatingTrainer
+
+
+class Regression(nn.Module):
+    """A loss that is a mean over images, and one that is a mean of squares of the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, batch):
+        x, y = (torch.stack(parts) for parts in zip(*batch, strict=True))
+        out = self.net(x)
+        return {"loss_fit": (out - y).square().mean(), "loss_size": 0.1 * out.square().mean()}
+
+
+def model(dtype=torch.float32) -> Regression:
+    torch.manual_seed(0)
+    return Regression().to(dtype)
+
+
+def images(number: int, dtype=torch.float32) -> list[tuple]:
+    torch.manual_seed(1)
+    return [(torch.randn(5, dtype=dtype), torch.randn(3, dtype=dtype)) for _ in range(number)]
+
+
+def batches(data: list, size: int) -> list[list]:
+    return [data[i : i + size] for i in range(0, len(data), size)]
+
+
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def run(trainer: SimpleTrainer, iterations: int) -> dict[str, float]:
+    """Train; return the metrics of the last iteration."""
+    trainer.train(0, iterations)
+    return {name: value for name, (value, _) in trainer.storage.latest().items()}
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def clone(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_the_gradient_and_metrics_are_those_of_one_large_batch(steps, dtype):
+    whole, data = model(dtype), images(6, dtype=dtype)
+    losses = whole(data)
+    sum(losses.values()).backward()
+
+    accumulating = model(dtype)
+    loader = batches(data, 6 // steps)
+    metrics = run(AccumulatingTrainer(accumulating, loader, sgd(accumulating), steps), 1)
+    for actual, expected in zip(gradients(accumulating), gradients(whole), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-7)
+    for name, loss in losses.items():
+        assert metrics[name] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["total_loss"] == pytest.approx(sum(losses.values()).item(), rel=1e-5)
+
+
+def test_one_step_is_that_of_simple_trainer_to_the_bit():
+    expected, actual, data = model(), model(), batches(images(8), 2)
+    metrics = run(SimpleTrainer(expected, data, sgd(expected)), 4)
+    ours = run(AccumulatingTrainer(actual, data, sgd(actual)), 4)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[key], value), key
+    times = {"data_time", "rank_data_time"}
+    assert all(ours[k] == v for k, v in metrics.items() if k not in times)
+    assert ours.keys() == metrics.keys()
+
+
+def test_hooks_and_iterations_count_optimizer_steps():
+    calls = []
+
+    class Spy(HookBase):
+        def after_backward(self):
+            calls.append(("after_backward", self.trainer.iter, len(self.trainer.losses)))
+
+        def after_step(self):
+            calls.append(("after_step", self.trainer.iter, len(self.trainer.losses)))
+
+    trained = model()
+    optimizer = sgd(trained)
+    optimizer.register_step_post_hook(lambda *_: calls.append("step"))
+    trainer = AccumulatingTrainer(trained, batches(images(12), 2), optimizer, 3)
+    trainer.register_hooks([Spy()])
+    run(trainer, 2)
+    assert calls == [
+        *(("after_backward", 0, 3), "step", ("after_step", 0, 3)),
+        *(("after_backward", 1, 3), "step", ("after_step", 1, 3)),
+    ]
+
+
+def test_the_time_spent_on_data_is_that_of_all_steps(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("gn_detect.engine.train_loop.time.perf_counter", lambda: next(clock))
+    trained = model()
+    loader = batches(images(6), 2)
+    assert run(AccumulatingTrainer(trained, loader, sgd(trained), 3), 1)["data_time"] == 3
+
+
+def test_one_loss_that_is_no_dict():
+    class Plain(Regression):
+        def forward(self, batch):
+            return super().forward(batch)["loss_fit"]
+
+    torch.manual_seed(0)
+    plain = Plain()
+    expected = plain(images(4)).item()
+    metrics = run(AccumulatingTrainer(plain, batches(images(4), 2), sgd(plain), 2), 1)
+    assert metrics["total_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_steps():
+    trained = model()
+    with pytest.raises(ValueError, match="accumulate_steps is 0; it must be at least 1"):
+        AccumulatingTrainer(trained, [], sgd(trained), 0)
+
+
+def test_processes_exchange_gradients_in_the_last_step_only(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model())
+        trainer = AccumulatingTrainer(parallel, batches(images(12), 2), sgd(parallel), 3)
+        exchanges = []
+
+        def exchange(state, bucket):
+            exchanges.append((trainer.iter, len(trainer.batches)))
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        parallel.register_comm_hook(None, exchange)
+        run(trainer, 2)
+        assert exchanges == [(0, 3), (1, 3)]
+    finally:
+        dist.destroy_process_group()
+
+
+def clipping(model: nn.Module, kind: str, value: float, lr: float) -> torch.optim.Optimizer:
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = value
+    return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=lr)
+
+
+@pytest.mark.parametrize("amp_dtype, tolerance", [(None, 1e-4), (torch.float16, 2e-2)])
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_what_is_clipped_is_the_mean_gradient(kind, amp_dtype, tolerance):
+    """A clipped sum, a mean of clipped gradients, or clipped scaled ones would differ."""
+    whole, data = model(), images(4)
+    sum(whole(data).values()).backward()
+    limit = 0.05
+    expected = []
+    for grad in gradients(whole):
+        if kind == "norm":
+            expected.append(grad * min(1, limit / grad.norm().item()))
+        else:
+            expected.append(grad.clamp(-limit, limit))
+    assert any((e != g).any() for e, g in zip(expected, gradients(whole), strict=True))
+
+    trained = model()
+    before = clone(trained)
+    optimizer = clipping(trained, kind, limit, lr=1.0)
+    run(AccumulatingTrainer(trained, batches(data, 2), optimizer, 2, amp_dtype), 1)
+    for (name, after), grad in zip(trained.state_dict().items(), expected, strict=True):
+        error = (before[name] - after - grad).norm() / grad.norm()
+        assert error < tolerance, name
+
+
+def test_bfloat16():
+    trained, dtypes = model(), []
+    trained.net[-1].register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+    before = clone(trained)
+    expected = sum(trained(images(4)).values()).item()
+    dtypes.clear()
+    trainer = AccumulatingTrainer(
+        trained, batches(images(4), 2), sgd(trained), 2, amp_dtype=torch.bfloat16
+    )
+    metrics = run(trainer, 1)
+    assert dtypes == [torch.bfloat16] * 2
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert {g.dtype for g in gradients(trained)} == {torch.float32}
+    assert all((before[k] != v).any() for k, v in trained.state_dict().items())
+    assert metrics["total_loss"] == pytest.approx(expected, rel=2e-2)
+    assert trainer.grad_scaler is None and "grad_scaler" not in trainer.state_dict()
+
+
+def test_float16_leaves_out_a_step_whose_gradient_overflows():
+    trained, data = model(), images(8)
+    # The loss of this image is finite; scaled by 2**16, its gradient overflows in float16.
+    data[0] = (data[0][0], torch.full((3,), 1e4))
+    trainer = AccumulatingTrainer(
+        trained, batches(data, 2), sgd(trained), 2, amp_dtype=torch.float16
+    )
+    weights = [clone(trained)]
+    scales = [trainer.grad_scaler.get_scale()]
+
+    class Remember(HookBase):
+        def after_step(self):
+            weights.append(clone(trained))
+            scales.append(trainer.grad_scaler.get_scale())
+
+    trainer.register_hooks([Remember()])
+    run(trainer, 2)
+    assert all(torch.equal(weights[0][k], v) for k, v in weights[1].items())
+    assert scales[1] == scales[0] / 2 == scales[2]
+    assert all((weights[1][k] != v).any() for k, v in weights[2].items())
+    # The step that was taken is that of float32.
+    whole = model()
+    sum(whole(data[4:]).values()).backward()
+    for (name, after), grad in zip(weights[2].items(), gradients(whole), strict=True):
+        error = (weights[1][name] - after - 0.1 * grad).norm() / (0.1 * grad).norm()
+        assert error < 2e-2, name
+
+
+def test_the_state_of_the_scaler_is_that_of_amp_trainer():
+    trained = model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    state = AMPTrainer(trained, [], sgd(trained), grad_scaler=scaler).state_dict()
+    trainer = AccumulatingTrainer(trained, [], sgd(trained), amp_dtype=torch.float16)
+    trainer.load_state_dict(state)
+    assert trainer.grad_scaler.get_scale() == 128.0
+    assert trainer.state_dict().keys() == state.keys()
+    assert trainer.state_dict()["grad_scaler"].keys() == state["grad_scaler"].keys()
+
+
+@pytest.mark.parametrize("old, new", [(None, torch.float16), (torch.float16, None)])
+def test_mixed_precision_is_switched_between_runs(old, new):
+    trained = model()
+    state = AccumulatingTrainer(trained, [], sgd(trained, lr=0.5), amp_dtype=old).state_dict()
+    optimizer = sgd(trained)
+    AccumulatingTrainer(trained, [], optimizer, amp_dtype=new).load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+class Steep(nn.Module):
+    """A finite loss, whose gradient is not."""
+
+    def __init__(self, gradient: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+        self.weight.register_hook(lambda grad: torch.full_like(grad, gradient))
+
+    def forward(self, batch):
+        return 2 * self.weight
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite(gradient, amp_dtype):
+    steep = Steep(gradient)
+    trainer = AccumulatingTrainer(steep, [[]], sgd(steep), amp_dtype=amp_dtype)
+    with pytest.raises(FloatingPointError, match="a gradient is not finite"):
+        run(trainer, 1)
+    assert steep.weight == 1
+
+
+def test_clipping_by_value_mends_an_infinite_gradient():
+    steep = Steep(math.inf)
+    optimizer = clipping(steep, "value", 0.5, lr=1.0)
+    run(AccumulatingTrainer(steep, [[]], optimizer, check_gradients=False), 1)
+    assert steep.weight == 0.5
+
+
+# The images of an iteration are those of one process with 2 steps, or of 2 processes. What the
+# model samples (anchors, RoIs) follows from the image.
+SAME_IMAGES = """
+import sys, torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from helpers import TINY, config
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import Trainer
+
+def main(json_file, images, output, accumulate_steps):
+    register_coco_json("own", json_file, images)
+    cfg = config(
+        "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2,
+        "DATASETS.TRAIN", ("own",), "DATASETS.TEST", (), "INPUT.MASK_FORMAT", "polygon",
+        "INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 5,
+        "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", accumulate_steps,
+        "SOLVER.WARMUP_ITERS", 1, "SOLVER.MOMENTUM", 0.9)
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    seen = []
+
+    def seed(model, inputs):
+        (image,) = inputs[0]
+        seen.append(image["image_id"])
+        torch.manual_seed(image["image_id"])
+
+    trainer.model.register_forward_pre_hook(seed)
+    trainer.train()
+    seen = comm.gather(seen)
+    if comm.is_main_process():
+        model = getattr(trainer.model, "module", trainer.model)
+        torch.save({"model": model.state_dict(), "seen": seen}, output + ".pth")
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto", args=(*sys.argv[1:], "two_processes", 1))
+    launch(main, 1, args=(*sys.argv[1:], "two_steps", 2))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
+def test_two_steps_train_as_two_processes(coco_files, tmp_path):
+    (tmp_path / "script.py").write_text(SAME_IMAGES)
+    result = subprocess.run(
+        [sys.executable, "script.py", coco_files.json_file, coco_files.image_root],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    processes, steps = (
+        torch.load(tmp_path / f"{name}.pth") for name in ("two_processes", "two_steps")
+    )
+    first, second = processes["seen"]
+    assert len(first) == len(second) == 5 and first != second
+    (one_process,) = steps["seen"]
+    assert one_process == [image for pair in zip(first, second, strict=True) for image in pair]
+    for key, value in processes["model"].items():
+        assert torch.allclose(steps["model"][key], value, rtol=1e-5, atol=1e-5), key
