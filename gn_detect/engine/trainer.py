@@ -43,6 +43,11 @@ class Trainer(DefaultTrainer):
     the training data, so that a resumed run goes on as if it had not stopped. With several
     processes, or with data loading workers, the order of the images continues exactly, but their
     random augmentation does not.
+
+    A run can be resumed with another number of images per iteration: it continues at the
+    iteration that has seen as many images (rounded down, so that some may be seen twice), with
+    the learning rate that its own config has there. Which images of an epoch were seen is exact
+    but for those that had waited for a batch of their orientation.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -153,18 +158,61 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict:
         state = super().state_dict()
         state["random_state"] = _get_random_state()
+        state["batch"] = self._batch
         if self._sampler:
             state["data_seed"] = self._sampler.seed
         return state
 
     def load_state_dict(self, state: dict) -> None:
+        base_lrs = self.scheduler.base_lrs  # loading puts those of the checkpoint in their place
         super().load_state_dict(state)
+        self._continue_at_same_image(state.get("batch", self._batch), base_lrs)
         # The state is of the first process; the others keep the seeds that they have, as sharing
         # it would give all of them the same augmentations.
         if comm.is_main_process():
             self._resumed_random_state = state.get("random_state")
         if self._sampler and "data_seed" in state:
             self._sampler.seed = state["data_seed"]
+
+    @property
+    def _batch(self) -> dict[str, int]:
+        """How the images of an iteration come about."""
+        return {
+            "images_per_iteration": self.cfg.SOLVER.IMS_PER_BATCH,
+            "accumulate_steps": self._trainer.accumulate_steps,
+            "processes": comm.get_world_size(),
+        }
+
+    def _continue_at_same_image(self, saved: dict[str, int], base_lrs: list[float]) -> None:
+        """Translate the loaded state of a run with the batch ``saved`` to that of this run."""
+        if saved == self._batch:
+            return
+        old, new = saved["images_per_iteration"], self._batch["images_per_iteration"]
+        if old == new:
+            logger.warning(
+                f"resuming with {_describe(self._batch)}, where the checkpoint had "
+                f"{_describe(saved)}: an iteration still has {new} images, but their order and "
+                "augmentation are not those of a run without the change"
+            )
+            return
+        done = self.iter + 1  # iterations; self.iter is the last one of the checkpoint
+        start = done * old // new
+        self.iter = start - 1
+        # The optimizer keeps its momentum, but takes the learning rate of this config.
+        self.scheduler.base_lrs, self.scheduler.last_epoch = base_lrs, start
+        rates = self.scheduler.get_lr()
+        for group, base_lr, rate in zip(self.optimizer.param_groups, base_lrs, rates, strict=True):
+            group["initial_lr"], group["lr"] = base_lr, rate
+        logger.warning(
+            f"resuming with SOLVER.IMS_PER_BATCH {new} (images per iteration), where the "
+            f"checkpoint had {old}: its {done} iterations saw {done * old} images, so this run "
+            f"continues at iteration {start} of {self.max_iter}, after {start * new} images, with "
+            f"the learning rate of its own config there, {rates[0]:.4g}"
+        )
+
+
+def _describe(batch: dict[str, int]) -> str:
+    return f"{batch['processes']} process(es) and {batch['accumulate_steps']} accumulation step(s)"
 
 
 def _shorten_expected_error(record: logging.LogRecord) -> bool:

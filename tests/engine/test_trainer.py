@@ -1,5 +1,6 @@
 import itertools
 import json
+import logging
 import math
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path)
     trainer = train("own")
     trainer.train()
     checkpoint = torch.load(tmp_path / "own" / "model_final.pth")
-    for key in ("random_state", "data_seed"):
+    for key in ("random_state", "data_seed", "batch"):
         del checkpoint["trainer"][key]
     checkpoint["iteration"] = checkpoint["trainer"]["iteration"] = 2
     torch.save(checkpoint, tmp_path / "own" / "model_final.pth")
@@ -124,6 +125,117 @@ def test_resumed_run_with_accumulation_equals_the_uninterrupted_one(train):
     resumed.train()
     for key, value in weights(whole).items():
         assert torch.equal(weights(resumed)[key], value), key
+
+
+NO_TEST = ("DATASETS.TEST", ())
+TWO_IMAGES = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 0.02)
+
+
+@pytest.fixture
+def stopped(train):
+    """Train 3 of 6 iterations of 2 images; return the momentum of the optimizer."""
+    trainer = train("run", *TWO_IMAGES)
+    trainer.max_iter = 3
+    trainer.train()
+    return momentum(trainer)
+
+
+def messages(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name.startswith("gn_detect")]
+
+
+def momentum(trainer) -> list[torch.Tensor]:
+    state = trainer.optimizer.state_dict()["state"]
+    return [values["momentum_buffer"].clone() for values in state.values()]
+
+
+def cosine(base_lr: float, iteration: int, max_iter: int) -> float:
+    """The learning rate of the config, after its warm-up."""
+    return base_lr * (1 + math.cos(math.pi * iteration / max_iter)) / 2
+
+
+ONE_IMAGE = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 12, "SOLVER.BASE_LR", 0.01)
+
+
+def test_resuming_with_half_of_the_images_per_iteration(train, stopped, caplog):
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *ONE_IMAGE, "SEED", 99, resume=True)
+    assert messages(caplog) == [
+        "resuming with SOLVER.IMS_PER_BATCH 1 (images per iteration), where the checkpoint had 2: "
+        "its 3 iterations saw 6 images, so this run continues at iteration 6 of 12, after 6 "
+        "images, with the learning rate of its own config there, 0.005"
+    ]
+    assert resumed.start_iter == 6
+    pairs = zip(momentum(resumed), stopped, strict=True)
+    assert all(torch.equal(actual, expected) for actual, expected in pairs)
+
+    rates, seen = [], record_images(resumed)
+    resumed.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    resumed.train()
+    assert all(group["initial_lr"] == 0.01 for group in resumed.optimizer.param_groups)
+    assert len(rates) == 6
+    for iteration, groups in zip(range(6, 12), rates, strict=True):
+        assert groups == pytest.approx([cosine(0.01, iteration, 12)] * len(groups))
+    assert [file for (file,) in seen] == stream(6, 12)
+    assert all(value.isfinite().all() for value in weights(resumed).values())
+
+    # What it has saved is its own: resumed once more, it is complete.
+    assert train("run", *ONE_IMAGE, resume=True).start_iter == 12
+
+
+def test_resuming_with_more_images_per_iteration_sees_some_twice(train, stopped, caplog):
+    options = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 0.04)
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *options, "SOLVER.ACCUMULATE_STEPS", 2, resume=True)
+    assert resumed.start_iter == 1  # not 1.5
+    assert "continues at iteration 1 of 3, after 4 images" in caplog.text
+    seen = record_images(resumed)
+    resumed.train()
+    assert [len(batch) for batch in seen] == [2] * 4
+    assert list(itertools.chain(*seen)) == stream(4, 12)
+
+
+def test_resuming_after_less_than_one_iteration(train):
+    trainer = train("run", *TWO_IMAGES)
+    trainer.max_iter = 1
+    trainer.train()
+    resumed = train("run", "SOLVER.IMS_PER_BATCH", 4, resume=True)
+    assert resumed.start_iter == 0
+    lr = resumed.optimizer.param_groups[0]["lr"]
+    assert lr == pytest.approx(resumed.cfg.SOLVER.WARMUP_FACTOR * resumed.cfg.SOLVER.BASE_LR)
+
+
+def test_resuming_with_the_same_images_in_other_steps(train, stopped, caplog):
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *TWO_IMAGES, "SOLVER.ACCUMULATE_STEPS", 2, resume=True)
+    assert messages(caplog) == [
+        "resuming with 1 process(es) and 2 accumulation step(s), where the checkpoint had "
+        "1 process(es) and 1 accumulation step(s): an iteration still has 2 images, but their "
+        "order and augmentation are not those of a run without the change"
+    ]
+    assert resumed.start_iter == 3
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(cosine(0.02, 3, 6))
+    seen = record_images(resumed)
+    resumed.train()
+    assert list(itertools.chain(*seen)) == stream(6, 12)
+
+
+def test_resuming_with_mixed_precision_switched_on_and_off(train, stopped):
+    amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE")
+    half = train("run", *TWO_IMAGES, *amp, "float16", resume=True)
+    half.max_iter = 4
+    half.train()
+    resumed = train("run", *TWO_IMAGES, *amp, "bfloat16", resume=True)
+    assert resumed.start_iter == 4
+    dtypes = set()
+    resumed.model.roi_heads.mask_head.predictor.register_forward_hook(
+        lambda module, inputs, output: dtypes.add(output.dtype)
+    )
+    resumed.train()
+    assert dtypes == {torch.bfloat16}
+    assert all(value.isfinite().all() for value in weights(resumed).values())
 
 
 def test_fine_tuning_for_other_classes_keeps_all_but_the_predictors(train, tmp_path):
