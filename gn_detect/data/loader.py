@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
@@ -12,9 +13,12 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
+
+from gn_detect.config import ConfigError
 
 from .coco import DataError
 
@@ -105,7 +109,32 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 
 class NamingDatasetMapper(DatasetMapper):
-    """Detectron2's DatasetMapper, whose errors name the image file."""
+    """Detectron2's DatasetMapper, with large-scale jitter (``INPUT.LSJ``, training only), and
+    errors that name the image file."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        args = super().from_config(cfg, is_train)
+        if cfg.INPUT.LSJ.ENABLED and is_train:
+            if cfg.INPUT.CROP.ENABLED:
+                raise ConfigError(
+                    "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED are both True, and both cut the "
+                    "image; set one of them to False"
+                )
+            _, *flips = args["augmentations"]  # the first one is the resizing
+            args["augmentations"] = [*large_scale_jitter(cfg), *flips]
+            # Where an object is cut, its box must be found again, from the mask as a bitmap.
+            args["instance_mask_format"] = "bitmask"
+            args["recompute_boxes"] = args["use_instance_mask"]
+        return args
+
+    def _transform_annotations(self, dataset_dict: dict, transforms, image_shape) -> None:
+        # What the jitter pads is of no object; Detectron2 would pad their masks, where they are
+        # RLE, with the 255 that means "ignore" in the semantic labels, which are done by now.
+        for transform in transforms.transforms:
+            if isinstance(transform, T.PadTransform):
+                transform.seg_pad_value = 0
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -119,3 +148,26 @@ class NamingDatasetMapper(DatasetMapper):
                 f"cannot use the image {dataset_dict['file_name']} ({type(error).__name__}: "
                 f"{error}); replace it, or take it out of the annotations"
             ) from error
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """Scale by a factor of a range, relative to the image fit into a square of
+    ``INPUT.LSJ.IMAGE_SIZE`` pixels; then cut (at random) or pad (with gray, right and below) it to
+    that square, as in Detectron2's ``new_baselines``."""
+    lsj = cfg.INPUT.LSJ
+    size = (lsj.IMAGE_SIZE, lsj.IMAGE_SIZE)
+    return [T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size), _FixedSizeCrop(size)]
+
+
+class _FixedSizeCrop(T.FixedSizeCrop):
+    def _get_crop(self, image: np.ndarray) -> T.Transform:
+        crop = super()._get_crop(image)
+        return _CropTransform(crop.x0, crop.y0, crop.w, crop.h, crop.orig_w, crop.orig_h)
+
+
+class _CropTransform(T.CropTransform):
+    """Leaves polygons whole, for drawing them as bitmaps of the crop cuts them. Detectron2's own
+    cuts them with shapely, which is needed for nothing else."""
+
+    def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
+        return T.Transform.apply_polygons(self, polygons)

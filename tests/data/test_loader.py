@@ -1,10 +1,16 @@
 import itertools
 
+import numpy as np
 import pytest
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
+from detectron2.structures import BitMasks, BoxMode
+from helpers import config
+from PIL import Image
+from pycocotools import mask as mask_util
 
-from gn_detect.data.loader import ResumableTrainingSampler
+from gn_detect.config import ConfigError
+from gn_detect.data.loader import NamingDatasetMapper, ResumableTrainingSampler
 
 SIZES = [(100, 60), (60, 100), (50, 50), (120, 40), (40, 120), (30, 90), (90, 30)]
 GROUPS = [int(w > h) for w, h in SIZES]
@@ -36,3 +42,100 @@ def test_the_seed_can_be_set_to_that_of_an_earlier_run():
     sampler.seed = 6
     expected = ResumableTrainingSampler(GROUPS, 2, seed=6)
     assert list(itertools.islice(sampler, 20)) == list(itertools.islice(expected, 20))
+
+
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
+LSJ = ["INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 128]
+OBJECTS = [((200, 0, 0), (6, 10, 46, 40)), ((0, 0, 200), (76, 50, 90, 60))]  # BGR, XYXY
+
+
+@pytest.fixture(params=["polygon", "RLE"])
+def photo(request, tmp_path):
+    """A dataset dict of 96 x 64 pixels: two plain rectangles on black."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    annotations = []
+    for number, (color, (x0, y0, x1, y1)) in enumerate(OBJECTS):
+        mask = np.zeros((64, 96), np.uint8, order="F")
+        pixels[y0:y1, x0:x1], mask[y0:y1, x0:x1] = color, 1
+        polygon = [[float(v) for v in (x0, y0, x1, y0, x1, y1, x0, y1)]]
+        annotations.append(
+            {
+                "bbox": [x0, y0, x1, y1],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": number,
+                "segmentation": polygon if request.param == "polygon" else mask_util.encode(mask),
+            }
+        )
+    Image.fromarray(pixels[:, :, ::-1]).save(tmp_path / "photo.png")
+    photo = {"file_name": str(tmp_path / "photo.png"), "height": 64, "width": 96}
+    return {**photo, "annotations": annotations}
+
+
+def jitter(low, high, *opts):
+    cfg = config(MASK_RCNN, *LSJ, "INPUT.LSJ.MIN_SCALE", low, "INPUT.LSJ.MAX_SCALE", high, *opts)
+    return NamingDatasetMapper(cfg, is_train=True)
+
+
+@pytest.mark.parametrize("low, high", [(0.3, 1.0), (1.0, 2.0), (0.4, 0.4), (1.7, 1.7)])
+def test_large_scale_jitter_moves_objects_with_the_pixels(photo, low, high):
+    np.random.seed(3)
+    seen, mapper = 0, jitter(low, high)
+    for _ in range(12):
+        result = mapper(photo)
+        pixels = result["image"].permute(1, 2, 0).numpy().astype(int)
+        instances = result["instances"]
+        assert pixels.shape == (128, 128, 3) and instances.image_size == (128, 128)
+        assert isinstance(instances.gt_masks, BitMasks)
+        for number, (color, _) in enumerate(OBJECTS):
+            painted = np.abs(pixels - color).max(2) < 100
+            (found,) = (instances.gt_classes == number).nonzero(as_tuple=True)
+            if painted.sum() < 4:
+                continue  # at the rim of the crop, or beyond
+            assert len(found) == 1
+            mask = instances.gt_masks.tensor[found[0]].numpy()
+            rim = 2 * (painted.any(0).sum() + painted.any(1).sum())
+            assert (mask != painted).sum() <= rim
+            ys, xs = painted.nonzero()
+            expected = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            assert np.abs(instances.gt_boxes.tensor[found[0]].numpy() - expected).max() <= 2
+            seen += 1
+    assert seen >= 12
+
+
+def test_large_scale_jitter_keeps_to_its_range(photo):
+    """The width of the picture, where there is padding to the right of it, tells the scale."""
+    np.random.seed(0)
+    scales, mapper = [], jitter(0.25, 1.5)
+    for _ in range(40):
+        pixels = mapper(photo)["image"].numpy()
+        picture = (pixels != 128).any(0).any(0).sum()
+        scales.append(picture / 128)  # at scale 1, the 96 pixels fill the square
+    assert 0.25 - 0.01 <= min(scales) < 0.4
+    cut = [s for s in scales if s == 1.0]
+    assert 0.2 < len(cut) / len(scales) < 0.6  # 0.4 of the range is above 1
+    assert len({round(s, 2) for s in scales}) > 20
+
+
+def test_objects_that_are_cut_away_are_dropped(photo):
+    np.random.seed(0)
+    blue, mapper = 0, jitter(2.0, 2.0)
+    for _ in range(20):
+        result = mapper(photo)
+        painted = (result["image"][0] < 50) & (result["image"][2] > 150)
+        assert (1 in result["instances"].gt_classes) == bool(painted.any())
+        blue += bool(painted.any())
+    assert 0 < blue < 20
+
+
+def test_large_scale_jitter_is_for_training_with_the_flips_of_the_config(photo):
+    unflipped = jitter(1.0, 1.0, "INPUT.RANDOM_FLIP", "none")(photo)["instances"]
+    assert unflipped.gt_boxes.tensor[0, 0] == pytest.approx(6 * 128 / 96, abs=1)
+    cfg = config(MASK_RCNN, *LSJ, "INPUT.MIN_SIZE_TEST", 32)
+    assert NamingDatasetMapper(cfg, is_train=False)(photo)["image"].shape == (3, 32, 48)
+    boxes_only = jitter(0.5, 0.5, "MODEL.MASK_ON", False)(photo)["instances"]
+    assert len(boxes_only) == 2 and not boxes_only.has("gt_masks")
+
+
+def test_large_scale_jitter_with_another_crop_is_refused():
+    with pytest.raises(ConfigError, match="INPUT.CROP.ENABLED"):
+        jitter(0.1, 2.0, "INPUT.CROP.ENABLED", True)
