@@ -115,18 +115,18 @@ def _check_learning_rate(cfg: CfgNode) -> None:
 
 def _check_batch_norm(cfg: CfgNode, processes: int) -> None:
     norms = {_value(cfg, key): key for key in norm_keys(cfg)}
-    if cfg.MODEL.DEVICE == "cpu" and "SyncBN" in norms:
+    if cfg.MODEL.DEVICE == "cpu" and processes > 1 and "SyncBN" in norms:
         raise ConfigError(
-            f"{norms['SyncBN']} is SyncBN, which PyTorch has for CUDA only; on a CPU use GN, or BN"
+            f"{norms['SyncBN']} is SyncBN, which PyTorch synchronizes on CUDA only; on CPUs use GN"
         )
-    images = cfg.SOLVER.IMS_PER_BATCH // (processes * cfg.SOLVER.ACCUMULATE_STEPS)
-    if cfg.GUARDS.SMALL_BATCH_BN and "BN" in norms and images < 8:
-        logger.warning(
-            f"{norms['BN']} is BN with {images} images per GPU and forward pass, and its "
-            "statistics are of these alone: below 8 its error grows, on ImageNet from 23.6 % to "
-            "34.7 % at 2 (GN paper, table 2; GN: 24.1 %). Use GN, or SyncBN on several GPUs; "
-            "GUARDS.SMALL_BATCH_BN False silences this"
-        )
+    images = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS  # of one forward pass
+    for norm, seen in (("BN", images // processes), ("SyncBN", images)):
+        if cfg.GUARDS.SMALL_BATCH_BN and norm in norms and seen < 8:
+            logger.warning(
+                f"{norms[norm]} is {norm}, and its statistics are of {seen} images: below 8 the "
+                "error of BN grows, on ImageNet from 23.6 % to 34.7 % at 2 (GN paper, table 2; GN: "
+                "24.1 %). Use GN, or SyncBN on more GPUs; GUARDS.SMALL_BATCH_BN False silences this"
+            )
 
 
 def norm_keys(cfg: CfgNode) -> list[str]:

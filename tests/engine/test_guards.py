@@ -91,7 +91,12 @@ WARNED = [
     (
         "SMALL_BATCH_BN",
         (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", 2),
-        "MODEL.FPN.NORM is BN with 4 images per GPU and forward pass",
+        "MODEL.FPN.NORM is BN, and its statistics are of 4 images",
+    ),
+    (
+        "SMALL_BATCH_BN",
+        (R18, "MODEL.FPN.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", 4),
+        "MODEL.FPN.NORM is SyncBN, and its statistics are of 4 images",
     ),
 ]
 
@@ -125,8 +130,9 @@ def test_a_sound_run_is_not_disturbed(run, caplog):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_synchronized_bn_on_a_cpu():
-    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is SyncBN, .* for CUDA only"):
-        prepare(R18, "MODEL.RESNETS.NORM", "SyncBN")
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is SyncBN, .* on CUDA only"):
+        prepare(R18, "MODEL.RESNETS.NORM", "SyncBN", num_gpus=2)
+    prepare(R18, "MODEL.RESNETS.NORM", "SyncBN")  # nothing to synchronize
 
 
 def test_the_schedule_is_settled_for_the_processes():
