@@ -11,16 +11,22 @@ import weakref
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
+)
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gn_detect.data.coco import DataError
+from gn_detect.checkpoint import Checkpointer
+from gn_detect.data.coco import COCO_EVALUATORS, DataError
 from gn_detect.data.loader import (
     ResumableTrainingSampler,
     build_test_loader,
@@ -71,8 +77,8 @@ class Trainer(DefaultTrainer):
         self._trainer.register_hooks([self._finite_losses])
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -90,18 +96,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The COCO evaluation (pycocotools); results JSON in ``OUTPUT_DIR/inference``."""
+        """The COCO evaluation (pycocotools), and for panoptic data those of semantic segmentation
+        and of panoptic quality; results JSON in ``OUTPUT_DIR/inference``."""
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind != "coco":
+        if kind not in COCO_EVALUATORS:
             raise ValueError(
-                f"the dataset {dataset_name} has the evaluator type {kind!r}; only 'coco' is "
-                "supported: register it in COCO format"
+                f"the dataset {dataset_name} has the evaluator type {kind!r}; supported: "
+                f"{', '.join(COCO_EVALUATORS)}: register it in COCO format"
             )
         # With several test sets, one directory for each, so that none overwrites another's.
         parts = ["inference"] if len(cfg.DATASETS.TEST) == 1 else ["inference", dataset_name]
-        return COCOEvaluator(
-            dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, *parts), use_fast_impl=False
-        )
+        output = os.path.join(cfg.OUTPUT_DIR, *parts)
+        instances = COCOEvaluator(dataset_name, output_dir=output, use_fast_impl=False)
+        if kind == "coco":
+            return instances
+        semantic = SemSegEvaluator(dataset_name, output_dir=output)
+        return DatasetEvaluators([instances, semantic, COCOPanopticEvaluator(dataset_name, output)])
 
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
