@@ -1,7 +1,13 @@
 """Fixtures of all tests. Two threads: the machines of CI are small."""
 
+import os
+
 import pytest
 import torch
+
+# Generated data goes into the working directory of a test, not to the user's datasets.
+os.environ.pop("DETECTRON2_DATASETS", None)
+
 from helpers import SHARED_DATA, CocoFiles
 
 torch.set_num_threads(2)

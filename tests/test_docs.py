@@ -1,0 +1,61 @@
+"""What docs/ says can be run does what it says."""
+
+import importlib.util
+import logging
+import re
+import shlex
+
+import pytest
+from helpers import ROOT
+
+from gn_detect.config import ConfigError
+
+GUARDS = re.findall(
+    r"^\| `(\w+)`( \(warns\))? \| `(.+?)`(?: after `(.+?)`)? \|",
+    (ROOT / "docs/small_batches.md").read_text(),
+    flags=re.MULTILINE,
+)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory in which the commands run; they share the generated data."""
+    return tmp_path_factory.mktemp("docs")
+
+
+@pytest.fixture
+def train_net(workplace, monkeypatch):
+    """``tools/train_net.py``, in this process."""
+    monkeypatch.chdir(workplace)
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools/train_net.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(options, train=False):
+        name, *opts = shlex.split(options)
+        args = ["train_net.py", "--config-file", str(ROOT / "configs" / name), *opts]
+        monkeypatch.setattr("sys.argv", args)
+        args = tool.parse_args()
+        cfg = tool.setup(args)
+        if train:
+            tool.main(args, cfg)
+
+    return run
+
+
+def test_every_guard_has_a_command():
+    assert len(GUARDS) == 9
+
+
+@pytest.mark.parametrize("switch, warns, options, before", GUARDS, ids=[g[0] for g in GUARDS])
+def test_guards(switch, warns, options, before, train_net, caplog):
+    if warns:
+        logging.getLogger("gn_detect").propagate = True  # the tool has set it up for a terminal
+        with caplog.at_level(logging.WARNING, "gn_detect"):
+            train_net(options)
+        assert f"GUARDS.{switch} False" in caplog.text
+        return
+    if before:
+        train_net(f"{before} DATASETS.TEST ()", train=True)
+    with pytest.raises(ConfigError, match=f"set GUARDS.{switch} False"):
+        train_net(options, train=bool(before))
