@@ -31,15 +31,15 @@ class FiniteLossCheck(HookBase):
             raise FloatingPointError("a loss is not finite")
         self._previous = self.trainer.losses[-1]
 
-    def describe(self, iteration: int, cause: Exception) -> str:
-        """The sentence for a user whose training diverged at ``iteration``."""
+    def describe(self, iteration: int, cause: Exception, remedy: str) -> str:
+        """The sentence for a user whose training diverged at ``iteration``; ``remedy`` names the
+        keys to change."""
         batch, which, losses = self._culprit()
         files = ", ".join(d.get("file_name", "(no file)") for d in batch)
         terms = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items()) or "none"
         return (
             f"training diverged at iteration {iteration} ({cause}); {which}losses: {terms}; "
-            f"images: {files}. Earlier checkpoints are intact; lower SOLVER.BASE_LR, raise "
-            "SOLVER.WARMUP_ITERS or enable SOLVER.CLIP_GRADIENTS, and look at these images"
+            f"images: {files}. Earlier checkpoints are intact; {remedy}, and look at these images"
         )
 
     def _culprit(self) -> tuple[list[dict], str, dict[str, torch.Tensor]]:

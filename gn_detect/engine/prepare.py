@@ -64,7 +64,7 @@ def prepare_run(
         ConfigError, DataError: the run could not work.
     """
     _resolve_device(cfg, num_gpus)
-    _check_weights(cfg, eval_only, resume)
+    check_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, eval_only, resume)
     summaries = _check_datasets(cfg, eval_only)
     _resolve_classes(cfg, summaries)
     if eval_only:
@@ -76,49 +76,90 @@ def prepare_run(
 
 
 def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:
-    if torch.cuda.is_available():
-        if num_gpus > torch.cuda.device_count():
-            raise ConfigError(
-                f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()}"
-            )
-        if num_gpus > 1 and cfg.MODEL.DEVICE == "cpu":
-            raise ConfigError(
-                f"MODEL.DEVICE is cpu, but Detectron2 connects {num_gpus} processes through CUDA "
-                "where it is available; hide it with CUDA_VISIBLE_DEVICES=''"
-            )
-    elif cfg.MODEL.DEVICE.startswith("cuda"):
-        cfg.MODEL.DEVICE = "cpu"
-        logger.warning("no CUDA device is available: MODEL.DEVICE = cpu")
+    check_num_gpus(num_gpus)
+    cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE, num_gpus)
     amp = cfg.SOLVER.AMP
-    if amp.DTYPE not in AMP_DTYPES:
-        raise ConfigError(f"SOLVER.AMP.DTYPE is {amp.DTYPE!r}; known: {', '.join(AMP_DTYPES)}")
-    if cfg.MODEL.DEVICE == "cpu" and amp.ENABLED and amp.DTYPE == "float16":
-        amp.ENABLED = False
-        logger.warning(
-            "mixed precision in float16 needs CUDA: SOLVER.AMP.ENABLED = False "
-            "(SOLVER.AMP.DTYPE bfloat16 does not need it)"
+    amp.ENABLED = usable_amp(
+        "SOLVER.AMP.ENABLED", amp.ENABLED, "SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE
+    )
+
+
+def check_num_gpus(num_gpus: int) -> None:
+    """
+    Raises:
+        ConfigError: this machine has GPUs, but fewer than ``num_gpus``.
+    """
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus is {num_gpus}, but this machine has {torch.cuda.device_count()}"
         )
 
 
-def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+def usable_device(key: str, device: str, processes: int) -> str:
+    """``device``, the value of the config key ``key``; or the CPU where there is no CUDA.
+
+    Raises:
+        ConfigError: several processes are to train on the CPU, but there is CUDA.
+    """
+    if torch.cuda.is_available():
+        if processes > 1 and device == "cpu":
+            raise ConfigError(
+                f"{key} is cpu, but Detectron2 connects {processes} processes through CUDA "
+                "where it is available; hide it with CUDA_VISIBLE_DEVICES=''"
+            )
+    elif device.startswith("cuda"):
+        logger.warning(f"no CUDA device is available: {key} = cpu")
+        return "cpu"
+    return device
+
+
+def usable_amp(enabled_key: str, enabled: bool, dtype_key: str, dtype: str, device: str) -> bool:
+    """``enabled``, the value of the config key ``enabled_key``; or False for float16 on the CPU.
+
+    Raises:
+        ConfigError: ``dtype``, the value of ``dtype_key``, is unknown.
+    """
+    if dtype not in AMP_DTYPES:
+        raise ConfigError(f"{dtype_key} is {dtype!r}; known: {', '.join(AMP_DTYPES)}")
+    if device == "cpu" and enabled and dtype == "float16":
+        logger.warning(
+            f"mixed precision in float16 needs CUDA: {enabled_key} = False ({dtype_key} bfloat16 "
+            "does not need it)"
+        )
+        return False
+    return enabled
+
+
+def check_weights(key: str, weights: str, output_dir: str, eval_only: bool, resume: bool) -> None:
+    """Check that there is what a run starts from: a checkpoint in ``output_dir``, or ``weights``.
+
+    Args:
+        key: the config key of ``weights``.
+        weights: a path, a URL, or "" to train from scratch.
+        output_dir: of the run.
+        eval_only: evaluate, do not train.
+        resume: continue from the last checkpoint in ``output_dir``.
+
+    Raises:
+        ConfigError: there is not.
+    """
     if resume:
-        pointer = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        pointer = os.path.join(output_dir, "last_checkpoint")
         if os.path.isfile(pointer):
             with open(pointer) as f:
-                checkpoint = os.path.join(cfg.OUTPUT_DIR, f.read().strip())
+                checkpoint = os.path.join(output_dir, f.read().strip())
             if not os.path.isfile(checkpoint):
                 raise ConfigError(
                     f"--resume: {pointer} names {checkpoint}, which does not exist; write the name "
                     "of another checkpoint into it, or delete it to start at iteration 0"
                 )
             return
-        logger.warning(f"--resume: no checkpoint in {cfg.OUTPUT_DIR}, starting at iteration 0")
-    weights = cfg.MODEL.WEIGHTS
+        logger.warning(f"--resume: no checkpoint in {output_dir}, starting at iteration 0")
     if not weights and eval_only:
-        raise ConfigError("MODEL.WEIGHTS is empty: with --eval-only, name the weights to evaluate")
+        raise ConfigError(f"{key} is empty: with --eval-only, name the weights to evaluate")
     path = weights.split("?")[0]  # Detectron2 takes ?matching_heuristics=True
     if weights and "://" not in weights and not os.path.isfile(path):
-        raise ConfigError(f"MODEL.WEIGHTS: there is no file {path}")
+        raise ConfigError(f"{key}: there is no file {path}")
 
 
 def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
@@ -144,21 +185,28 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
                     "supported; register it with register_coco_instances"
                 )
             continue
-        if (
-            name in cfg.DATASETS.TEST
-            and MetadataCatalog.get(name).evaluator_type == "coco_panoptic_seg"
-            and importlib.util.find_spec("panopticapi") is None
-        ):
-            raise ConfigError(
-                f"DATASETS.TEST: the evaluation of {name} needs panopticapi: "
-                "pip install git+https://github.com/cocodataset/panopticapi.git"
-            )
+        if name in cfg.DATASETS.TEST:
+            check_evaluation("DATASETS.TEST", name)
         summaries[name] = summary
         logger.info(f"{name}: {summary.num_images} images, {summary.num_annotations} annotations")
         if name in train and summary.has_rle and cfg.INPUT.MASK_FORMAT == "polygon":
             cfg.INPUT.MASK_FORMAT = "bitmask"
             logger.info(f"INPUT.MASK_FORMAT = bitmask: {name} has masks as RLE")
     return summaries
+
+
+def check_evaluation(key: str, name: str) -> None:
+    """
+    Raises:
+        ConfigError: the evaluation of the dataset ``name``, which the config key ``key`` names,
+            needs a package that is not installed.
+    """
+    panoptic = MetadataCatalog.get(name).evaluator_type == "coco_panoptic_seg"
+    if panoptic and importlib.util.find_spec("panopticapi") is None:
+        raise ConfigError(
+            f"{key}: the evaluation of {name} needs panopticapi: "
+            "pip install git+https://github.com/cocodataset/panopticapi.git"
+        )
 
 
 def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:

@@ -162,7 +162,10 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as error:
-            message = self._finite_losses.describe(self.iter, error)
+            remedy = (
+                "lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or enable SOLVER.CLIP_GRADIENTS"
+            )
+            message = self._finite_losses.describe(self.iter, error, remedy)
             raise FloatingPointError(message) from None
 
     def state_dict(self) -> dict:
