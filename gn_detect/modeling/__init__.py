@@ -2,7 +2,7 @@ from .box_head import GNFastRCNNConvFCHead
 from .fpn import build_gn_resnet_fpn_backbone, build_gn_retinanet_resnet_fpn_backbone
 from .keypoint_head import GNKRCNNConvDeconvUpsampleHead
 from .mask_head import GNMaskRCNNConvUpsampleHead
-from .meta_arch import GNRetinaNet, GNSemSegFPNHead
+from .meta_arch import GNRetinaNet, GNSemSegFPNHead, build_detector
 from .norm import GroupNormFactory, finish_norms
 from .resnet import build_gn_resnet_backbone
 from .roi_heads import GNRes5ROIHeads
@@ -17,6 +17,7 @@ __all__ = [
     "GNRetinaNet",
     "GNSemSegFPNHead",
     "GroupNormFactory",
+    "build_detector",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone",

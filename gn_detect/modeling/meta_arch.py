@@ -1,5 +1,5 @@
 """RetinaNet (Lin et al., ICCV 2017) and the semantic head of Panoptic FPN (Kirillov et al., CVPR
-2019) with any norm."""
+2019) with any norm; and whole detectors from components."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from torch import nn
 
 from .norm import finish_norms, weight_standardization_from_config, with_norms
 
@@ -51,3 +52,24 @@ class GNSemSegFPNHead(SemSegFPNHead):
             **super().from_config(with_norms(cfg, "MODEL.SEM_SEG_HEAD.NORM"), input_shape),
             "weight_standardization": weight_standardization_from_config(cfg),
         }
+
+
+def build_detector(
+    meta_arch: type[nn.Module], *, weight_standardization: str = "", **components
+) -> nn.Module:
+    """Build a detector from components of Detectron2 whose norms come from a ``GroupNormFactory``.
+
+    What our YAML builders do component by component, for lazy configs (``configs/lazy``) and
+    plain Python.
+
+    Args:
+        meta_arch: such as ``GeneralizedRCNN``.
+        weight_standardization: of every convolution before a GN (``layers.standardize_weight``).
+        **components: arguments of ``meta_arch``.
+
+    Raises:
+        ConfigError: the groups do not divide a layer's channels.
+    """
+    model = meta_arch(**components)
+    finish_norms(model, "model", weight_standardization)
+    return model

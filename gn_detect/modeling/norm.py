@@ -170,7 +170,8 @@ def finish_norms(module: nn.Module, name: str, weight_standardization: str = "")
         layers = "; ".join(f"{name}.{n}: {reason}" for n, reason in unbuilt.items())
         raise ConfigError(
             f"MODEL.GN.NUM_GROUPS (or CHANNELS_PER_GROUP) does not fit: {layers}. "
-            "MODEL.GN.NEAREST_DIVISOR True takes the nearest number in each of these layers"
+            "MODEL.GN.NEAREST_DIVISOR True takes the nearest number in each of these layers "
+            "(in a lazy config: num_groups and nearest_divisor of GroupNormFactory)"
         )
     for child_name, child in module.named_modules():
         if hasattr(child, "adapted"):
