@@ -5,6 +5,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["gn_detect", "gn_detect.*"]), "gn_detect.configs"],
     package_dir={"gn_detect": "gn_detect", "gn_detect.configs": "configs"},
-    package_data={"gn_detect.configs": ["**/*.yaml"]},
-    include_package_data=False,  # else setuptools warns that each folder of YAMLs is no package
+    package_data={"gn_detect.configs": ["**/*.yaml", "**/*.py"]},
+    include_package_data=False,  # else setuptools warns that each folder of configs is no package
 )

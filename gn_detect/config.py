@@ -109,7 +109,8 @@ def get_config_file(name: str) -> str:
 
     Args:
         name: path below ``configs/``, such as
-            ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"``.
+            ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"``, or below
+            ``configs/lazy/``, with ``"lazy/"`` in front and ``.py`` at the end.
 
     Raises:
         FileNotFoundError: there is no such config; the message lists similar names.
@@ -122,7 +123,8 @@ def get_config_file(name: str) -> str:
         raise FileNotFoundError(f"gn_detect is installed without its configs/ ({_PACKAGE})")
     path = root / name
     if not path.is_file():
-        available = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.yaml"))
+        configs = (p for p in root.rglob("*") if p.suffix in (".yaml", ".py"))
+        available = sorted(p.relative_to(root).as_posix() for p in configs)
         similar = difflib.get_close_matches(name, available, n=3, cutoff=0.3) or available
         raise FileNotFoundError(f"gn_detect has no config {name!r}; similar: {', '.join(similar)}")
     return str(path)

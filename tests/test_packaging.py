@@ -12,6 +12,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
+LAZY_CONFIG = "lazy/COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_9x.py"
 
 
 def _python(source, cwd, **env):
@@ -47,9 +48,10 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_module_and_config(wheel):
     expected = {
         f"gn_detect/configs/{path.relative_to(REPO / 'configs').as_posix()}": path
-        for path in (REPO / "configs").rglob("*.yaml")
+        for path in (REPO / "configs").rglob("*")
+        if path.suffix in (".yaml", ".py")
     }
-    assert f"gn_detect/configs/{CONFIG}" in expected
+    assert {f"gn_detect/configs/{name}" for name in (CONFIG, LAZY_CONFIG)} < set(expected)
     expected |= {
         path.relative_to(REPO).as_posix(): path for path in (REPO / "gn_detect").rglob("*.py")
     }
@@ -68,6 +70,9 @@ def test_configs_are_found_in_the_installed_wheel(wheel, tmp_path):
 import gn_detect
 print(gn_detect.__file__)
 print(gn_detect.get_config_file({CONFIG!r}))
+from detectron2.config import LazyConfig
+lazy_config = gn_detect.get_config_file({LAZY_CONFIG!r})
+print(lazy_config, LazyConfig.load(lazy_config).train.max_iter)  # it imports its neighbours
 try:
     gn_detect.get_config_file({CONFIG.replace("_gn_", "_gm_")!r})
 except FileNotFoundError as error:
@@ -75,9 +80,10 @@ except FileNotFoundError as error:
 """
     result = _python(script, tmp_path, PYTHONPATH=str(site))
     assert result.returncode == 0, result.stderr
-    package, found, error = result.stdout.splitlines()[-3:]
+    package, found, lazy, error = result.stdout.splitlines()[-4:]
     assert Path(package).is_relative_to(site)
     assert Path(found) == site / "gn_detect" / "configs" / CONFIG and Path(found).is_file()
+    assert lazy == f"{site / 'gn_detect' / 'configs' / LAZY_CONFIG} 810000"
     assert "mask_rcnn_R_50_FPN_gm_3x" in error and CONFIG in error
 
 

@@ -156,10 +156,12 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     that square, as in Detectron2's ``new_baselines``."""
     lsj = cfg.INPUT.LSJ
     size = (lsj.IMAGE_SIZE, lsj.IMAGE_SIZE)
-    return [T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size), _FixedSizeCrop(size)]
+    return [T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size), FixedSizeCrop(size)]
 
 
-class _FixedSizeCrop(T.FixedSizeCrop):
+class FixedSizeCrop(T.FixedSizeCrop):
+    """Detectron2's, for a mapper with the mask format "bitmask"."""
+
     def _get_crop(self, image: np.ndarray) -> T.Transform:
         crop = super()._get_crop(image)
         return _CropTransform(crop.x0, crop.y0, crop.w, crop.h, crop.orig_w, crop.orig_h)
