@@ -1,0 +1,252 @@
+"""Training and evaluation from a lazy config: what ``tools/lazyconfig_train_net.py`` calls.
+
+The steps are those of Detectron2's tool of that name. In place of registries and a YAML, the config
+holds the calls themselves (detectron2/docs/tutorials/lazyconfigs.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import check_coco_dataset
+
+from .hooks import FiniteLossCheck
+from .prepare import check_evaluation, check_weights, usable_amp, usable_device
+from .train_loop import AMP_DTYPES, AccumulatingTrainer
+from .trainer import _shorten_expected_error
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
+
+
+def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> DictConfig:
+    """Load a lazy config, then apply ``overrides`` (``key=value``).
+
+    Raises:
+        ConfigError: the file is missing or no lazy config, or an override names a key that is not
+            there, or gives it a value of another kind.
+    """
+    if not config_file:
+        raise ConfigError("--config-file: name a lazy config, such as one of configs/lazy")
+    try:
+        cfg = LazyConfig.load(config_file)
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{config_file}: {error}") from None
+    missing = [name for name in _PARTS if name not in cfg]
+    if missing:
+        raise ConfigError(
+            f"{config_file} is no complete lazy config: it has no {', '.join(missing)} (the YAML "
+            "files of configs/ are for tools/train_net.py)"
+        )
+    for override in overrides or []:
+        _apply_override(cfg, override)
+    return cfg
+
+
+def _apply_override(cfg: DictConfig, override: str) -> None:
+    key, equals, _ = override.partition("=")
+    if not equals:
+        raise ConfigError(f"the command line: {override!r} is not of the form key=value")
+    absent = object()
+    before = OmegaConf.select(cfg, key, default=absent)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    # A call (_target_) may get another argument, and says itself whether it takes it. Anywhere
+    # else, a key that is not there would be ignored.
+    if before is absent and not (isinstance(node, DictConfig) and "_target_" in node):
+        names = list(map(str, node)) if isinstance(node, DictConfig) else []
+        similar = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
+        prefix = f"{parent}." if parent else ""
+        hint = f"; similar: {', '.join(prefix + n for n in similar)}" if similar else ""
+        raise ConfigError(f"the command line: the config has no key {key}{hint}")
+    try:
+        LazyConfig.apply_overrides(cfg, [override])
+    except Exception as error:  # the parser's, omegaconf's, and what eval of a value raises
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the command line: {override}: {reason}") from None
+    after = OmegaConf.select(cfg, key)
+    if isinstance(before, (int, float)) and isinstance(after, str):
+        raise ConfigError(f"the command line: {key} is {after!r}, not a number like {before!r}")
+
+
+def prepare_lazy_run(cfg: DictConfig, *, eval_only: bool = False, resume: bool = False) -> None:
+    """Complete ``cfg`` in place for this machine, and check it and its datasets.
+
+    Sets ``train.device`` and ``train.amp.enabled`` where there is no CUDA, and logs it. Each
+    process calls it; the first one looks through the annotations.
+
+    Args:
+        cfg: of :func:`load_lazy_config`.
+        eval_only: evaluate, do not train.
+        resume: continue from the last checkpoint in ``train.output_dir``.
+
+    Raises:
+        ConfigError, DataError: the run could not work.
+    """
+    train = cfg.train
+    train.device = usable_device("train.device", train.device, comm.get_world_size())
+    train.amp.enabled = usable_amp(
+        "train.amp.enabled", train.amp.enabled, "train.amp.dtype", train.amp.dtype, train.device
+    )
+    check_weights(
+        "train.init_checkpoint", train.init_checkpoint, train.output_dir, eval_only, resume
+    )
+    if not eval_only:
+        _check_frozen(cfg)
+        _check_batch(cfg)
+    if comm.is_main_process():
+        _check_datasets(cfg, eval_only)
+
+
+def _check_frozen(cfg: DictConfig) -> None:
+    if cfg.train.init_checkpoint:
+        return
+    for key in ("model.backbone.bottom_up.freeze_at", "model.backbone.freeze_at"):
+        freeze_at = OmegaConf.select(cfg, key, default=0)
+        if freeze_at > 0:
+            raise ConfigError(
+                f"train.init_checkpoint is empty and {key} is {freeze_at}, so the frozen layers "
+                "would keep their random weights; set train.init_checkpoint to ImageNet weights, "
+                f"or {key} to 0 to train from scratch"
+            )
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    steps, processes = cfg.train.accumulate_steps, comm.get_world_size()
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"train.accumulate_steps is {steps!r}; it must be an integer from 1 on")
+    key = "dataloader.train.total_batch_size"
+    images = OmegaConf.select(cfg, key)
+    if images is None or images < 1 or images % (processes * steps):
+        raise ConfigError(
+            f"{key} is {images}, the images of one iteration; it must be a multiple of "
+            f"{processes * steps} ({processes} processes, train.accumulate_steps {steps})"
+        )
+
+
+def _check_datasets(cfg: DictConfig, eval_only: bool) -> None:
+    used = {}  # dataset -> splits
+    for split in ("test",) if eval_only else ("train", "test"):
+        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=[])
+        for name in [names] if isinstance(names, str) else names:
+            used.setdefault(name, []).append(split)
+    masks = OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask", default=False)
+    for name, splits in used.items():
+        summary = check_coco_dataset(
+            name, masks=masks, training="train" in splits, evaluation="test" in splits
+        )
+        if summary is None:  # not in COCO format
+            continue
+        if "test" in splits:
+            check_evaluation("dataloader.test.dataset.names", name)
+        count = len(summary.classes)
+        logger.info(
+            f"{name}: {summary.num_images} images, {summary.num_annotations} annotations, "
+            f"{count} categories"
+        )
+        for key in ("model.roi_heads.num_classes", "model.num_classes"):
+            stated = OmegaConf.select(cfg, key, default=count)
+            if stated != count:
+                raise ConfigError(
+                    f"{key} is {stated}, but the dataset {name} declares {count} categories"
+                )
+
+
+def build_lazy_model(cfg: DictConfig) -> nn.Module:
+    """The model of ``cfg``, on its device.
+
+    Raises:
+        ConfigError: a call in ``cfg.model`` lacks an argument or has one that it does not take, or
+            the groups of a norm do not divide the channels.
+    """
+    return _instantiate(cfg, "model").to(cfg.train.device)
+
+
+def _instantiate(cfg: DictConfig, key: str):
+    try:
+        return instantiate(OmegaConf.select(cfg, key))
+    except TypeError as error:  # Detectron2 has logged whose it is
+        if "argument" not in str(error):
+            raise
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def do_train(cfg: DictConfig, resume: bool = False) -> dict:
+    """Train, and evaluate every ``train.eval_period`` iterations and at the end.
+
+    A checkpoint holds the model, the optimizer and the iteration. The order of the images is drawn
+    anew when a run is resumed, as by Detectron2's tool.
+
+    Args:
+        cfg: of :func:`prepare_lazy_run`.
+        resume: continue from the last checkpoint in ``train.output_dir``, if there is one.
+
+    Returns:
+        the results of the last evaluation; empty in other processes than the first.
+
+    Raises:
+        FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
+    """
+    cfg = copy.deepcopy(cfg)  # completed in the next lines
+    train = cfg.train
+    cfg.dataloader.train.total_batch_size //= train.accumulate_steps
+    model = build_lazy_model(cfg)
+    cfg.optimizer.params.model = model
+    optimizer = _instantiate(cfg, "optimizer")
+    loader = _instantiate(cfg, "dataloader.train")
+    on_cpu = {"device_ids": None} if train.device == "cpu" else {}
+    model = create_ddp_model(model, **train.ddp, **on_cpu)
+    amp_dtype = AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None
+    trainer = AccumulatingTrainer(model, loader, optimizer, train.accumulate_steps, amp_dtype)
+    checkpointer = DetectionCheckpointer(model, train.output_dir, trainer=trainer)
+    results = {}
+
+    def evaluate() -> dict:
+        results.update(do_test(cfg, model))
+        return results
+
+    schedule = hooks.LRScheduler(scheduler=_instantiate(cfg, "lr_multiplier"))
+    finite_losses = FiniteLossCheck()
+    trainer.register_hooks([finite_losses, hooks.IterationTimer(), schedule])
+    if comm.is_main_process():
+        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer)])
+    trainer.register_hooks([hooks.EvalHook(train.eval_period, evaluate)])
+    if comm.is_main_process():  # last, so that it writes what the others have measured
+        writers = default_writers(train.output_dir, train.max_iter)
+        trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    logging.getLogger(TrainerBase.__module__).addFilter(_shorten_expected_error)
+    try:
+        trainer.train(start_iter, train.max_iter)
+    except FloatingPointError as error:
+        remedy = "lower optimizer.lr or raise lr_multiplier.warmup_length"
+        message = finite_losses.describe(trainer.iter, error, remedy)
+        raise FloatingPointError(message) from None
+    return results
+
+
+def do_test(cfg: DictConfig, model: nn.Module) -> dict:
+    """Evaluate ``model`` on ``cfg.dataloader.test`` and print the results; empty where ``cfg`` has
+    no evaluator, and in other processes than the first."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    evaluator = _instantiate(cfg, "dataloader.evaluator")
+    if isinstance(evaluator, ListConfig):
+        evaluator = list(evaluator)
+    results = inference_on_dataset(model, _instantiate(cfg, "dataloader.test"), evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results

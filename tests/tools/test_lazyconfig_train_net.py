@@ -1,0 +1,148 @@
+"""The command line of lazy configs, end to end."""
+
+import json
+import re
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from helpers import run_tool
+
+import gn_detect
+from gn_detect.engine.lazy import load_lazy_config
+
+QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
+
+# A config of the user's own, for data of the user's own.
+OWN = """
+from detectron2.config import LazyConfig
+from gn_detect.data.coco import register_coco_json
+
+dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(
+    {quick!r}, ("dataloader", "lr_multiplier", "model", "optimizer", "train")
+)
+register_coco_json("own", {json_file!r}, {image_root!r})
+dataloader.train.dataset.names = dataloader.test.dataset.names = "own"
+dataloader.train.num_workers = dataloader.test.num_workers = 0
+dataloader.train.mapper.augmentations[0].short_edge_length = [64]
+dataloader.test.mapper.augmentations[0].short_edge_length = 64
+model.proposal_generator.post_nms_topk = (50, 20)
+model.roi_heads.num_classes = 2
+model.roi_heads.box_predictor.test_score_thresh = 0.0
+train.log_period = 1
+train.checkpointer.period = 2
+"""
+
+
+@pytest.fixture
+def own_config(coco_files, tmp_path):
+    text = OWN.format(
+        quick=QUICK, json_file=str(coco_files.json_file), image_root=str(coco_files.image_root)
+    )
+    (tmp_path / "own.py").write_text(text)
+    return str(tmp_path / "own.py")
+
+
+def train_net(*args, **kwargs):
+    return run_tool("lazyconfig_train_net.py", *args, **kwargs)
+
+
+def metrics(output) -> dict[int, dict]:
+    """Iteration -> its metrics."""
+    rows = [json.loads(line) for line in (output / "metrics.json").open()]
+    out = {}
+    for row in rows:
+        out.setdefault(row["iteration"], {}).update(row)
+    return out
+
+
+def test_trains_resumes_and_evaluates(own_config, tmp_path):
+    run = tmp_path / "run"
+    first = train_net("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
+    assert "Starting training from iteration 0" in first.stdout
+    assert {p.name for p in run.glob("*.pth")} == {"model_0000001.pth", "model_final.pth"}
+    cfg = load_lazy_config(own_config)
+    multiplier = instantiate(cfg.lr_multiplier)
+    trained = metrics(run)
+    assert {0, 1, 2} <= set(trained)
+    for iteration in range(3):
+        expected = cfg.optimizer.lr * multiplier(iteration / 3)
+        assert trained[iteration]["lr"] == pytest.approx(expected)
+    assert {"bbox/AP", "segm/AP", "bbox/AP50"} <= set(max(trained.items())[1])
+    saved = LazyConfig.load(str(run / "config.yaml"))
+    assert saved.train.max_iter == 3
+    assert isinstance(instantiate(saved.model), torch.nn.Module)
+
+    again = train_net(
+        *("--resume", "--config-file", own_config),
+        *(f"train.output_dir={run}", "train.max_iter=5"),
+    )
+    assert "Starting training from iteration 3" in again.stdout
+    resumed = metrics(run)
+    assert {3, 4} <= set(resumed)
+    assert resumed[3]["lr"] == pytest.approx(cfg.optimizer.lr * multiplier(3 / 5))
+
+    output = train_net(
+        *("--eval-only", "--config-file", own_config, f"train.output_dir={tmp_path / 'eval'}"),
+        f"train.init_checkpoint={run / 'model_final.pth'}",
+    ).stdout
+    (values, _) = [
+        line.split(": ")[-1].split(",")
+        for line in output.splitlines()
+        if re.search(r"copypaste: [\d.]+,", line)
+    ]
+    final = max(resumed.items())[1]
+    assert [float(v) for v in values[:3]] == [
+        round(final[f"bbox/{name}"], 4) for name in ("AP", "AP50", "AP75")
+    ]
+    results = "inference/coco_instances_results.json"
+    assert (run / results).read_bytes() == (tmp_path / "eval" / results).read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
+def test_two_processes_without_cuda(own_config, tmp_path):
+    output = train_net(
+        *("--config-file", own_config, "--num-gpus", 2, "--dist-url", "auto"),
+        *("train.max_iter=2", f"train.output_dir={tmp_path / 'run'}"),
+        env={"OMP_NUM_THREADS": "1"},
+    ).stdout
+    assert "no CUDA device is available: train.device = cpu" in output
+    assert "Rank of current process: 0. World size: 2" in output
+    assert {0, 1} <= set(metrics(tmp_path / "run"))
+    assert (tmp_path / "run/model_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "absent.py"], "absent.py"),
+        (
+            ["--config-file", QUICK, "train.max_itr=3"],
+            "no key train.max_itr; similar: train.max_it",
+        ),
+        (["--config-file", QUICK, "SOLVER.MAX_ITER", "3"], "not of the form key=value"),
+        (
+            ["--config-file", QUICK, "model.backbone.bottom_up.freeze_at=2"],
+            "train.init_checkpoint is empty and model.backbone.bottom_up.freeze_at is 2",
+        ),
+    ],
+)
+def test_errors_are_sentences(args, message, tmp_path):
+    if message.startswith("train."):
+        args = [*args, f"train.output_dir={tmp_path}"]
+    result = train_net(*args, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr + result.stdout
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+
+
+def test_undecodable_image_is_named(own_config, coco_files, tmp_path):
+    (coco_files.image_root / "2.png").write_bytes(b"not an image")
+    result = train_net(
+        *("--config-file", own_config, "train.max_iter=9", f"train.output_dir={tmp_path / 'run'}"),
+        check=False,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stdout
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: cannot use the image") and "2.png" in line

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Train, fine-tune or evaluate the model of a lazy config (configs/lazy, or one of your own).
+
+Takes Detectron2's own arguments; at the end, overrides of the form train.max_iter=1000. Without
+CUDA it runs on the CPU, in --num-gpus processes.
+"""
+
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+import gn_detect  # noqa: F401  # registers the generated dataset
+from gn_detect.engine import sentence
+from gn_detect.engine.lazy import (
+    build_lazy_model,
+    do_test,
+    do_train,
+    load_lazy_config,
+    prepare_lazy_run,
+)
+from gn_detect.engine.prepare import check_num_gpus
+
+
+def main(args):
+    # Loaded in each process: a lazy config is code, and may register its data.
+    cfg = load_lazy_config(args.config_file, args.opts)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="gn_detect")
+    prepare_lazy_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = build_lazy_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        return do_test(cfg, model)
+    return do_train(cfg, resume=args.resume)
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        check_num_gpus(args.num_gpus)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        sys.exit(f"error: {message}")
