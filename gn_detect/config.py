@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 from pathlib import Path
 
 import yaml
@@ -74,6 +76,12 @@ def add_gn_config(cfg: CfgNode) -> None:
     guards.setdefault("LEARNING_RATE", True)
     guards.setdefault("FEW_IMAGES", True)
     guards.setdefault("SMALL_BATCH_BN", True)
+
+
+def locate(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    """The node of ``cfg`` that holds ``key`` (``A.B.C``), and the last part of the key."""
+    *path, name = key.split(".")
+    return functools.reduce(operator.getitem, path, cfg), name
 
 
 def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode:

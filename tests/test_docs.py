@@ -48,9 +48,10 @@ def test_every_guard_has_a_command():
 
 
 @pytest.mark.parametrize("switch, warns, options, before", GUARDS, ids=[g[0] for g in GUARDS])
-def test_guards(switch, warns, options, before, train_net, caplog):
+def test_guards(switch, warns, options, before, train_net, caplog, monkeypatch):
     if warns:
-        logging.getLogger("gn_detect").propagate = True  # the tool has set it up for a terminal
+        # The tool has set the logger up for a terminal.
+        monkeypatch.setattr(logging.getLogger("gn_detect"), "propagate", True)
         with caplog.at_level(logging.WARNING, "gn_detect"):
             train_net(options)
         assert f"GUARDS.{switch} False" in caplog.text

@@ -53,34 +53,38 @@ def parse_args(argv):
 def run(args, norm: str, per_step: int, seed: int) -> None:
     """Train and evaluate one; write result.json into its directory."""
     directory = run_directory(args, norm, per_step, seed)
-    if (directory / "result.json").exists():
-        return
     reference = load_config(args.config_file).SOLVER.REFERENCE_BATCH_SIZE
     name, _, ws = norm.partition("+")
     opts = [
         *(word for key in NORM_KEYS for word in (f"MODEL.{key}.NORM", name)),
         *("MODEL.GN.WEIGHT_STANDARDIZATION", "authors" if ws else "''"),
         *("SOLVER.MAX_ITER", args.images // reference, "SOLVER.IMS_PER_GPU", per_step),
-        *("TEST.EVAL_PERIOD", 0, "SEED", seed, "OUTPUT_DIR", directory),
+        *("TEST.EVAL_PERIOD", 0, "SEED", seed),
         *("GUARDS.SCRATCH_FROZEN_BN", False),  # what it costs is a row of the table
         *args.opts,
     ]
-    command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume"]
-    for option in DATA:
-        if value := getattr(args, option.replace("-", "_")):
-            command += [f"--{option}", value]
-    command += ["--config-file", args.config_file, *opts]
+    data = [(f"--{option}", getattr(args, option.replace("-", "_"))) for option in DATA]
+    data = [word for pair in data if pair[1] for word in pair]
+    settings = " ".join(map(str, [Path(args.config_file).name, *data, *opts]))
+    if (directory / "result.json").exists():
+        if json.loads((directory / "result.json").read_text())["settings"] != settings:
+            sys.exit(f"error: {directory} holds a run with other settings; choose another --output")
+        return
+    command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume", *data]
+    command += ["--config-file", args.config_file, *opts, "OUTPUT_DIR", directory]
     directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = done.stdout.decode(errors="replace")
     (directory / "output.txt").write_text(output)
-    result = {"minutes": round((time.monotonic() - start) / 60, 1)}
+    result = {"settings": settings, "minutes": round((time.monotonic() - start) / 60, 1)}
     diverged = re.search(r"training diverged at iteration (\d+)", output)
     if done.returncode == 0:
         rows = [json.loads(line) for line in (directory / "metrics.json").read_text().splitlines()]
         last = [row for row in rows if "bbox/AP" in row][-1]
-        result |= {"box AP": last["bbox/AP"], "mask AP": last["segm/AP"]}
+        for kind, key in (("box AP", "bbox/AP"), ("mask AP", "segm/AP")):
+            # Detectron2 has NaN where nothing was predicted, pycocotools -1 where nothing is asked.
+            result[kind] = max(last[key], 0.0) if last[key] == last[key] else 0.0
     elif diverged:
         result |= {"box AP": 0.0, "mask AP": 0.0, "diverged": int(diverged[1])}
     else:
@@ -88,7 +92,7 @@ def run(args, norm: str, per_step: int, seed: int) -> None:
             f"error: a run failed; its last words, of {directory / 'output.txt'}:\n{output[-2000:]}"
         )
     (directory / "result.json").write_text(json.dumps(result))
-    print(f"{norm}, {per_step} images per step, seed {seed}: {result}", flush=True)
+    print(f"{norm}, {per_step} images per step, seed {seed}: {cell([result])}", flush=True)
 
 
 def run_directory(args, norm: str, per_step: int, seed: int) -> Path:

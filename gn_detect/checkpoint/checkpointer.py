@@ -42,11 +42,15 @@ class Checkpointer(DetectionCheckpointer):
                 config's, or with BN where the model has GN.
         """
         self._loading = path
+        if path and (origin := Origin.of_name(path)):
+            check_origin(origin, self._cfg, path)
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: dict[str, Any]):
         if origin := checkpoint.pop("origin", None):
-            check_origin(Origin(**origin), self._cfg, self._loading)
+            known = {field.name for field in dataclasses.fields(Origin)}
+            origin = Origin(**{k: v for k, v in origin.items() if k in known})
+            check_origin(origin, self._cfg, self._loading)
         if self._cfg.GUARDS.BN_WEIGHTS_INTO_GN:
             self._refuse_bn(checkpoint["model"])
         return super()._load_model(checkpoint)
@@ -55,7 +59,7 @@ class Checkpointer(DetectionCheckpointer):
         layers = bn_into_gn(names, self.model)
         if layers:
             raise ConfigError(
-                f"MODEL.WEIGHTS: {self._loading} was trained with BN in {len(layers)} layers that "
+                f"{self._loading} was trained with BN in {len(layers)} layers that "
                 f"are GN here, such as {layers[0]}. BN's convolutions are useless with GN's "
                 "statistics, though all names fit. Use weights trained with GN "
                 "(catalog://ImageNetPretrained/FAIR/R-50-GN), or a norm of BN in these layers; to "
@@ -70,6 +74,7 @@ def bn_into_gn(names: Iterable[str], model: nn.Module) -> list[str]:
         names: of the weights, in Detectron2's form, with or without a prefix, or in Caffe2's, in
             which BN is also folded into a scale and a bias (``res2_0_branch2a_bn_s``).
     """
+    names = [name.removeprefix("module.") for name in names]  # of a wrapper for training
     caffe2 = [name for name in names if re.search(r"_bn_(s|b|rm|riv)$", name)]
     bn_layers = {name.removesuffix(".weight") for name in convert_basic_c2_names(caffe2)}
     bn_layers |= {n.removesuffix(".running_mean") for n in names if n.endswith(".running_mean")}

@@ -52,7 +52,7 @@ class Origin:
 # models here use PIXEL_STD=[1,1,1]"), and its configs for what it has converted itself.
 _KNOWN = {
     r"MSRA/R-(50|101)": Origin("BGR", _BGR_MEAN, _UNIT, True),
-    r"R-(50|101)-GN": Origin("BGR", _BGR_MEAN, _UNIT, False),
+    r"ImageNetPretrained/(FAIR|\d+)/R-(50|101)-GN": Origin("BGR", _BGR_MEAN, _UNIT, False),
     r"ImageNetPretrained/torchvision/R-(50|101)": Origin(
         "RGB", _BGR_MEAN[::-1], _BGR_STD[::-1], False
     ),

@@ -8,25 +8,30 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from gn_detect.checkpoint import Origin, check_origin
-from gn_detect.config import ConfigError
+from gn_detect.config import ConfigError, locate
 from gn_detect.layers import GroupNorm
 from gn_detect.modeling.norm import norm_from_config
 
 logger = logging.getLogger(__name__)
 
 
-def check_recipe(cfg: CfgNode, *, processes: int, num_images: int | None) -> None:
+def check_recipe(
+    cfg: CfgNode, *, processes: int, num_images: int | None, resumes: bool = False
+) -> None:
     """Check a training run whose schedule is resolved (``solver.resolve_schedule``).
 
     Args:
         cfg: of the run.
         processes: on all machines.
         num_images: to train on; None where the datasets do not tell.
+        resumes: from a checkpoint, so that ``MODEL.WEIGHTS`` is not read.
 
     Raises:
         ConfigError: names the keys, their values, the evidence, the fix, and the switch.
     """
-    if not cfg.MODEL.WEIGHTS:
+    if resumes:
+        pass
+    elif not cfg.MODEL.WEIGHTS:
         _check_scratch(cfg, num_images)
     elif origin := Origin.of_name(cfg.MODEL.WEIGHTS):
         check_origin(origin, cfg, cfg.MODEL.WEIGHTS)
@@ -47,10 +52,10 @@ def _check_scratch(cfg: CfgNode, num_images: int | None) -> None:
     frozen = [key for key in norm_keys(cfg) if _value(cfg, key) == "FrozenBN"]
     if cfg.GUARDS.SCRATCH_FROZEN_BN and frozen:
         raise ConfigError(
-            f"MODEL.WEIGHTS is empty and {frozen[0]} is FrozenBN: its statistics would stay those "
-            "of no data, and training diverges at once (facebookresearch/detectron2 issues 914, "
-            "348). Set MODEL.WEIGHTS, or the norm to GN; to train so all the same, set "
-            "GUARDS.SCRATCH_FROZEN_BN False"
+            f"MODEL.WEIGHTS is empty and {frozen[0]} is FrozenBN: a mean of 0 and a variance of 1 "
+            "that belong to no data normalize nothing, and nothing can be trained from scratch so "
+            "(He et al. 2018, section 3.1). Set MODEL.WEIGHTS, or the norm to GN; to train so all "
+            "the same, set GUARDS.SCRATCH_FROZEN_BN False"
         )
     if cfg.GUARDS.FEW_IMAGES and num_images is not None and num_images < 10_000:
         logger.warning(
@@ -78,7 +83,8 @@ def _check_single_value_groups(cfg: CfgNode) -> None:
 def _normalized_maps(cfg: CfgNode) -> Iterator[tuple[str, str, int, int]]:
     """(norm key, description, channels, positions) of the smallest map of each kind."""
     model = cfg.MODEL
-    size = cfg.INPUT.LSJ.IMAGE_SIZE if cfg.INPUT.LSJ.ENABLED else min(cfg.INPUT.MIN_SIZE_TRAIN)
+    sizes = (cfg.INPUT.LSJ.IMAGE_SIZE,) if cfg.INPUT.LSJ.ENABLED else cfg.INPUT.MIN_SIZE_TRAIN
+    size = min(sizes, default=0) or 1024  # 0 is the size of the file, which is not known here
     maps = f"the smallest maps of images of {size} pixels"
 
     def positions(stride: int) -> int:
@@ -103,46 +109,58 @@ def _normalized_maps(cfg: CfgNode) -> Iterator[tuple[str, str, int, int]]:
 
 def _check_learning_rate(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
+    if not cfg.GUARDS.LEARNING_RATE:
+        return
     rule = 0.02 * solver.IMS_PER_BATCH / 16
-    if cfg.GUARDS.LEARNING_RATE and solver.BASE_LR > 3 * rule:
+    if solver.BASE_LR > 3 * rule:
         logger.warning(
             f"SOLVER.BASE_LR is {solver.BASE_LR:g} for {solver.IMS_PER_BATCH} images per "
             f"iteration, {solver.BASE_LR / rule:.3g} times the {rule:g} of the linear rule (0.02 "
             "for 16 images). SOLVER.IMS_PER_GPU derives it, with the number of iterations; "
             "GUARDS.LEARNING_RATE False silences this"
         )
+    first_drop = min([*solver.STEPS, solver.MAX_ITER])
+    if solver.WARMUP_ITERS >= first_drop:
+        logger.warning(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, but the rate drops, or training ends, "
+            f"at iteration {first_drop}: SOLVER.BASE_LR is never reached. Lower "
+            "SOLVER.WARMUP_ITERS; GUARDS.LEARNING_RATE False silences this"
+        )
 
 
 def _check_batch_norm(cfg: CfgNode, processes: int) -> None:
     norms = {_value(cfg, key): key for key in norm_keys(cfg)}
-    if cfg.MODEL.DEVICE == "cpu" and processes > 1 and "SyncBN" in norms:
-        raise ConfigError(
-            f"{norms['SyncBN']} is SyncBN, which PyTorch synchronizes on CUDA only; on CPUs use GN"
-        )
     images = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS  # of one forward pass
-    for norm, seen in (("BN", images // processes), ("SyncBN", images)):
-        if cfg.GUARDS.SMALL_BATCH_BN and norm in norms and seen < 8:
+    for norm, key in norms.items():
+        if norm in ("SyncBN", "nnSyncBN") and cfg.MODEL.DEVICE == "cpu" and processes > 1:
+            raise ConfigError(
+                f"{key} is {norm}, which PyTorch synchronizes on CUDA only; on CPUs use GN"
+            )
+        seen = images if "SyncBN" in norm else images // processes
+        if cfg.GUARDS.SMALL_BATCH_BN and norm != "FrozenBN" and "BN" in norm and seen < 8:
             logger.warning(
-                f"{norms[norm]} is {norm}, and its statistics are of {seen} images: below 8 the "
-                "error of BN grows, on ImageNet from 23.6 % to 34.7 % at 2 (GN paper, table 2; GN: "
-                "24.1 %). Use GN, or SyncBN on more GPUs; GUARDS.SMALL_BATCH_BN False silences this"
+                f"{key} is {norm}, and its statistics are of {seen} images: below 8 the error of "
+                "BN grows, on ImageNet from 23.6 % to 34.7 % at 2 (GN paper, table 2; GN: 24.1 %). "
+                "Use GN, or SyncBN on more GPUs; GUARDS.SMALL_BATCH_BN False silences this"
             )
 
 
 def norm_keys(cfg: CfgNode) -> list[str]:
     """The keys of the norms that the model of ``cfg`` has."""
     model = cfg.MODEL
-    components = {
-        "RESNETS": True,
-        "FPN": bool(model.FPN.IN_FEATURES),
-        "RETINANET": is_retinanet(cfg),
-        "RPN": not is_retinanet(cfg),
-        "ROI_BOX_HEAD": not is_retinanet(cfg) and model.ROI_BOX_HEAD.NUM_CONV > 0,
-        "ROI_MASK_HEAD": model.MASK_ON,
-        "ROI_KEYPOINT_HEAD": model.KEYPOINT_ON,
-        "SEM_SEG_HEAD": model.META_ARCHITECTURE == "PanopticFPN",
+    retinanet = is_retinanet(cfg)
+    present = {
+        "MODEL.RESNETS.NORM": True,
+        "MODEL.FPN.NORM": bool(model.FPN.IN_FEATURES),
+        "MODEL.RETINANET.NORM": retinanet,
+        "MODEL.RPN.NORM": not retinanet,
+        "MODEL.ROI_BOX_HEAD.NORM": not retinanet and model.ROI_BOX_HEAD.NUM_CONV > 0,
+        "MODEL.ROI_MASK_HEAD.NORM": model.MASK_ON and model.ROI_MASK_HEAD.NUM_CONV > 0,
+        "MODEL.ROI_MASK_HEAD.DECONV_NORM": model.MASK_ON,
+        "MODEL.ROI_KEYPOINT_HEAD.NORM": model.KEYPOINT_ON,
+        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE == "PanopticFPN",
     }
-    return [f"MODEL.{name}.NORM" for name, present in components.items() if present]
+    return [key for key, there in present.items() if there]
 
 
 def is_retinanet(cfg: CfgNode) -> bool:
@@ -151,5 +169,5 @@ def is_retinanet(cfg: CfgNode) -> bool:
 
 
 def _value(cfg: CfgNode, key: str) -> str:
-    _, section, name = key.split(".")
-    return cfg.MODEL[section][name]
+    node, name = locate(cfg, key)
+    return node[name]

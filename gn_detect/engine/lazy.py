@@ -22,9 +22,14 @@ from gn_detect.config import ConfigError
 from gn_detect.data.coco import check_coco_dataset
 
 from .hooks import FiniteLossCheck
-from .prepare import check_evaluation, check_weights, usable_amp, usable_device
+from .prepare import (
+    check_evaluation,
+    check_weights,
+    shorten_expected_error,
+    usable_amp,
+    usable_device,
+)
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
-from .trainer import _shorten_expected_error
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +233,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    logging.getLogger(TrainerBase.__module__).addFilter(_shorten_expected_error)
+    logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
     try:
         trainer.train(start_iter, train.max_iter)
     except FloatingPointError as error:

@@ -38,6 +38,14 @@ def sentence(error: Exception) -> str | None:
     return last if isinstance(error, EXPECTED_ERRORS) else None
 
 
+def shorten_expected_error(record: logging.LogRecord) -> bool:
+    """Log what is the user's to mend as its sentence; Detectron2 logs a traceback of it."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, (DataError, FloatingPointError)):
+        record.msg, record.exc_info = f"{record.msg} {sentence(error)}", None
+    return True
+
+
 def prepare_run(
     cfg: CfgNode,
     *,
@@ -71,8 +79,13 @@ def prepare_run(
         return
     processes = max(num_gpus * num_machines, 1)
     resolve_schedule(cfg, processes)
-    images = [summaries[name].num_images for name in cfg.DATASETS.TRAIN if name in summaries]
-    check_recipe(cfg, processes=processes, num_images=sum(images) if images else None)
+    counts = [summaries[n].num_images if n in summaries else None for n in cfg.DATASETS.TRAIN]
+    check_recipe(
+        cfg,
+        processes=processes,
+        num_images=None if None in counts else sum(counts),
+        resumes=resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")),
+    )
 
 
 def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:

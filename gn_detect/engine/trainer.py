@@ -26,7 +26,8 @@ from detectron2.utils.events import CommonMetricPrinter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gn_detect.checkpoint import Checkpointer
-from gn_detect.data.coco import COCO_EVALUATORS, DataError
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import COCO_EVALUATORS
 from gn_detect.data.loader import (
     ResumableTrainingSampler,
     build_test_loader,
@@ -34,7 +35,7 @@ from gn_detect.data.loader import (
 )
 
 from .hooks import FiniteLossCheck, ProgressBar
-from .prepare import sentence
+from .prepare import shorten_expected_error
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Trainer(DefaultTrainer):
 
     def train(self):
         """Train to the end, with a progress bar if the output is a terminal."""
-        logging.getLogger(TrainerBase.__module__).addFilter(_shorten_expected_error)
+        logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
         if not (comm.is_main_process() and sys.stdout.isatty() and sys.stderr.isatty()):
             return super().train()
         bar = ProgressBar(self.start_iter, self.max_iter)
@@ -210,6 +211,13 @@ class Trainer(DefaultTrainer):
             return
         done = self.iter + 1  # iterations; self.iter is the last one of the checkpoint
         start = done * old // new
+        if (start - self.max_iter) * new >= old + new:  # more than rounding can make
+            raise ConfigError(
+                f"the checkpoint's {done} iterations of {old} images saw more than the "
+                f"SOLVER.MAX_ITER {self.max_iter} iterations of {new} images of this run; scale "
+                "SOLVER.MAX_ITER with the images, or let SOLVER.IMS_PER_GPU do it"
+            )
+        start = min(start, self.max_iter)
         self.iter = start - 1
         # The optimizer keeps its momentum, but takes the learning rate of this config.
         self.scheduler.base_lrs, self.scheduler.last_epoch = base_lrs, start
@@ -226,14 +234,6 @@ class Trainer(DefaultTrainer):
 
 def _describe(batch: dict[str, int]) -> str:
     return f"{batch['processes']} process(es) and {batch['accumulate_steps']} accumulation step(s)"
-
-
-def _shorten_expected_error(record: logging.LogRecord) -> bool:
-    """Log what is the user's to mend as its sentence; Detectron2 logs a traceback of it."""
-    error = record.exc_info and record.exc_info[1]
-    if isinstance(error, (DataError, FloatingPointError)):
-        record.msg, record.exc_info = f"{record.msg} {sentence(error)}", None
-    return True
 
 
 def _is_not_metrics(record: logging.LogRecord) -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import operator
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from torch import nn
 
-from gn_detect.config import ConfigError
+from gn_detect.config import ConfigError, locate
 from gn_detect.layers import GroupNorm, WSConv2d
 from gn_detect.layers.group_norm import divisors
 from gn_detect.layers.weight_std import VARIANTS
@@ -95,7 +93,7 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
     Raises:
         ConfigError: the value is unknown, or the groups of ``MODEL.GN`` are not stated once.
     """
-    node, name = _find(cfg, key)
+    node, name = locate(cfg, key)
     norm, gn = node[name], cfg.MODEL.GN
     if norm == "LN":
         return GroupNormFactory(1, gn.EPS)
@@ -128,7 +126,7 @@ def with_norms(cfg: CfgNode, *keys: str) -> CfgNode:
     """
     copy = cfg.clone()
     for key in keys:
-        node, name = _find(copy, key)
+        node, name = locate(copy, key)
         node[name] = norm_from_config(cfg, key)
     return copy
 
@@ -178,8 +176,21 @@ def finish_norms(module: nn.Module, name: str, weight_standardization: str = "")
             logger.info(f"{name}.{child_name}: {child.adapted}")
             del child.adapted
     if weight_standardization:
-        for conv in list(_convs_before_group_norm(module)):
-            WSConv2d.convert_(conv, weight_standardization)
+        convs = list(_convs_before_group_norm(module))
+        names = {child: child_name for child_name, child in module.named_modules()}
+        for conv in convs:
+            try:
+                WSConv2d.convert_(conv, weight_standardization)
+            except ValueError as error:
+                raise ConfigError(
+                    f"MODEL.GN.WEIGHT_STANDARDIZATION: {name}.{names[conv]}: {error}"
+                ) from None
+        for child, child_name in names.items():
+            if isinstance(child, (DeformConv, ModulatedDeformConv)) and child.norm is not None:
+                logger.warning(
+                    f"{name}.{child_name}: the weights of deformable convolutions are not "
+                    "standardized"
+                )
 
 
 def _convs_before_group_norm(module: nn.Module) -> Iterator[nn.Conv2d]:
@@ -209,9 +220,3 @@ def insert_after(sequential: nn.Sequential, name: str, new_name: str, new: nn.Mo
         sequential.add_module(child_name, child)
         if child_name == name:
             sequential.add_module(new_name, new)
-
-
-def _find(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
-    """The node of ``cfg`` that holds ``key``, and the last part of the key."""
-    *path, name = key.split(".")
-    return functools.reduce(operator.getitem, path, cfg), name

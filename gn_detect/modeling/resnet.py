@@ -43,12 +43,15 @@ def finish_resnet(module: nn.Module, name: str, cfg: CfgNode) -> None:
     finish_norms(module, name, weight_standardization_from_config(cfg))
     if not cfg.MODEL.GN.ZERO_INIT_RESIDUAL:
         return
-    for block in module.modules():
-        if isinstance(block, (BottleneckBlock, BasicBlock)):
-            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
-            if not isinstance(getattr(last.norm, "weight", None), nn.Parameter):
-                raise ConfigError(
-                    "MODEL.GN.ZERO_INIT_RESIDUAL is True, but MODEL.RESNETS.NORM is "
-                    f"{cfg.MODEL.RESNETS.NORM!r}, which has no gamma to train; set it to False"
-                )
-            nn.init.zeros_(last.norm.weight)
+    blocks = [m for m in module.modules() if isinstance(m, (BottleneckBlock, BasicBlock))]
+    last = [block.conv3 if isinstance(block, BottleneckBlock) else block.conv2 for block in blocks]
+    # BN of frozen stages is FrozenBN, without parameters.
+    gammas = [getattr(conv.norm, "weight", None) for conv in last]
+    gammas = [gamma for gamma in gammas if isinstance(gamma, nn.Parameter)]
+    if not gammas:
+        raise ConfigError(
+            "MODEL.GN.ZERO_INIT_RESIDUAL is True, but MODEL.RESNETS.NORM is "
+            f"{cfg.MODEL.RESNETS.NORM!r}, which has no gamma to train; set it to False"
+        )
+    for gamma in gammas:
+        nn.init.zeros_(gamma)

@@ -13,7 +13,7 @@ import logging
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from gn_detect.config import ConfigError
+from gn_detect.config import ConfigError, locate
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def resolve_schedule(cfg: CfgNode, processes: int) -> None:
     """
     solver = cfg.SOLVER
     accumulate = 1 if solver.ACCUMULATE_STEPS is None else solver.ACCUMULATE_STEPS
-    if accumulate != "auto" and (not isinstance(accumulate, int) or accumulate < 1):
+    if accumulate != "auto" and (type(accumulate) is not int or accumulate < 1):
         raise ConfigError(
             f"SOLVER.ACCUMULATE_STEPS is {accumulate!r}; it must be a positive number or 'auto'"
         )
@@ -64,6 +64,14 @@ def _check_stated(cfg: CfgNode, processes: int, accumulate: int | str) -> None:
             "SOLVER.ACCUMULATE_STEPS is 'auto', which restores the reference batch from the "
             "images of one GPU: set SOLVER.IMS_PER_GPU"
         )
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        if accumulate > 1:
+            raise ConfigError(
+                f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE} and "
+                f"SOLVER.ACCUMULATE_STEPS is {accumulate}: Detectron2's scaling knows nothing of "
+                "accumulation; set the former to 0, and SOLVER.IMS_PER_GPU to the images of a GPU"
+            )
+        return  # Detectron2 scales IMS_PER_BATCH later, and checks it
     images = cfg.SOLVER.IMS_PER_BATCH
     if images < 1 or images % (processes * accumulate):
         raise ConfigError(
@@ -103,7 +111,10 @@ def _derive(cfg: CfgNode, processes: int, accumulate: int | str) -> None:
             value = -(-value * reference // images)
         else:
             value = tuple(-(-v * reference // images) for v in value)
-        _set(cfg, key, value)
+        node, name = locate(cfg, key)
+        setattr(node, name, value)
+    # Large batches can round a step up to another, or to the end.
+    solver.STEPS = tuple(sorted({step for step in solver.STEPS if step < solver.MAX_ITER}))
     solver.IMS_PER_BATCH = solver.REFERENCE_BATCH_SIZE = images
     solver.ACCUMULATE_STEPS = accumulate
 
@@ -117,10 +128,5 @@ def _derive(cfg: CfgNode, processes: int, accumulate: int | str) -> None:
 
 
 def _get(cfg: CfgNode, key: str):
-    section, name = key.split(".")
-    return cfg[section][name]
-
-
-def _set(cfg: CfgNode, key: str, value) -> None:
-    section, name = key.split(".")
-    setattr(cfg[section], name, value)
+    node, name = locate(cfg, key)
+    return node[name]

@@ -49,6 +49,15 @@ def test_bn_weights_into_gn_are_refused(tmp_path):
     load(config(R18, *all_norms("BN")), weights)
 
 
+def test_bn_weights_of_a_wrapped_model(tmp_path):
+    weights = save(config(R18, *all_norms("BN")), tmp_path)
+    content = torch.load(weights)
+    content["model"] = {f"module.{k}": v for k, v in content["model"].items()}
+    torch.save(content, weights)
+    with pytest.raises(ConfigError, match="BN in 36 layers"):
+        load(config(R18), weights)
+
+
 def test_bn_backbone_under_gn_heads_is_in_order(tmp_path):
     cfg = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
     weights = save(cfg, tmp_path)
@@ -117,7 +126,7 @@ def test_stride():
         ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "BGR", 1.0, True),
         ("catalog://ImageNetPretrained/MSRA/R-101", "BGR", 1.0, True),
         ("https://host/ImageNetPretrained/47261647/R-50-GN.pkl", "BGR", 1.0, False),
-        ("R-101-GN.pkl?matching_heuristics=True", "BGR", 1.0, False),
+        ("https://host/ImageNetPretrained/47592356/R-101-GN.pkl?query=1", "BGR", 1.0, False),
         ("detectron2://ImageNetPretrained/torchvision/R-50.pkl", "RGB", 58.395, False),
         ("detectron2://ImageNetPretrained/FAIR/X-101-32x8d.pkl", "BGR", 57.375, False),
         (
@@ -135,3 +144,12 @@ def test_known_weights(name, input_format, std, stride_in_1x1):
 
 def test_unknown_weights():
     assert Origin.of_name("output/model_final.pth") is None
+    assert Origin.of_name("converted/timm/R-50-GN.pkl") is None  # a name alone proves nothing
+
+
+def test_weights_of_a_known_name_are_checked_when_they_are_loaded():
+    """Also where nothing is trained."""
+    checkpointer = Checkpointer(build_model(config(R18)), cfg=config(R18))
+    name = "detectron2://Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/138602908/model_final_01ca85.pkl"
+    with pytest.raises(ConfigError, match="PIXEL_STD is .* the weights' is"):
+        checkpointer.load(name)  # before it is downloaded

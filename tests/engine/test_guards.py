@@ -22,10 +22,10 @@ def data(tmp_path_factory):
     register_coco_json("guarded", str(files.json_file), str(files.image_root))
 
 
-def prepare(name, *opts, num_gpus=1):
+def prepare(name, *opts, **kwargs):
     data = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "DATASETS.TRAIN", ("guarded",), "DATASETS.TEST", ()]
     cfg = config(name, *data, *opts)
-    prepare_run(cfg, num_gpus=num_gpus)
+    prepare_run(cfg, **kwargs)
     return cfg
 
 
@@ -44,6 +44,11 @@ REFUSED = [
         "SCRATCH_FROZEN_BN",
         (SCRATCH, "MODEL.ROI_MASK_HEAD.NORM", "FrozenBN"),
         "MODEL.ROI_MASK_HEAD.NORM is FrozenBN",
+    ),
+    (
+        "SCRATCH_FROZEN_BN",
+        (SCRATCH, "MODEL.ROI_MASK_HEAD.DECONV_NORM", "FrozenBN"),
+        "MODEL.ROI_MASK_HEAD.DECONV_NORM is FrozenBN",
     ),
     (
         "WEIGHTS_STRIDE",
@@ -87,11 +92,21 @@ WARNED = [
         (SCRATCH, "SOLVER.IMS_PER_BATCH", 2),
         "BASE_LR is 0.02 for 2 images per iteration, 8 times the 0.0025 of the linear rule",
     ),
+    (
+        "LEARNING_RATE",
+        (SCRATCH, "SOLVER.IMS_PER_GPU", 2, "SOLVER.MAX_ITER", 500, "SOLVER.STEPS", (375,)),
+        "WARMUP_ITERS is 8000, but the rate drops, or training ends, at iteration 3000",
+    ),
     ("FEW_IMAGES", (R18,), "there are 3 images to train on"),
     (
         "SMALL_BATCH_BN",
         (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", 2),
         "MODEL.FPN.NORM is BN, and its statistics are of 4 images",
+    ),
+    (
+        "SMALL_BATCH_BN",
+        (R18, "MODEL.FPN.NORM", "naiveSyncBN", "SOLVER.IMS_PER_BATCH", 4),
+        "MODEL.FPN.NORM is naiveSyncBN, and its statistics are of 4 images",
     ),
     (
         "SMALL_BATCH_BN",
@@ -119,6 +134,7 @@ def test_warned_of_and_silenced_with_its_switch(switch, run, message, caplog):
         (R50, *R50_GN, "SOLVER.IMS_PER_GPU", 2, "SOLVER.ACCUMULATE_STEPS", "auto"),
         (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02),
         (R18, "MODEL.RESNETS.NORM", "IN", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02),
+        (R18, "MODEL.RESNETS.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (0,), "SOLVER.IMS_PER_BATCH", 16),
         (R50, "MODEL.WEIGHTS", __file__, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.IMS_PER_GPU", 2),
     ],
 )
@@ -126,6 +142,16 @@ def test_a_sound_run_is_not_disturbed(run, caplog):
     with caplog.at_level(logging.WARNING, "gn_detect"):
         prepare(*run, "GUARDS.FEW_IMAGES", False)
     assert "GUARDS" not in caplog.text
+
+
+def test_a_resumed_run_does_not_start_from_weights(tmp_path):
+    """The weights of its first start need not be there any more."""
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    (tmp_path / "model_0000009.pth").touch()
+    opts = ["MODEL.BACKBONE.FREEZE_AT", 2, "OUTPUT_DIR", str(tmp_path)]
+    prepare(SCRATCH, *opts, resume=True)
+    with pytest.raises(ConfigError, match="FREEZE_AT is 2"):
+        prepare(SCRATCH, *opts)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -9,8 +9,14 @@ import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import rpn
+from detectron2.modeling.roi_heads import roi_heads
+from detectron2.modeling.sampling import subsample_labels
 from detectron2.solver.build import maybe_add_gradient_clipping
-from helpers import ROOT
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from helpers import ROOT, TINY, config
 from torch import nn
 
 from gn_detect.engine.train_loop import AccumulatingTrainer
@@ -287,7 +293,7 @@ def test_clipping_by_value_mends_an_infinite_gradient():
 # The images of an iteration are those of one process with 2 steps, or of 2 processes. What the
 # model samples (anchors, RoIs) follows from the image.
 SAME_IMAGES = """
-import sys, torch
+import copy, sys, torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from helpers import TINY, config
@@ -311,12 +317,14 @@ def main(json_file, images, output, accumulate_steps):
         seen.append(image["image_id"])
         torch.manual_seed(image["image_id"])
 
+    before = copy.deepcopy(trainer.model.state_dict())
     trainer.model.register_forward_pre_hook(seed)
     trainer.train()
     seen = comm.gather(seen)
     if comm.is_main_process():
         model = getattr(trainer.model, "module", trainer.model)
-        torch.save({"model": model.state_dict(), "seen": seen}, output + ".pth")
+        state = {"before": before, "model": model.state_dict(), "seen": seen}
+        torch.save(state, output + ".pth")
 
 if __name__ == "__main__":
     launch(main, 2, dist_url="auto", args=(*sys.argv[1:], "two_processes", 1))
@@ -346,5 +354,68 @@ def test_two_steps_train_as_two_processes(coco_files, tmp_path):
     assert len(first) == len(second) == 5 and first != second
     (one_process,) = steps["seen"]
     assert one_process == [image for pair in zip(first, second, strict=True) for image in pair]
+    before = steps["before"]
+    assert any(not torch.equal(value, before[key]) for key, value in processes["model"].items())
     for key, value in processes["model"].items():
         assert torch.allclose(steps["model"][key], value, rtol=1e-5, atol=1e-5), key
+
+
+def image(num_objects: int, seed: int) -> dict:
+    """A picture of noise with boxes and their masks."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.randint(4, 60, (num_objects, 2), generator=generator).float()
+    boxes = torch.cat([corners, corners + 32], dim=1)
+    masks = torch.zeros(num_objects, 96, 96, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0 + 4 : y1, x0:x1] = True
+    instances = Instances((96, 96), gt_boxes=Boxes(boxes), gt_masks=BitMasks(masks))
+    instances.gt_classes = torch.zeros(num_objects, dtype=torch.int64)
+    pixels = torch.randint(0, 256, (3, 96, 96), generator=generator, dtype=torch.uint8)
+    return {"image": pixels, "instances": instances, "height": 96, "width": 96}
+
+
+def test_mask_rcnn_weighs_images_by_the_foreground_in_the_mask_loss_alone(monkeypatch):
+    """Two passes of one image against one of two: Detectron2's mask loss is a mean over the
+    foreground RoIs of a pass (modeling/roi_heads/mask_head.py), the other losses over images."""
+    foreground = []
+
+    def sample(labels, *args):  # the same of an image, in whichever pass
+        torch.manual_seed(0)
+        positive, negative = subsample_labels(labels, *args)
+        foreground.append(len(positive))
+        return positive, negative
+
+    monkeypatch.setattr(rpn, "subsample_labels", sample)
+    monkeypatch.setattr(roi_heads, "subsample_labels", sample)
+    cfg = config("quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", *TINY)
+    torch.manual_seed(0)
+    detector = build_model(cfg).train()
+    batch = [image(1, seed=1), image(9, seed=2)]
+
+    def gradients(passes, mask_weights):
+        """Component -> gradient of the mean over the passes."""
+        detector.zero_grad()
+        with EventStorage():
+            for data, weight in zip(passes, mask_weights, strict=True):
+                losses = detector(data)
+                losses["loss_mask"] = losses["loss_mask"] * weight
+                (sum(losses.values()) / len(passes)).backward()
+        parts = {"rpn_head": [], "box_head": [], "mask_head": [], "backbone": []}
+        for name, parameter in detector.named_parameters():
+            for part in parts:
+                if part in name:
+                    parts[part].append(parameter.grad.flatten().clone())
+        return {part: torch.cat(values) for part, values in parts.items()}
+
+    def differences(mask_weights):
+        passes = gradients([[data] for data in batch], mask_weights)
+        return {k: ((passes[k] - v).norm() / v.norm()).item() for k, v in whole.items()}
+
+    whole = gradients([batch], [1.0])
+    foreground.clear()
+    plain = differences([1.0, 1.0])
+    one, nine = foreground[1], foreground[3]  # of the RoIs; RPN's come before
+    assert 0 < one < nine
+    assert plain["rpn_head"] < 1e-5 and plain["box_head"] < 1e-5 and plain["mask_head"] > 0.05
+    mean = (one + nine) / 2
+    assert max(differences([one / mean, nine / mean]).values()) < 1e-4

@@ -13,6 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from helpers import TINY, config
 
+from gn_detect.config import ConfigError
 from gn_detect.data.coco import register_coco_json
 from gn_detect.engine import Trainer
 from gn_detect.engine.hooks import ProgressBar
@@ -385,6 +386,14 @@ def test_metrics_and_results_are_written(train, tmp_path):
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
     results = json.loads((tmp_path / "run/inference/coco_instances_results.json").read_text())
     assert results and {"image_id", "bbox", "score", "segmentation"} <= results[0].keys()
+
+
+def test_resuming_beyond_the_end(train):
+    train("run", *TWO_IMAGES).train()
+    with pytest.raises(ConfigError, match="6 iterations of 2 images .*MAX_ITER 6 iterations"):
+        train("run", *ONE_IMAGE, "SOLVER.MAX_ITER", 6, resume=True)
+    finished = train("run", *ONE_IMAGE, resume=True)  # nothing is left to do
+    assert finished.start_iter == finished.max_iter == 12
 
 
 def test_without_a_test_set_nothing_is_evaluated(train):

@@ -145,6 +145,13 @@ def test_zero_init_residual(norm):
     torch.testing.assert_close(block(x), x)
 
 
+def test_zero_init_residual_where_frozen_stages_have_frozen_bn():
+    opts = ["MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", "BN"]
+    model = build_model(config(R18, *opts, "MODEL.BACKBONE.FREEZE_AT", 2)).backbone.bottom_up
+    assert isinstance(model.res2[0].conv2.norm, FrozenBatchNorm2d)
+    assert model.res2[0].conv2.norm.weight.all() and not model.res3[0].conv2.norm.weight.any()
+
+
 def test_zero_init_residual_needs_a_gamma():
     opts = ["MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", "FrozenBN"]
     with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is 'FrozenBN', which has no gamma"):
@@ -188,6 +195,12 @@ def test_weight_standardization_is_on_for_resnext_with_gn(groups, norm, value, v
 def test_unknown_weight_standardization():
     with pytest.raises(ConfigError, match="WEIGHT_STANDARDIZATION is 'yes'; known: 'auto', ''"):
         weight_standardization_from_config(config(R50, "MODEL.GN.WEIGHT_STANDARDIZATION", "yes"))
+
+
+def test_weight_standardization_names_the_layer_it_cannot_have():
+    module = nn.ModuleDict({"a": Conv2d(4, 4, 1, groups=4, norm=GroupNorm(2, 4))})
+    with pytest.raises(ConfigError, match=r"WEIGHT_STANDARDIZATION: m\.a: filters of a single"):
+        finish_norms(module, "m", "authors")
 
 
 def test_weight_standardization_skips_convolutions_without_gn():

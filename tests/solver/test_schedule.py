@@ -1,4 +1,6 @@
 import pytest
+import torch
+from detectron2.solver import build_lr_scheduler
 from helpers import config
 
 from gn_detect.config import ConfigError
@@ -64,6 +66,19 @@ def test_never_shorter_in_images(batch):
     assert 270_000 * 16 <= solver.MAX_ITER * batch < 270_000 * 16 + batch
 
 
+def test_steps_that_rounding_makes_one():
+    """Detectron2 refuses steps that are not increasing, or not before the end."""
+    opts = ["SOLVER.MAX_ITER", 100, "SOLVER.STEPS", (97, 99), "SOLVER.WARMUP_ITERS", 4]
+    cfg = resolved(*opts, "SOLVER.IMS_PER_GPU", 1, processes=64)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (25, ())
+    build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], 0.1))
+
+
+def test_the_scaling_of_detectron2_is_left_to_it():
+    opts = ["SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8]
+    assert resolved(*opts, processes=3).SOLVER.IMS_PER_BATCH == 16
+
+
 @pytest.mark.parametrize(
     "per_gpu, processes, stated, steps, batch",
     [
@@ -111,6 +126,12 @@ def test_the_log_says_what_was_derived(caplog):
     [
         (["SOLVER.ACCUMULATE_STEPS", "auto"], 1, "set SOLVER.IMS_PER_GPU"),
         (["SOLVER.ACCUMULATE_STEPS", 0], 1, "ACCUMULATE_STEPS is 0"),
+        (["SOLVER.ACCUMULATE_STEPS", True], 1, "ACCUMULATE_STEPS is True"),
+        (
+            ["SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.REFERENCE_WORLD_SIZE", 8],
+            1,
+            "REFERENCE_WORLD_SIZE is 8 and SOLVER.ACCUMULATE_STEPS is 2",
+        ),
         (["SOLVER.ACCUMULATE_STEPS", "all"], 1, "ACCUMULATE_STEPS is 'all'"),
         (["SOLVER.IMS_PER_GPU", -1], 1, "IMS_PER_GPU is -1"),
         (["SOLVER.IMS_PER_BATCH", 6], 4, "must be a multiple of 4: the processes"),
