@@ -53,9 +53,9 @@ def _check_scratch(cfg: CfgNode, num_images: int | None) -> None:
     if cfg.GUARDS.SCRATCH_FROZEN_BN and frozen:
         raise ConfigError(
             f"MODEL.WEIGHTS is empty and {frozen[0]} is FrozenBN: a mean of 0 and a variance of 1 "
-            "that belong to no data normalize nothing, and nothing can be trained from scratch so "
-            "(He et al. 2018, section 3.1). Set MODEL.WEIGHTS, or the norm to GN; to train so all "
-            "the same, set GUARDS.SCRATCH_FROZEN_BN False"
+            "that belong to no data normalize nothing (an R50's loss_cls then starts at 500, with "
+            "GN at 4.6: docs/small_batches.md). Set MODEL.WEIGHTS, or the norm to GN; to train so "
+            "all the same, set GUARDS.SCRATCH_FROZEN_BN False"
         )
     if cfg.GUARDS.FEW_IMAGES and num_images is not None and num_images < 10_000:
         logger.warning(
