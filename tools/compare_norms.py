@@ -120,7 +120,7 @@ def report(args) -> None:
     plt.xlabel("images per step")
     plt.ylabel("box AP")
     plt.title(f"From scratch, {args.images} images seen", fontsize="medium")
-    plt.legend()
+    plt.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.savefig(args.output / "norms.png", dpi=150, bbox_inches="tight")
     print(f"Plot: {args.output / 'norms.png'}")
 
