@@ -175,14 +175,17 @@ def depth_of(name):
     return next(depth for depth in (18, 50, 101) if f"_{depth}_" in name)
 
 
+BACKBONE_NORMS = {18: 20, 50: 53, 101: 104}  # one for each convolution of the ResNet, by depth
+
+
 def expected_norms(name) -> dict[str, int]:
     """Prefix of layer names -> number of GN layers there; none anywhere else."""
-    backbone = {18: 20, 50: 53, 101: 104}[depth_of(name)]  # each convolution of the ResNet
+    backbone = BACKBONE_NORMS[depth_of(name)]
     if "_C4_" in name:
         return {"backbone.": 43, "roi_heads.res5.": 10}
     if "retinanet" in name:
         return {"backbone.bottom_up.": backbone, "backbone.fpn_": 6, "head.": 8}
-    counts = {"backbone.bottom_up.": backbone, "backbone.fpn_": 8}
+    counts = {"backbone.bottom_up.": 0 if "_heads_" in name else backbone, "backbone.fpn_": 8}
     counts["roi_heads.box_head."] = 12 if "cascade" in name else 4
     if "mask" in name or "panoptic" in name:
         counts["roi_heads.mask_head."] = 4
@@ -200,10 +203,18 @@ def test_every_task_is_there(capsys):
         print(f"\n{len(NAMES)} lazy configs, {len(COUNTERPARTS)} with a YAML of the same name")
     families = {name.split("/")[-1].split("_R_")[0].split("_X_")[0] for name in NAMES}
     assert families == {
-        *("mask_rcnn", "scratch_mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet"),
-        *("keypoint_rcnn", "panoptic_fpn"),
+        *("mask_rcnn", "scratch_mask_rcnn", "cascade_mask_rcnn", "scratch_cascade_mask_rcnn"),
+        *("faster_rcnn", "scratch_faster_rcnn", "cascade_rcnn", "retinanet"),
+        *("keypoint_rcnn", "scratch_keypoint_rcnn", "panoptic_fpn"),
     }
-    assert NAMES == COUNTERPARTS and len(NAMES) >= 21
+    yamls = {
+        path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+        for path in (ROOT / "configs").glob("*/*.yaml")
+        if not path.name.startswith("Base-") and path.parent.name != "GN-paper"
+    }
+    # Its data, and with it the number of classes, come from the command line of train_net.py.
+    assert set(NAMES) == yamls - {"quickstart/mask_rcnn_R_18_FPN_gn_photos"}
+    assert NAMES == COUNTERPARTS
 
 
 @every_config
@@ -213,8 +224,11 @@ def test_gn_where_it_should_be(name):
     assert {p: sum(n.startswith(p) for n in norms) for p in expected} == expected
     assert len(norms) == sum(expected.values())
     assert set(norms.values()) == {16 if "quickstart" in name else 32}
-    other = [t.__name__ for t in summary.layers.values() if "Norm" in t.__name__]
-    assert set(other) == {"GroupNorm"}
+    other = {n: t.__name__ for n, t in summary.layers.items() if "Norm" in t.__name__}
+    other = {n: kind for n, kind in other.items() if kind != "GroupNorm"}
+    frozen_bn = BACKBONE_NORMS[depth_of(name)] if "_heads_" in name else 0
+    assert sum(n.startswith("backbone.bottom_up.") for n in other) == len(other) == frozen_bn
+    assert set(other.values()) == ({"FrozenBatchNorm2d"} if frozen_bn else set())
 
 
 @every_config
@@ -230,10 +244,15 @@ def test_first_stages_are_frozen_unless_from_scratch(name):
     bottom_up = "backbone." if "_C4_" in name else "backbone.bottom_up."
     stages = [] if is_from_scratch(name) else ["stem.", "res2."]
     first = tuple(bottom_up + stage for stage in stages)
-    assert summary.frozen == {n for n in summary.shapes if first and n.startswith(first)}
+    expected = {n for n in summary.shapes if first and n.startswith(first)}
+    if "_heads_" in name:  # frozen BN has no parameters at all
+        expected = {n for n in expected if ".norm." not in n}
+    assert summary.frozen == expected
     checkpoint = load(name).train.init_checkpoint
     if is_from_scratch(name) or "_ws_" in name:
         assert checkpoint == ""
+    elif "_heads_" in name:
+        assert checkpoint == f"detectron2://ImageNetPretrained/MSRA/R-{depth_of(name)}.pkl"
     else:
         assert checkpoint == f"catalog://ImageNetPretrained/FAIR/R-{depth_of(name)}-GN"
 
@@ -252,6 +271,8 @@ ITERATIONS = {  # of the schedule: length and drops of the learning rate
     "6x": (540000, 480000, 520000),
     "9x": (810000, 750000, 790000),
     "100ep": (184375, 163889, 177546),
+    "200ep": (368750, 327778, 355092),
+    "400ep": (737500, 655556, 710184),
 }
 
 
@@ -273,7 +294,7 @@ def rates(scheduler, iterations):
 def test_schedule(name):
     cfg = load(name)
     length, first, second = ITERATIONS[name.split("_")[-1]]
-    if "_ws_" in name:
+    if name.endswith("_ws_2x"):  # as its authors
         first, second = 150000, 170000
     assert cfg.train.max_iter == length
     lsj = "_lsj_" in name

@@ -1,0 +1,5 @@
+from ..common.models.resnext import resnext_stages
+from .faster_rcnn_R_50_FPN_gn_ws_1x import dataloader, lr_multiplier, model, optimizer, train
+
+# Needs the backbone of X-101-GN-WS.pth.tar (see common/ws.py)
+model.backbone.bottom_up.stages = resnext_stages([3, 4, 23, 3])
