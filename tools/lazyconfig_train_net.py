@@ -7,12 +7,12 @@ CUDA it runs on the CPU, in --num-gpus processes.
 
 import sys
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import gn_detect  # noqa: F401  # registers the generated dataset
+from gn_detect.checkpoint import Checkpointer
 from gn_detect.engine import sentence
 from gn_detect.engine.lazy import (
     build_lazy_model,
@@ -20,6 +20,7 @@ from gn_detect.engine.lazy import (
     do_train,
     load_lazy_config,
     prepare_lazy_run,
+    weight_guards,
 )
 from gn_detect.engine.prepare import check_num_gpus
 
@@ -32,7 +33,7 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = build_lazy_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.train.output_dir)
+        checkpointer = Checkpointer(model, cfg.train.output_dir, guards=weight_guards(cfg))
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         return do_test(cfg, model)
     return do_train(cfg, resume=args.resume)

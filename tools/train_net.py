@@ -11,7 +11,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gn_detect.checkpoint import Checkpointer
+from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 from gn_detect.engine import Trainer, prepare_run, sentence
@@ -65,7 +65,7 @@ def main(args, cfg):
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, cfg=cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, guards=WeightGuards.from_config(cfg))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)

@@ -1,4 +1,5 @@
 from .checkpointer import Checkpointer
-from .origin import Origin, check_origin
+from .origin import Origin
+from .weight_guards import WeightGuards
 
-__all__ = ["Checkpointer", "Origin", "check_origin"]
+__all__ = ["Checkpointer", "Origin", "WeightGuards"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from gn_detect.checkpoint import Origin, check_origin
+from gn_detect.checkpoint import Origin, WeightGuards
 from gn_detect.config import ConfigError, locate
 from gn_detect.layers import GroupNorm
 from gn_detect.modeling.norm import norm_from_config
@@ -34,7 +34,7 @@ def check_recipe(
     elif not cfg.MODEL.WEIGHTS:
         _check_scratch(cfg, num_images)
     elif origin := Origin.of_name(cfg.MODEL.WEIGHTS):
-        check_origin(origin, cfg, cfg.MODEL.WEIGHTS)
+        WeightGuards.from_config(cfg).check_origin(origin, cfg.MODEL.WEIGHTS)
     _check_single_value_groups(cfg)
     _check_learning_rate(cfg)
     _check_batch_norm(cfg, processes)

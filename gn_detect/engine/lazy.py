@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
+from collections.abc import Iterator
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -18,6 +19,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import check_coco_dataset
 
@@ -109,23 +111,82 @@ def prepare_lazy_run(cfg: DictConfig, *, eval_only: bool = False, resume: bool =
         "train.init_checkpoint", train.init_checkpoint, train.output_dir, eval_only, resume
     )
     if not eval_only:
-        _check_frozen(cfg)
+        resumes = resume and os.path.isfile(os.path.join(train.output_dir, "last_checkpoint"))
+        if not train.init_checkpoint and not resumes:
+            _check_scratch(cfg)
+        elif not resumes and (origin := Origin.of_name(train.init_checkpoint)):
+            weight_guards(cfg).check_origin(origin, train.init_checkpoint)
         _check_batch(cfg)
     if comm.is_main_process():
         _check_datasets(cfg, eval_only)
 
 
-def _check_frozen(cfg: DictConfig) -> None:
-    if cfg.train.init_checkpoint:
-        return
-    for key in ("model.backbone.bottom_up.freeze_at", "model.backbone.freeze_at"):
-        freeze_at = OmegaConf.select(cfg, key, default=0)
-        if freeze_at > 0:
-            raise ConfigError(
-                f"train.init_checkpoint is empty and {key} is {freeze_at}, so the frozen layers "
-                "would keep their random weights; set train.init_checkpoint to ImageNet weights, "
-                f"or {key} to 0 to train from scratch"
-            )
+def weight_guards(cfg: DictConfig) -> WeightGuards:
+    """What the weights of a lazy run are held to; ``train.guards`` has the switches."""
+    bottom_up = _bottom_up(cfg)
+    stages = OmegaConf.select(cfg, f"{bottom_up}.stages")
+    if isinstance(stages, ListConfig):  # ResNeXt: one call for each stage
+        stages, stride_key = stages[0], f"{bottom_up}.stages[*].stride_in_1x1"
+    else:
+        stride_key = f"{bottom_up}.stages.stride_in_1x1"
+    basic = stages is None or stages.get("depth") in (18, 34)  # no bottleneck blocks
+    keys = {field: f"model.{field}" for field in ("input_format", "pixel_mean", "pixel_std")}
+    values = {field: OmegaConf.select(cfg, key) for field, key in keys.items()}
+    return WeightGuards(
+        Origin(
+            values["input_format"],
+            values["pixel_mean"] and tuple(values["pixel_mean"]),
+            values["pixel_std"] and tuple(values["pixel_std"]),
+            None if basic else stages.get("stride_in_1x1"),
+        ),
+        {**keys, "stride_in_1x1": stride_key},
+        {
+            name: (f"train.guards.{name.lower()}", _guard(cfg, name.lower()))
+            for name in ("WEIGHTS_INPUT", "WEIGHTS_STRIDE", "BN_WEIGHTS_INTO_GN")
+        },
+    )
+
+
+def _guard(cfg: DictConfig, name: str) -> bool:
+    return OmegaConf.select(cfg, f"train.guards.{name}", default=True)
+
+
+def _bottom_up(cfg: DictConfig) -> str:
+    """The key of the ResNet: under the FPN, or the backbone itself."""
+    fpn = OmegaConf.select(cfg, "model.backbone.bottom_up") is not None
+    return "model.backbone.bottom_up" if fpn else "model.backbone"
+
+
+def _check_scratch(cfg: DictConfig) -> None:
+    key = f"{_bottom_up(cfg)}.freeze_at"
+    freeze_at = OmegaConf.select(cfg, key, default=0)
+    if freeze_at > 0 and _guard(cfg, "scratch_freeze_at"):
+        raise ConfigError(
+            f"train.init_checkpoint is empty and {key} is {freeze_at}, so the frozen layers "
+            "would keep their random weights; set train.init_checkpoint to ImageNet weights, "
+            f"or {key} to 0 to train from scratch; to train so all the same, set "
+            "train.guards.scratch_freeze_at False"
+        )
+    plain = OmegaConf.to_container(cfg.model)  # references to other keys are not followed
+    frozen = [key for key, value in _leaves(plain, "model") if value == "FrozenBN"]
+    if frozen and _guard(cfg, "scratch_frozen_bn"):
+        raise ConfigError(
+            f"train.init_checkpoint is empty and {frozen[0]} is FrozenBN: a mean of 0 and a "
+            "variance of 1 that belong to no data normalize nothing. Set train.init_checkpoint, or "
+            "the norm to GN; to train so all the same, set train.guards.scratch_frozen_bn False"
+        )
+
+
+def _leaves(node, key: str) -> Iterator[tuple[str, object]]:
+    """(key, value) of all values in nested dicts and lists."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{key}[{index}]")
+    else:
+        yield key, node
 
 
 def _check_batch(cfg: DictConfig) -> None:
@@ -215,7 +276,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = create_ddp_model(model, **train.ddp, **on_cpu)
     amp_dtype = AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None
     trainer = AccumulatingTrainer(model, loader, optimizer, train.accumulate_steps, amp_dtype)
-    checkpointer = DetectionCheckpointer(model, train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(model, train.output_dir, guards=weight_guards(cfg), trainer=trainer)
     results = {}
 
     def evaluate() -> dict:

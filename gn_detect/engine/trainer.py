@@ -25,7 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gn_detect.checkpoint import Checkpointer
+from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import COCO_EVALUATORS
 from gn_detect.data.loader import (
@@ -79,7 +79,10 @@ class Trainer(DefaultTrainer):
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
-            model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            guards=WeightGuards.from_config(cfg),
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER

@@ -10,9 +10,11 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 from helpers import config
 
-from gn_detect.checkpoint import Checkpointer, Origin, check_origin
-from gn_detect.checkpoint.checkpointer import bn_into_gn
+from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards
+from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError
+
+guards_of = WeightGuards.from_config
 
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
@@ -34,7 +36,7 @@ def load(cfg, weights):
     model = build_model(cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
-        return Checkpointer(model, cfg=cfg).load(weights)
+        return Checkpointer(model, guards=guards_of(cfg)).load(weights)
     except ConfigError:  # a refused file leaves the model as it was
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         raise
@@ -90,7 +92,7 @@ def test_caffe2_names(norm, layers):
 
 def test_origin_travels_with_the_weights(tmp_path):
     cfg = config(R18)
-    Checkpointer(build_model(cfg), str(tmp_path), cfg=cfg).save("weights")
+    Checkpointer(build_model(cfg), str(tmp_path), guards=guards_of(cfg)).save("weights")
     weights = str(tmp_path / "weights.pth")
     load(cfg, weights)
     DetectionCheckpointer(build_model(cfg)).load(weights)  # Detectron2 reads it as before
@@ -105,19 +107,19 @@ def test_input_format():
     with pytest.raises(
         ConfigError, match="INPUT.FORMAT is RGB, the weights' is BGR.*WEIGHTS_INPUT"
     ):
-        check_origin(origin, cfg, "R-50-GN")
-    check_origin(origin, config(R50), "R-50-GN")
+        guards_of(cfg).check_origin(origin, "R-50-GN")
+    guards_of(config(R50)).check_origin(origin, "R-50-GN")
 
 
 def test_stride():
     cfg = config(R50, "MODEL.RESNETS.STRIDE_IN_1X1", True)
     origin = Origin.of_name("catalog://ImageNetPretrained/FAIR/R-50-GN")
     with pytest.raises(ConfigError, match="STRIDE_IN_1X1 is True, but R-50-GN .* with False"):
-        check_origin(origin, cfg, "R-50-GN")
+        guards_of(cfg).check_origin(origin, "R-50-GN")
     cfg.GUARDS.WEIGHTS_STRIDE = False
-    check_origin(origin, cfg, "R-50-GN")
+    guards_of(cfg).check_origin(origin, "R-50-GN")
     r18 = config(R18, "MODEL.PIXEL_STD", [1.0] * 3, "MODEL.RESNETS.STRIDE_IN_1X1", True)
-    check_origin(Origin.of_config(r18), config(R50), "R18")  # has no bottleneck blocks
+    guards_of(config(R50)).check_origin(guards_of(r18).ours, "R18")  # has no bottleneck blocks
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_unknown_weights():
 
 def test_weights_of_a_known_name_are_checked_when_they_are_loaded():
     """Also where nothing is trained."""
-    checkpointer = Checkpointer(build_model(config(R18)), cfg=config(R18))
+    checkpointer = Checkpointer(build_model(config(R18)), guards=guards_of(config(R18)))
     name = "detectron2://Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/138602908/model_final_01ca85.pkl"
     with pytest.raises(ConfigError, match="PIXEL_STD is .* the weights' is"):
         checkpointer.load(name)  # before it is downloaded

@@ -3,10 +3,17 @@ import torch
 from omegaconf import OmegaConf
 
 import gn_detect
+from gn_detect.checkpoint import Checkpointer, Origin
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError, register_coco_json
 from gn_detect.engine import lazy
-from gn_detect.engine.lazy import do_train, load_lazy_config, prepare_lazy_run
+from gn_detect.engine.lazy import (
+    build_lazy_model,
+    do_train,
+    load_lazy_config,
+    prepare_lazy_run,
+    weight_guards,
+)
 from gn_detect.engine.train_loop import AccumulatingTrainer
 
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
@@ -119,6 +126,55 @@ def test_frozen_stages_without_weights_are_refused(backbone):
     name = f"lazy/COCO-InstanceSegmentation/mask_rcnn_{backbone}_FPN_gn_ws_2x.py"
     with pytest.raises(ConfigError, match="bottom_up.freeze_at is 2, so the frozen layers"):
         prepare_lazy_run(load_lazy_config(gn_detect.get_config_file(name)))
+
+
+R50_GN = "train.init_checkpoint=catalog://ImageNetPretrained/FAIR/R-50-GN"
+MASK_RCNN = "lazy/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.py"
+STRIDE = "model.backbone.bottom_up.stages.stride_in_1x1"
+
+
+@pytest.mark.parametrize(
+    "switch, overrides, message",
+    [
+        ("scratch_freeze_at", ["model.backbone.bottom_up.freeze_at=2"], "freeze_at is 2"),
+        (
+            "scratch_frozen_bn",
+            ["model.roi_heads.box_head.conv_norm=FrozenBN"],
+            "model.roi_heads.box_head.conv_norm is FrozenBN",
+        ),
+        ("weights_input", [R50_GN], r"model.pixel_std is \[57.375.* the weights' is \[1.0"),
+    ],
+)
+def test_guards(own_data, switch, overrides, message):
+    with pytest.raises(ConfigError, match=f"{message}.*set train.guards.{switch} False"):
+        prepare_lazy_run(own_data(*overrides))
+    prepare_lazy_run(own_data(*overrides, f"train.guards.{switch}=False"))
+
+
+def test_guard_of_the_stride():
+    cfg = load_lazy_config(gn_detect.get_config_file(MASK_RCNN), [f"{STRIDE}=True"])
+    origin = Origin.of_name(cfg.train.init_checkpoint)
+    with pytest.raises(ConfigError, match=f"{STRIDE} is True.*set train.guards.weights_stride"):
+        weight_guards(cfg).check_origin(origin, "R-50-GN")
+    cfg.train.guards.weights_stride = False
+    weight_guards(cfg).check_origin(origin, "R-50-GN")
+    name = MASK_RCNN.replace("R_50_FPN_gn_3x", "X_50_32x4d_FPN_gn_ws_2x")
+    resnext = load_lazy_config(gn_detect.get_config_file(name))
+    assert weight_guards(resnext).ours.stride_in_1x1 is False
+    assert weight_guards(resnext).ours.input_format == "RGB"
+
+
+def test_guard_of_bn_weights(own_data, tmp_path):
+    cfg = own_data()
+    for key in ("stem.norm", "stages.norm"):
+        OmegaConf.update(cfg, f"model.backbone.bottom_up.{key}", "BN")
+    model = build_lazy_model(cfg)
+    Checkpointer(model, str(tmp_path), guards=weight_guards(cfg)).save("bn")
+    cfg = own_data()
+    guards = weight_guards(cfg)
+    assert guards.ours.stride_in_1x1 is None  # ResNet-18
+    with pytest.raises(ConfigError, match="BN in 20 layers .* train.guards.bn_weights_into_gn"):
+        Checkpointer(build_lazy_model(cfg), guards=guards).load(str(tmp_path / "bn.pth"))
 
 
 def test_bad_data_is_refused(own_data, coco_files):

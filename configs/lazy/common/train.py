@@ -16,4 +16,12 @@ train = dict(
     checkpointer=dict(period=5000, max_to_keep=100),
     eval_period=0,  # iterations; 0: evaluate after the last one alone
     log_period=20,
+    # What is refused before it wastes a run; False lets it pass.
+    guards=dict(
+        scratch_freeze_at=True,
+        scratch_frozen_bn=True,
+        bn_weights_into_gn=True,
+        weights_input=True,
+        weights_stride=True,
+    ),
 )
