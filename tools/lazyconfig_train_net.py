@@ -14,14 +14,8 @@ from detectron2.utils.logger import setup_logger
 import gn_detect  # noqa: F401  # registers the generated dataset
 from gn_detect.checkpoint import Checkpointer
 from gn_detect.engine import sentence
-from gn_detect.engine.lazy import (
-    build_lazy_model,
-    do_test,
-    do_train,
-    load_lazy_config,
-    prepare_lazy_run,
-    weight_guards,
-)
+from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
+from gn_detect.engine.lazy_config import load_lazy_config, prepare_lazy_run, weight_guards
 from gn_detect.engine.prepare import check_num_gpus
 
 

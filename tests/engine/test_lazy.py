@@ -2,221 +2,21 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import gn_detect
-from gn_detect.checkpoint import Checkpointer, Origin
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import DataError, register_coco_json
 from gn_detect.engine import lazy
-from gn_detect.engine.lazy import (
-    build_lazy_model,
-    do_train,
-    load_lazy_config,
-    prepare_lazy_run,
-    weight_guards,
-)
+from gn_detect.engine.lazy import do_train
+from gn_detect.engine.lazy_config import prepare_lazy_run
 from gn_detect.engine.train_loop import AccumulatingTrainer
 
-QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
 
-
-@pytest.fixture
-def own_data(coco_files):
-    """The quickstart config on three images of two classes."""
-    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
-
-    def load(*overrides):
-        cfg = load_lazy_config(QUICK, overrides)
-        loaders = cfg.dataloader
-        for loader in (loaders.train, loaders.test):
-            loader.num_workers = 0
-            loader.dataset.names = "own"
-            loader.mapper.augmentations[0].short_edge_length = [64, 64]
-        for key, value in (("model.roi_heads.num_classes", 2), ("train.device", "cpu")):
-            if not any(override.startswith(key) for override in overrides):
-                OmegaConf.update(cfg, key, value)
-        return cfg
-
-    return load
-
-
-def test_overrides_keep_their_kind():
-    cfg = load_lazy_config(
-        QUICK,
-        [
-            *("train.max_iter=7", "optimizer.lr=1e-3", "train.amp.enabled=True"),
-            *("dataloader.train.dataset.names=[a,b]", "train.init_checkpoint=runs/a.pth"),
-            "dataloader.train.mapper.augmentations.0.max_size=96",
-            "model.roi_heads.box_head.fc_norm=LN",  # an argument that the config does not state
-        ],
-    )
-    assert (cfg.train.max_iter, cfg.optimizer.lr, cfg.train.amp.enabled) == (7, 0.001, True)
-    assert list(cfg.dataloader.train.dataset.names) == ["a", "b"]
-    assert cfg.train.init_checkpoint == "runs/a.pth"
-    assert cfg.dataloader.train.mapper.augmentations[0].max_size == 96
-    assert cfg.model.roi_heads.box_head.fc_norm == "LN"
-
-
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("train.max_itr=7", "no key train.max_itr; similar: train.max_iter"),
-        ("trian.max_iter=7", "no key trian.max_iter"),
-        ("train.device.x=7", "no key train.device.x"),
-        ("train.max_iter=many", "train.max_iter is 'many', not a number like 1800"),
-        ("train.max_iter", "'train.max_iter' is not of the form key=value"),
-        ("train.max_iter=[", "the command line: train.max_iter="),
-    ],
-)
-def test_bad_overrides(override, message):
-    with pytest.raises(ConfigError) as error:
-        load_lazy_config(QUICK, [override])
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("absent.py", None, "absent.py"),
-        ("c.txt", "", "has to be a python or yaml file"),
-        ("c.py", "model = (", "syntax error"),
-        ("c.py", "from .other import model", "other.py does not exist"),
-        ("c.py", "model = dict()", "has no optimizer, lr_multiplier, dataloader, train"),
-        ("c.yaml", "MODEL: {MASK_ON: True}", "are for tools/train_net.py"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, name, text, message):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load_lazy_config(str(tmp_path / name))
-    assert str(tmp_path / name) in str(error.value) and message in str(error.value)
-
-
-def test_no_file():
-    with pytest.raises(ConfigError, match="--config-file"):
-        load_lazy_config("")
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["train.accumulate_steps=0"], "train.accumulate_steps is 0"),
-        (["train.accumulate_steps=4"], "total_batch_size is 2, .* a multiple of 4"),
-        (["dataloader.train.total_batch_size=0"], "total_batch_size is 0"),
-        (["train.amp.dtype=fp16"], "train.amp.dtype is 'fp16'; known: float16, bfloat16"),
-        (
-            ["train.init_checkpoint=absent.pth"],
-            "train.init_checkpoint: there is no file absent.pth",
-        ),
-        (
-            ["model.backbone.bottom_up.freeze_at=2"],
-            "train.init_checkpoint is empty and model.backbone.bottom_up.freeze_at is 2, so",
-        ),
-        (["model.roi_heads.num_classes=80"], "num_classes is 80, but the dataset own declares 2"),
-    ],
-)
-def test_runs_that_cannot_work(own_data, tmp_path, overrides, message):
-    cfg = own_data(f"train.output_dir={tmp_path}", *overrides)
-    with pytest.raises(ConfigError, match=message):
-        prepare_lazy_run(cfg)
-
-
-@pytest.mark.parametrize("backbone", ["R_50", "X_50_32x4d", "X_101_32x4d"])
-def test_frozen_stages_without_weights_are_refused(backbone):
-    name = f"lazy/COCO-InstanceSegmentation/mask_rcnn_{backbone}_FPN_gn_ws_2x.py"
-    with pytest.raises(ConfigError, match="bottom_up.freeze_at is 2, so the frozen layers"):
-        prepare_lazy_run(load_lazy_config(gn_detect.get_config_file(name)))
-
-
-R50_GN = "train.init_checkpoint=catalog://ImageNetPretrained/FAIR/R-50-GN"
-MASK_RCNN = "lazy/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.py"
-STRIDE = "model.backbone.bottom_up.stages.stride_in_1x1"
-
-
-@pytest.mark.parametrize(
-    "switch, overrides, message",
-    [
-        ("scratch_freeze_at", ["model.backbone.bottom_up.freeze_at=2"], "freeze_at is 2"),
-        (
-            "scratch_frozen_bn",
-            ["model.roi_heads.box_head.conv_norm=FrozenBN"],
-            "model.roi_heads.box_head.conv_norm is FrozenBN",
-        ),
-        ("weights_input", [R50_GN], r"model.pixel_std is \[57.375.* the weights' is \[1.0"),
-    ],
-)
-def test_guards(own_data, switch, overrides, message):
-    with pytest.raises(ConfigError, match=f"{message}.*set train.guards.{switch} False"):
-        prepare_lazy_run(own_data(*overrides))
-    prepare_lazy_run(own_data(*overrides, f"train.guards.{switch}=False"))
-
-
-def test_guard_of_the_stride():
-    cfg = load_lazy_config(gn_detect.get_config_file(MASK_RCNN), [f"{STRIDE}=True"])
-    origin = Origin.of_name(cfg.train.init_checkpoint)
-    with pytest.raises(ConfigError, match=f"{STRIDE} is True.*set train.guards.weights_stride"):
-        weight_guards(cfg).check_origin(origin, "R-50-GN")
-    cfg.train.guards.weights_stride = False
-    weight_guards(cfg).check_origin(origin, "R-50-GN")
-    name = MASK_RCNN.replace("R_50_FPN_gn_3x", "X_50_32x4d_FPN_gn_ws_2x")
-    resnext = load_lazy_config(gn_detect.get_config_file(name))
-    assert weight_guards(resnext).ours.stride_in_1x1 is False
-    assert weight_guards(resnext).ours.input_format == "RGB"
-
-
-def test_guard_of_bn_weights(own_data, tmp_path):
-    cfg = own_data()
-    for key in ("stem.norm", "stages.norm"):
-        OmegaConf.update(cfg, f"model.backbone.bottom_up.{key}", "BN")
-    model = build_lazy_model(cfg)
-    Checkpointer(model, str(tmp_path), guards=weight_guards(cfg)).save("bn")
-    cfg = own_data()
-    guards = weight_guards(cfg)
-    assert guards.ours.stride_in_1x1 is None  # ResNet-18
-    with pytest.raises(ConfigError, match="BN in 20 layers .* train.guards.bn_weights_into_gn"):
-        Checkpointer(build_lazy_model(cfg), guards=guards).load(str(tmp_path / "bn.pth"))
-
-
-def test_bad_data_is_refused(own_data, coco_files):
-    cfg = own_data()
-    cfg.dataloader.test.dataset.names = "nothing"
-    with pytest.raises(DataError, match="'nothing', which is not registered"):
-        prepare_lazy_run(cfg)
-    coco_files.content["annotations"][0]["category_id"] = 5
-    coco_files.write()
-    with pytest.raises(DataError, match="annotation 10"):
-        prepare_lazy_run(own_data())
-
-
-def test_frozen_stages_matter_to_training_alone(own_data, tmp_path):
-    weights = tmp_path / "weights.pth"
-    weights.touch()
-    freeze = "model.backbone.bottom_up.freeze_at=2"
-    prepare_lazy_run(own_data(freeze, f"train.init_checkpoint={weights}"))
-    with pytest.raises(ConfigError, match="train.init_checkpoint is empty: with --eval-only"):
-        prepare_lazy_run(own_data(), eval_only=True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is done without CUDA")
-def test_without_cuda(own_data, caplog):
-    cfg = own_data("train.device=cuda", "train.amp.enabled=True")
-    prepare_lazy_run(cfg)
-    assert cfg.train.device == "cpu" and not cfg.train.amp.enabled
-    assert "no CUDA device is available: train.device = cpu" in caplog.text
-    assert "float16 needs CUDA: train.amp.enabled = False" in caplog.text
-    cfg = own_data("train.amp.enabled=True", "train.amp.dtype=bfloat16")
-    prepare_lazy_run(cfg)
-    assert cfg.train.amp.enabled
-
-
-def test_an_argument_that_a_call_does_not_take_is_named(own_data, tmp_path):
-    cfg = own_data(f"train.output_dir={tmp_path}", "model.backbone.bottom_up.freeze=2")
+def test_an_argument_that_a_call_does_not_take_is_named(lazy_data, tmp_path):
+    cfg = lazy_data(f"train.output_dir={tmp_path}", "model.backbone.bottom_up.freeze=2")
     with pytest.raises(ConfigError, match="model: .*unexpected keyword argument 'freeze'"):
         do_train(cfg)
 
 
-def test_training_leaves_the_config_as_it_was(own_data, tmp_path):
-    cfg = own_data(f"train.output_dir={tmp_path}", "train.max_iter=1")
+def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path):
+    cfg = lazy_data(f"train.output_dir={tmp_path}", "train.max_iter=1")
     prepare_lazy_run(cfg)
     before = OmegaConf.to_yaml(cfg)
     results = do_train(cfg)
@@ -224,7 +24,7 @@ def test_training_leaves_the_config_as_it_was(own_data, tmp_path):
     assert {"bbox", "segm"} == set(results)
 
 
-def test_accumulation_shares_the_images_of_an_iteration(own_data, tmp_path, monkeypatch):
+def test_accumulation_shares_the_images_of_an_iteration(lazy_data, tmp_path, monkeypatch):
     trainers = []
 
     class Recording(AccumulatingTrainer):
@@ -233,7 +33,7 @@ def test_accumulation_shares_the_images_of_an_iteration(own_data, tmp_path, monk
             trainers.append(self)
 
     monkeypatch.setattr(lazy, "AccumulatingTrainer", Recording)
-    cfg = own_data(
+    cfg = lazy_data(
         *(f"train.output_dir={tmp_path}", "train.max_iter=1", "train.accumulate_steps=2"),
         *("train.amp.enabled=True", "train.amp.dtype=bfloat16"),
     )
@@ -245,8 +45,8 @@ def test_accumulation_shares_the_images_of_an_iteration(own_data, tmp_path, monk
     assert trainer.amp_dtype == torch.bfloat16
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(own_data, tmp_path):
-    cfg = own_data(f"train.output_dir={tmp_path}", "train.max_iter=9", "optimizer.lr=1e18")
+def test_a_loss_that_is_not_finite_stops_the_run(lazy_data, tmp_path):
+    cfg = lazy_data(f"train.output_dir={tmp_path}", "train.max_iter=9", "optimizer.lr=1e18")
     prepare_lazy_run(cfg)
     with pytest.raises(
         FloatingPointError, match=r"diverged at iteration .*\.png.*lower optimizer.lr"

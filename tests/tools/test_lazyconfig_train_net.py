@@ -9,7 +9,7 @@ from detectron2.config import LazyConfig, instantiate
 from helpers import run_tool
 
 import gn_detect
-from gn_detect.engine.lazy import load_lazy_config
+from gn_detect.engine.lazy_config import load_lazy_config
 
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
 

@@ -1,4 +1,5 @@
-"""What gn_detect.engine.lazy reads under ``train``; the keys are Detectron2's where it has them."""
+"""What a run reads under ``train`` (gn_detect.engine.lazy_config, gn_detect.engine.lazy); the keys
+are Detectron2's where it has them."""
 
 train = dict(
     output_dir="./output",
