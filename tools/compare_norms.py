@@ -47,7 +47,10 @@ def parse_args(argv):
         parser.add_argument(f"--{option}", help="of tools/train_net.py, for data of your own")
     parser.add_argument("--report", action="store_true", help="only the table and the plot")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="more of the config")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.train_json and not args.val_json:
+        parser.error("--train-json needs --val-json: the AP is compared")
+    return args
 
 
 def run(args, norm: str, per_step: int, seed: int) -> None:
@@ -66,25 +69,28 @@ def run(args, norm: str, per_step: int, seed: int) -> None:
     data = [(f"--{option}", getattr(args, option.replace("-", "_"))) for option in DATA]
     data = [word for pair in data if pair[1] for word in pair]
     settings = " ".join(map(str, [Path(args.config_file).name, *data, *opts]))
+    directory.mkdir(parents=True, exist_ok=True)
+    stated = directory / "settings.txt"
+    if stated.exists() and stated.read_text() != settings:
+        sys.exit(f"error: {directory} holds a run with other settings; choose another --output")
+    stated.write_text(settings)
     if (directory / "result.json").exists():
-        if json.loads((directory / "result.json").read_text())["settings"] != settings:
-            sys.exit(f"error: {directory} holds a run with other settings; choose another --output")
         return
     command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume", *data]
     command += ["--config-file", args.config_file, *opts, "OUTPUT_DIR", directory]
-    directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = done.stdout.decode(errors="replace")
     (directory / "output.txt").write_text(output)
-    result = {"settings": settings, "minutes": round((time.monotonic() - start) / 60, 1)}
+    result = {"minutes": round((time.monotonic() - start) / 60, 1)}
     diverged = re.search(r"training diverged at iteration (\d+)", output)
     if done.returncode == 0:
         rows = [json.loads(line) for line in (directory / "metrics.json").read_text().splitlines()]
         last = [row for row in rows if "bbox/AP" in row][-1]
         for kind, key in (("box AP", "bbox/AP"), ("mask AP", "segm/AP")):
             # Detectron2 has NaN where nothing was predicted, pycocotools -1 where nothing is asked.
-            result[kind] = max(last[key], 0.0) if last[key] == last[key] else 0.0
+            ap = last.get(key, 0.0)  # a model without masks has no mask AP
+            result[kind] = max(ap, 0.0) if ap == ap else 0.0
     elif diverged:
         result |= {"box AP": 0.0, "mask AP": 0.0, "diverged": int(diverged[1])}
     else:

@@ -119,7 +119,8 @@ def _check_learning_rate(cfg: CfgNode) -> None:
             "for 16 images). SOLVER.IMS_PER_GPU derives it, with the number of iterations; "
             "GUARDS.LEARNING_RATE False silences this"
         )
-    first_drop = min([*solver.STEPS, solver.MAX_ITER])
+    steps = solver.STEPS if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" else ()
+    first_drop = min([*steps, solver.MAX_ITER])
     if solver.WARMUP_ITERS >= first_drop:
         logger.warning(
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, but the rate drops, or training ends, "

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from gn_detect.checkpoint import Origin, WeightGuards
 from gn_detect.config import ConfigError
@@ -23,7 +23,9 @@ from .prepare import check_evaluation, check_weights, usable_amp, usable_device
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("model", "optimizer", "lr_multiplier", "dataloader", "train")
+_TRAIN = ("output_dir", "init_checkpoint", "max_iter", "device", "amp.enabled", "amp.dtype")
+_TRAIN += ("accumulate_steps", "ddp", "checkpointer", "eval_period", "log_period")
+_REQUIRED = ("model", "optimizer", "lr_multiplier", "dataloader", *(f"train.{k}" for k in _TRAIN))
 
 
 def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> DictConfig:
@@ -39,11 +41,12 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
         cfg = LazyConfig.load(config_file)
     except (ImportError, OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{config_file}: {error}") from None
-    missing = [name for name in _PARTS if name not in cfg]
+    missing = [key for key in _REQUIRED if OmegaConf.select(cfg, key) is None]
     if missing:
         raise ConfigError(
-            f"{config_file} is no complete lazy config: it has no {', '.join(missing)} (the YAML "
-            "files of configs/ are for tools/train_net.py)"
+            f"{config_file} is no complete lazy config: it has no {', '.join(missing)} "
+            "(configs/lazy/common/train.py has the defaults of train; the YAML files of configs/ "
+            "are for tools/train_net.py)"
         )
     for override in overrides or []:
         _apply_override(cfg, override)
@@ -70,8 +73,14 @@ def _apply_override(cfg: DictConfig, override: str) -> None:
         LazyConfig.apply_overrides(cfg, [override])
     except Exception as error:  # the parser's, omegaconf's, and what eval of a value raises
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the command line: {override}: {reason}") from None
+        raise ConfigError(
+            f"the command line: {override}: {reason} (a value with other characters than letters, "
+            f"digits and ./:_- is quoted twice: '{key}=\"VALUE\"')"
+        ) from None
     after = OmegaConf.select(cfg, key)
+    section = isinstance(before, DictConfig) and "_target_" not in before
+    if section and not isinstance(after, DictConfig):
+        raise ConfigError(f"the command line: {key} holds keys, such as {key}.{next(iter(before))}")
     if isinstance(before, (int, float)) and isinstance(after, str):
         raise ConfigError(f"the command line: {key} is {after!r}, not a number like {before!r}")
 
@@ -98,6 +107,7 @@ def prepare_lazy_run(cfg: DictConfig, *, eval_only: bool = False, resume: bool =
     check_weights(
         "train.init_checkpoint", train.init_checkpoint, train.output_dir, eval_only, resume
     )
+    _check_input_format(cfg)
     if not eval_only:
         resumes = resume and os.path.isfile(os.path.join(train.output_dir, "last_checkpoint"))
         if not train.init_checkpoint and not resumes:
@@ -111,28 +121,43 @@ def prepare_lazy_run(cfg: DictConfig, *, eval_only: bool = False, resume: bool =
 
 def weight_guards(cfg: DictConfig) -> WeightGuards:
     """What the weights of a lazy run are held to; ``train.guards`` has the switches."""
-    bottom_up = _bottom_up(cfg)
-    stages = OmegaConf.select(cfg, f"{bottom_up}.stages")
-    if isinstance(stages, ListConfig):  # ResNeXt: one call for each stage
-        stages, stride_key = stages[0], f"{bottom_up}.stages[*].stride_in_1x1"
-    else:
-        stride_key = f"{bottom_up}.stages.stride_in_1x1"
-    basic = stages is None or stages.get("depth") in (18, 34)  # no bottleneck blocks
     keys = {field: f"model.{field}" for field in ("input_format", "pixel_mean", "pixel_std")}
     values = {field: OmegaConf.select(cfg, key) for field, key in keys.items()}
+    strides = {
+        key: value
+        for key, value in _leaves(OmegaConf.to_container(cfg.model), "model")
+        if key.endswith(".stride_in_1x1")
+    }
+    if len(set(strides.values())) > 1:
+        stated = ", ".join(f"{key} is {value}" for key, value in strides.items())
+        raise ConfigError(f"{stated}: make them equal, as the stages of one ResNet are")
+    stages = OmegaConf.select(cfg, f"{_bottom_up(cfg)}.stages")
+    basic = isinstance(stages, DictConfig) and stages.get("depth") in (18, 34)
     return WeightGuards(
         Origin(
             values["input_format"],
             values["pixel_mean"] and tuple(values["pixel_mean"]),
             values["pixel_std"] and tuple(values["pixel_std"]),
-            None if basic else stages.get("stride_in_1x1"),
+            None if basic else next(iter(strides.values()), None),  # none in basic blocks
         ),
-        {**keys, "stride_in_1x1": stride_key},
+        {**keys, "stride_in_1x1": ", ".join(strides)},
         {
             name: (f"train.guards.{name.lower()}", _guard(cfg, name.lower()))
             for name in ("WEIGHTS_INPUT", "WEIGHTS_STRIDE", "BN_WEIGHTS_INTO_GN")
         },
     )
+
+
+def _check_input_format(cfg: DictConfig) -> None:
+    """The mappers decide the order of the channels; the model only says which one it expects."""
+    expected = OmegaConf.select(cfg, "model.input_format")
+    for split in ("train", "test"):
+        key = f"dataloader.{split}.mapper.image_format"
+        given = OmegaConf.select(cfg, key)
+        if None not in (expected, given) and given != expected:
+            raise ConfigError(
+                f"{key} is {given}, but model.input_format is {expected}; make them equal"
+            )
 
 
 def _guard(cfg: DictConfig, name: str) -> bool:
@@ -205,6 +230,10 @@ def _check_datasets(cfg: DictConfig, eval_only: bool) -> None:
             continue
         if "test" in splits:
             check_evaluation("dataloader.test.dataset.names", name)
+        key = "dataloader.train.mapper.instance_mask_format"
+        polygons = OmegaConf.select(cfg, key, default="polygon") == "polygon"
+        if "train" in splits and masks and summary.has_rle and polygons:
+            raise ConfigError(f"{key} is polygon, but {name} has masks as RLE; set it to bitmask")
         count = len(summary.classes)
         logger.info(
             f"{name}: {summary.num_images} images, {summary.num_annotations} annotations, "

@@ -35,7 +35,7 @@ def sentence(error: Exception) -> str | None:
         module, found, message = last.partition(f"{kind.__name__}: ")
         if found and " " not in module:
             return message
-    return last if isinstance(error, EXPECTED_ERRORS) else None
+    return " ".join(line.strip() for line in lines) if isinstance(error, EXPECTED_ERRORS) else None
 
 
 def shorten_expected_error(record: logging.LogRecord) -> bool:

@@ -36,7 +36,7 @@ class GroupNormFactory:
             that does (the smaller of two), instead of refusing.
 
     Raises:
-        ValueError: both or neither of ``num_groups`` and ``channels_per_group`` are given.
+        ConfigError: both or neither of ``num_groups`` and ``channels_per_group`` are given.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GroupNormFactory:
         nearest_divisor: bool = False,
     ):
         if (num_groups > 0) == (channels_per_group > 0):
-            raise ValueError(
+            raise ConfigError(
                 f"num_groups is {num_groups} and channels_per_group is {channels_per_group}: "
                 "exactly one of them must be positive, and the other 0"
             )

@@ -38,6 +38,8 @@ def test_overrides_keep_their_kind():
         ("train.max_iter=many", "train.max_iter is 'many', not a number like 1800"),
         ("train.max_iter", "'train.max_iter' is not of the form key=value"),
         ("train.max_iter=[", "the command line: train.max_iter="),
+        ("train.amp=True", "train.amp holds keys, such as train.amp.enabled"),
+        ("train.init_checkpoint=a.pth?b=True", "'train.init_checkpoint=\"VALUE\"'"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -84,6 +86,10 @@ def test_no_file():
         (
             ["model.backbone.bottom_up.freeze_at=2"],
             "train.init_checkpoint is empty and model.backbone.bottom_up.freeze_at is 2, so",
+        ),
+        (
+            ["dataloader.train.mapper.image_format=RGB"],
+            "dataloader.train.mapper.image_format is RGB, but model.input_format is BGR",
         ),
         (["model.roi_heads.num_classes=80"], "num_classes is 80, but the dataset own declares 2"),
     ],
@@ -135,6 +141,31 @@ def test_guard_of_the_stride():
     resnext = load_lazy_config(gn_detect.get_config_file(name))
     assert weight_guards(resnext).ours.stride_in_1x1 is False
     assert weight_guards(resnext).ours.input_format == "RGB"
+
+
+def test_all_stages_have_one_stride():
+    name = MASK_RCNN.replace("FPN_gn_3x", "C4_gn_3x")
+    cfg = load_lazy_config(gn_detect.get_config_file(name))
+    assert weight_guards(cfg).ours.stride_in_1x1 is False
+    cfg.model.backbone.stages.stride_in_1x1 = True
+    with pytest.raises(ConfigError, match=r"model\.roi_heads\.res5\.stride_in_1x1 is False"):
+        weight_guards(cfg)
+
+
+def test_masks_as_rle_need_bitmasks(lazy_data, coco_files):
+    coco_files.content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [9, 4087]}
+    coco_files.write()
+    key = "dataloader.train.mapper.instance_mask_format"
+    with pytest.raises(ConfigError, match=f"{key} is polygon, but own has masks as RLE"):
+        prepare_lazy_run(lazy_data(f"{key}=polygon"))
+    prepare_lazy_run(lazy_data(f"{key}=bitmask"))
+
+
+def test_a_config_of_detectron2_lacks_keys(tmp_path):
+    text = "model = optimizer = lr_multiplier = dataloader = dict(a=1)\ntrain = dict(max_iter=1)\n"
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(ConfigError, match="it has no train.output_dir, .*train.amp.dtype"):
+        load_lazy_config(str(tmp_path / "own.py"))
 
 
 def test_guard_of_bn_weights(lazy_data, tmp_path):

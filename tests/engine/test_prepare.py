@@ -147,6 +147,7 @@ def test_sentences_of_expected_errors_alone():
     assert sentence(worker) == "cannot use 2.png"
     process = Exception("-- Process 1\nTraceback\nFloatingPointError: training diverged")
     assert sentence(process) == "training diverged"
+    assert sentence(ConfigError("a.yaml: found\n  in line 2")) == "a.yaml: found in line 2"
     assert sentence(ValueError("a bug")) is None
     assert sentence(ValueError("Traceback\nValueError: not DataError: a bug")) is None
     assert sentence(KeyError()) is None
