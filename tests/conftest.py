@@ -13,6 +13,15 @@ from helpers import SHARED_DATA, CocoFiles
 torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For a module whose maps are so small that more threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def shared_data():
     if not SHARED_DATA.is_dir():

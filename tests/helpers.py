@@ -52,6 +52,24 @@ def run_tool(name: str, *args, env=None, cwd=None, check=True) -> subprocess.Com
     return result
 
 
+def run_script(source: str, *args, cwd: Path) -> None:
+    """Run a script with one thread in a process of its own, which may start others."""
+    (cwd / "script.py").write_text(source)
+    result = subprocess.run(
+        [sys.executable, "script.py", *map(str, args)],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def coco_json(num_images: int = 3, size: int = 64) -> dict:
     """The content of a COCO JSON of two classes with ids 3 and 7; one square in each image."""
     images = [

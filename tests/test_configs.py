@@ -38,13 +38,7 @@ PUBLISHED = json.loads((ROOT / "configs" / "published.json").read_text())
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The maps are tiny: more threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -47,13 +47,7 @@ every_config = pytest.mark.parametrize("name", NAMES)
 every_counterpart = pytest.mark.parametrize("name", COUNTERPARTS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More take longer for maps that are this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclasses.dataclass

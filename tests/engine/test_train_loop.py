@@ -1,8 +1,5 @@
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import ROOT, TINY, config
+from helpers import TINY, config, run_script
 from torch import nn
 
 from gn_detect.engine.train_loop import AccumulatingTrainer
@@ -334,19 +331,8 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
 def test_two_steps_train_as_two_processes(coco_files, tmp_path):
-    (tmp_path / "script.py").write_text(SAME_IMAGES)
-    result = subprocess.run(
-        [sys.executable, "script.py", coco_files.json_file, coco_files.image_root],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    files = (coco_files.json_file, coco_files.image_root)
+    run_script(SAME_IMAGES, *files, cwd=tmp_path)
     processes, steps = (
         torch.load(tmp_path / f"{name}.pth") for name in ("two_processes", "two_steps")
     )

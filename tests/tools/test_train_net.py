@@ -12,7 +12,7 @@ import termios
 
 import pytest
 import torch
-from helpers import ROOT, SHARED_DATA, TINY, run_tool
+from helpers import ROOT, SHARED_DATA, TINY, run_script, run_tool
 
 QUICK = ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 
@@ -162,19 +162,8 @@ if __name__ == "__main__":
 @without_cuda
 def test_processes_train_the_same_weights(coco_files, tmp_path):
     """Each of two processes sees other images; their averaged gradients keep the weights equal."""
-    (tmp_path / "script.py").write_text(DATA_PARALLEL)
-    result = subprocess.run(
-        [sys.executable, "script.py", coco_files.json_file, coco_files.image_root, "output"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    files = (coco_files.json_file, coco_files.image_root, "output")
+    run_script(DATA_PARALLEL, *files, cwd=tmp_path)
 
 
 def test_progress_bar_on_a_terminal(coco_files, tmp_path):
