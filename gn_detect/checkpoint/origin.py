@@ -12,21 +12,27 @@ _UNIT = (1.0, 1.0, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Input and strides of the network that weights were trained in.
+    """What the network computed that weights were trained in, where their names do not say it.
 
     Args:
         input_format: order of the channels, ``"BGR"`` or ``"RGB"``.
         pixel_mean, pixel_std: subtracted from and dividing the pixels (0 to 255), in that order.
         stride_in_1x1: whether a bottleneck block strides in its first 1x1 convolution or in its
             3x3; None for networks without bottleneck blocks.
+        weight_standardization: variant of ``layers.standardize_weight``, or "" for none.
+        num_groups: of every GN layer; None also where they have ``channels_per_group`` in common.
+        channels_per_group: of every GN layer.
 
     None stands for what is not known.
     """
 
-    input_format: str | None
-    pixel_mean: tuple[float, ...] | None
-    pixel_std: tuple[float, ...] | None
-    stride_in_1x1: bool | None
+    input_format: str | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    stride_in_1x1: bool | None = None
+    weight_standardization: str | None = None
+    num_groups: int | None = None
+    channels_per_group: int | None = None
 
     @classmethod
     def from_dict(cls, values: dict) -> Origin:
@@ -40,6 +46,11 @@ class Origin:
         name = re.sub(r"(\.pkl)?(\?.*)?$", "", weights)
         return next((o for pattern, o in _KNOWN.items() if re.search(f"{pattern}$", name)), None)
 
+
+# The input of torchvision's classifiers, and of most others.
+IMAGENET = {"input_format": "RGB", "pixel_mean": _BGR_MEAN[::-1], "pixel_std": _BGR_STD[::-1]}
+# The input of Detectron's.
+DETECTRON = {"input_format": "BGR", "pixel_mean": _BGR_MEAN, "pixel_std": _UNIT}
 
 # Detectron2's checkpoint/catalog.py ("MSRA models have STRIDE_IN_1X1=True. False otherwise. All
 # models here use PIXEL_STD=[1,1,1]"), and its configs for what it has converted itself.

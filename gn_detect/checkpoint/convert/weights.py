@@ -1,0 +1,32 @@
+"""Weights of any source, in Detectron2's names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..origin import Origin
+
+
+@dataclasses.dataclass
+class Weights:
+    """Weights in Detectron2's names.
+
+    Args:
+        format: whose names the file had: ``"Detectron2"``, ``"Detectron"``, ``"torchvision"``, ...
+        state: name -> tensor.
+        partial: the names lack the beginning that they have in a detector, such as
+            ``backbone.bottom_up.`` of ``stem.conv1.weight``.
+        origin: what is known of the network that they were trained in.
+        left_out: names in the file of what no detector has, such as a classifier.
+        rest: the other content of a training checkpoint: ``iteration``, ``trainer``, ...
+    """
+
+    format: str
+    state: dict[str, torch.Tensor]
+    partial: bool = True
+    origin: Origin = Origin()
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    rest: dict[str, Any] = dataclasses.field(default_factory=dict)
