@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from gn_detect.checkpoint.safe_load import WeightsError
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
 from gn_detect.solver import resolve_schedule
@@ -20,7 +21,7 @@ from .train_loop import AMP_DTYPES
 logger = logging.getLogger(__name__)
 
 # What is the user's to mend: shown as a sentence, without a traceback.
-EXPECTED_ERRORS = (ConfigError, DataError, FloatingPointError)
+EXPECTED_ERRORS = (ConfigError, DataError, FloatingPointError, WeightsError)
 
 
 def sentence(error: Exception) -> str | None:
