@@ -72,7 +72,6 @@ SAFE_GLOBALS = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
-    Opaque,
     *_PLAIN_DTYPES,
     *((function, name) for name, function in _NUMPY.items()),
     *((Opaque, name) for name in _OPAQUE),

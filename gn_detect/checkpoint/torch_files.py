@@ -8,6 +8,7 @@ the file. Here the pickle is run with stand-ins for storages and tensors first.
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 import warnings
 from collections import OrderedDict
@@ -67,8 +68,6 @@ def load_legacy(file: BinaryIO, size: int) -> Any:
         _, storage = _read_identity(identity, 6, storages)
         if identity[5] is not None:
             raise Refusal("it has views of storages as PyTorch before 0.4 wrote them")
-        if sum(s.numel * s.dtype.itemsize for s in storages.values()) > size:
-            raise Damage("it declares more bytes of storages than it has")
         return storage
 
     position = 0
@@ -97,7 +96,9 @@ def _run(file: BinaryIO, start: int, end: int, load_persistent=None) -> tuple[An
 
 def _torch_load(file: BinaryIO) -> Any:
     file.seek(0)
-    with torch.serialization.safe_globals(pickle_globals.SAFE_GLOBALS), warnings.catch_warnings():
+    taken = torch.serialization.get_safe_globals()  # not to be removed with ours
+    ours = [entry for entry in pickle_globals.SAFE_GLOBALS if entry not in taken]
+    with torch.serialization.safe_globals(ours), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -112,7 +113,7 @@ def _read_identity(
     dtype = _STORAGES.get(kind.name) if isinstance(kind, Global) else None
     if dtype is None or type(location) is not str:
         raise Refusal("it has a storage of an unknown kind")
-    if type(key) is not str or not (key.isascii() and key.isidentifier() or key.isdigit()):
+    if type(key) is not str or not re.fullmatch("[0-9A-Za-z_]+", key):
         raise Refusal("it has a storage with an unusual name")
     if type(numel) is not int or not 0 <= numel < 2**62:
         raise Damage(f"it declares a storage of {numel if type(numel) is int else 'no'} elements")

@@ -51,7 +51,7 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
     if position != len(directory):
         raise Damage("its zip directory has another length than its entries")
     members = {}
-    roots = set()
+    roots, seen = set(), set()
     free = 0  # the first byte that is not of a member before
     for header, length, name in sorted(entries):
         first = _start_of_data(file, header, length, name, start)
@@ -60,8 +60,9 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         free = first + length
         root, member = _split(name)
         roots.add(root)
-        if member in members:
+        if member.lower() in seen:  # PyTorch's reader does not tell upper from lower case
             raise Refusal(f"it is a zip archive with two members {name!r}")
+        seen.add(member.lower())
         members[member] = (first, free)
     if len(roots) != 1 or "data.pkl" not in members:
         raise Refusal("it is a zip archive without the one folder that torch.save writes")
