@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .pickle_machine import Damage, Global, PickleMachine, Refusal
+from .pickle_machine import Global, PickleMachine
+from .untrusted import Damage, Refusal
 
 
 class Opaque:
@@ -148,8 +149,8 @@ def _new_bytes(machine: PickleMachine) -> bytes:
 
 
 def _new_dtype(machine: PickleMachine, code: Any, *flags: Any) -> np.dtype:
-    if isinstance(code, bytes):
-        code = code.decode("latin1")
+    if flags != (False, True):  # a type of its own, as numpy asks for
+        raise Refusal("it has an array of a type that is not plain numbers")
     if type(code) is not str or not re.fullmatch(r"[<>=|]?([biufc](1|2|4|8|16)|\?)", code):
         raise Refusal(f"it has an array of type {str(code)[:40]!r}, not of numbers")
     return machine.await_state(np.dtype(code, False, True))
@@ -183,7 +184,7 @@ def _check_shape(shape: Any, dtype: np.dtype, size: int) -> None:
 
 
 def _new_array(machine: PickleMachine, cls: Any, shape: Any, code: Any) -> np.ndarray:
-    if cls is not _NDARRAY or shape != (0,):
+    if cls is not _NDARRAY or shape != (0,) or code not in ("b", b"b"):
         raise Refusal("it makes an array in another way than numpy does")
     return machine.await_state(_RECONSTRUCT(np.ndarray, (0,), b"b"))
 

@@ -13,21 +13,15 @@ import dataclasses
 import pickletools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
+
+from .untrusted import Damage, Refusal, Window
 
 # A checkpoint of a detector and its optimizer has some 20,000 instructions, and a depth of 6.
 MAX_INSTRUCTIONS = 500_000
 MAX_DEPTH = 100
 MAX_STACK = 50_000  # Python writes batches of 1000 items
 MAX_ITEMS = 10_000_000  # with an item that is referred to twice counted twice
-
-
-class Refusal(Exception):
-    """What a file asks for that weights do not need: the end of a sentence about the file."""
-
-
-class Damage(Exception):
-    """How a file differs from what its format demands: the end of a sentence about the file."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,30 +46,6 @@ class _Facts:
     items: int = 0
     placed: bool = False
     arguments: bool = False  # holds a Global, as the arguments of a call may
-
-
-class Window:
-    """A part of a file; reading past its end is damage, and takes no memory.
-
-    Args:
-        file: seekable.
-        start, end: of the part, in bytes.
-    """
-
-    def __init__(self, file: BinaryIO, start: int, end: int):
-        self._file, self.position, self.end = file, start, end
-        file.seek(start)
-
-    def read(self, size: int) -> bytes:
-        self.position += size
-        if self.position > self.end:
-            raise Damage("it ends in the middle of its content")
-        return self._file.read(size)
-
-    def readline(self) -> bytes:
-        line = self._file.readline(self.end - self.position)
-        self.position += len(line)
-        return line
 
 
 class PickleMachine:

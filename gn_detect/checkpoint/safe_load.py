@@ -18,7 +18,8 @@ import torch
 from gn_detect.config import ConfigError
 
 from . import pickle_globals, torch_files
-from .pickle_machine import Damage, PickleMachine, Refusal, Window
+from .pickle_machine import PickleMachine
+from .untrusted import Damage, Refusal, Window
 
 _TRUST = "if you trust it, load it with the code that wrote it and save its tensors as .safetensors"
 _AGAIN = "download or copy it again"

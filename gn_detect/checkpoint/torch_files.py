@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 import torch
 
 from . import pickle_globals
-from .pickle_machine import Damage, Global, PickleMachine, Refusal, Window
+from .pickle_machine import Global, PickleMachine
 from .torch_zip import read_directory
+from .untrusted import Damage, Refusal, Window
 
 # The first of the five pickles of a file of PyTorch before 1.6, and of today's without zip, after
 # the two bytes that tell the protocol: torch.serialization.MAGIC_NUMBER.
@@ -50,8 +51,8 @@ def load_zip(file: BinaryIO, size: int) -> Any:
     def load_persistent(identity: Any) -> _Storage:
         key, storage = _read_identity(identity, 5, storages)
         nbytes = storage.numel * storage.dtype.itemsize
-        if lengths.get(f"data/{key}") != nbytes:
-            raise Damage(f"it declares {nbytes} bytes for the storage {key}, but has others")
+        if (length := lengths.get(f"data/{key}", 0)) != nbytes:
+            raise Damage(f"it declares {nbytes} bytes for the storage {key}, but has {length}")
         return storage
 
     _run(file, *members["data.pkl"], load_persistent)
@@ -131,16 +132,14 @@ def _rebuild(
     stride: Any,
     requires_grad: Any = False,
     hooks: Any = None,
-    dtype: Any = None,
+    dtype: torch.dtype | None = None,
     metadata: Any = None,
 ) -> _Tensor:
     if not isinstance(storage, _Storage) or type(requires_grad) is not bool:
         raise Refusal("it makes a tensor in another way than torch.save does")
     _check_hooks(hooks)
-    if metadata not in (None, {}) and not (
-        type(metadata) is dict and all(type(v) is bool for v in metadata.values())
-    ):
-        raise Refusal("it makes a tensor in another way than torch.save does")
+    if metadata:
+        raise Refusal("it has a tensor with a conjugate or a negative view")
     for numbers in (size, stride, (offset,)):
         if type(numbers) is not tuple or any(
             type(n) is not int or not 0 <= n < 2**62 for n in numbers

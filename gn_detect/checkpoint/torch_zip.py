@@ -12,7 +12,7 @@ import stat
 import struct
 from typing import BinaryIO
 
-from .pickle_machine import Damage, Refusal
+from .untrusted import Damage, Refusal
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")

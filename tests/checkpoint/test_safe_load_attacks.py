@@ -26,15 +26,15 @@ REASONS = {
     "sets attributes": "build_ordered_dict build_setstate build_slots set_attributes",
     "gives a state": "build_class",
     "nested": "deep_tuples deep_lists deep_dicts deep_text",
-    "more than 10,000,000 items": "memo_bomb.",
+    "more than 10,000,000 items": "memo_bomb. memo_bomb_legacy",
     "key of type tuple": "memo_bomb_as_key",
     "key of type int": "colliding_keys",
     "ends in the middle": "long_string",
     "128 bits": "long_integer",
     "copies of the same bytes": "copies",
     "calls": "array_call getattr_called",
-    "array of": "array_huge array_overflow array_negative array_short array_of_list array_objects "
-    "array_fields array_text array_frombuffer dtype_ scalar_ ",
+    "array (of|whose)": "array_huge array_overflow array_negative array_short array_of_list "
+    "array_objects array_fields array_text array_frombuffer dtype_ scalar_ ",
     "in another way": "array_fresh_huge array_state_twice",
     "member": "parent absolute backslash drive link nested extra case.pth twice bomb encrypted "
     "overlapping",
