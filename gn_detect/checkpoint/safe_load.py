@@ -66,9 +66,12 @@ def load_file(path: str | os.PathLike) -> Any:
         reason = f"there is no file {path}: correct the path, or download the file"
     except OSError as error:
         reason = f"{path} cannot be read: {error.strerror or error}. Check its permissions"
+    except MemoryError:
+        reason = f"{path} does not fit into memory: load it where there is more"
     except Exception as error:  # all that readers of pickles, zip and tensors may raise
         lines = str(error).strip().splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+        what = "".join(c if c.isprintable() else "?" for c in what)
         reason = f"{path} is damaged ({what}). To mend this, {_AGAIN}"
     raise WeightsError(reason)
 
@@ -84,6 +87,8 @@ def check_finite(state: Mapping[str, torch.Tensor | np.ndarray], path: str | os.
     """
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.element_size() == 1:
+                value = value.float()  # torch.isfinite does not know all types of 8 bits
             finite = bool(torch.isfinite(value).all())
         elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fc":
             finite = bool(np.isfinite(value).all())
@@ -91,7 +96,7 @@ def check_finite(state: Mapping[str, torch.Tensor | np.ndarray], path: str | os.
             continue
         if not finite:
             raise WeightsError(
-                f"{path} is refused: its weight {name} has elements that are NaN or infinite. Use "
+                f"{path} is refused: its weight {name!r} has elements that are NaN or infinite. Use "
                 "a checkpoint from before its training diverged"
             )
 

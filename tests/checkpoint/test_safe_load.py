@@ -269,11 +269,14 @@ def test_weights_must_be_finite(tmp_path, bad):
         check_finite(load_file(path), path)
         wrong = torch.tensor([1, bad], dtype=torch.float16)
         path.write_bytes(dump({"a": torch.ones(2), "b": wrong, "c": wrong}))
-        with pytest.raises(WeightsError, match=f"{name} is refused: its weight b has"):
+        with pytest.raises(WeightsError, match=f"{name} is refused: its weight 'b' has"):
             check_finite(load_file(path), path)
     check_finite(good, "x")
-    with pytest.raises(WeightsError, match="weight z"):
+    with pytest.raises(WeightsError, match="weight 'z'"):
         check_finite({**good, "z": torch.tensor(bad, dtype=torch.bfloat16)}, "x")
+    check_finite({"8": torch.ones(2).to(torch.float8_e4m3fn)}, "x")
+    with pytest.raises(WeightsError, match="weight '8'"):
+        check_finite({"8": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, "x")
 
 
 def test_tools_show_the_sentence():
