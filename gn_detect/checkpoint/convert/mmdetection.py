@@ -1,0 +1,218 @@
+"""Faster, Mask and Cascade R-CNN with FPN of mmdetection (github.com/open-mmlab/mmdetection), such
+as those of its configs/gn, configs/gn+ws and configs/scratch.
+
+Versions 2 and 3 compute what Detectron2 does. These are the same in both (files of mmdetection 2):
+
+- Anchors of 8 strides, centred on the corner of a cell (``ANCHOR_GENERATOR.OFFSET`` 0), in the
+  order of their ratios, one channel of objectness and four of deltas each
+  (mmdet/core/anchor/anchor_generator.py, mmdet/models/dense_heads/rpn_head.py).
+- Deltas (dx, dy, dw, dh) times ``target_stds``, 1 in the RPN and (0.1, 0.1, 0.2, 0.2) in the box
+  head, where Detectron2 divides by ``BBOX_REG_WEIGHTS`` (mmdet/core/bbox/coder). Other
+  ``target_stds`` in a config need other ``BBOX_REG_WEIGHTS``. The third stage of Cascade has 0.033
+  and 0.067 for Detectron2's 1/30 and 1/15, deltas 1 % apart.
+- RoIAlign with half-pixel offset, all samples and the same levels
+  (mmdet/models/roi_heads/roi_extractors), features flattened channel by channel, and P6 as each
+  second pixel of P5 (mmdet/models/necks/fpn.py).
+- Weight Standardization of the authors (mmcv/cnn/bricks/conv_ws.py).
+
+Version 1 has the background as class 0 in all heads, which is put right here. It also has anchors
+in the middle of a cell, rounded to whole pixels, and RoIAlign of 2 x 2 samples without the half
+pixel. Detectron2 computes that, but for the rounding, with ``MODEL.ANCHOR_GENERATOR.OFFSET`` 0.5,
+and ``POOLER_TYPE`` "ROIAlign" and ``POOLER_SAMPLING_RATIO`` 2 of both RoI heads; with its defaults
+such a detector is worth less until it is fine-tuned (docs/compatibility.md has up to 1 AP). Boxes
+are the same: a version 1 box of whole pixels, width x2 - x1 + 1, ends at x2 + 1 of a later one.
+
+Classes have the order of mmdetection's config. For COCO it is Detectron2's, that of the ids.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from ..origin import Origin
+from ..safe_load import WeightsError
+from . import torchvision
+from .weights import Weights
+
+# Layer -> Detectron2's, once conv and norm of a ConvModule (mmcv/cnn/bricks/conv_module.py) are
+# called X and X.norm; k1 and k2 are k + 1 and k + 2. Stages are those of a Cascade R-CNN.
+_LAYERS = {
+    r"neck\.lateral_convs\.(?P<k>[0-3])": "backbone.fpn_lateral{k2}",
+    r"neck\.fpn_convs\.(?P<k>[0-3])": "backbone.fpn_output{k2}",
+    r"rpn_head\.rpn_conv": "proposal_generator.rpn_head.conv",
+    r"rpn_head\.rpn_cls": "proposal_generator.rpn_head.objectness_logits",
+    r"rpn_head\.rpn_reg": "proposal_generator.rpn_head.anchor_deltas",
+    r"bbox_head\.(?P<stage>\d\.)?shared_convs\.(?P<k>\d+)": "roi_heads.box_head.{stage}conv{k1}",
+    r"bbox_head\.(?P<stage>\d\.)?shared_fcs\.(?P<k>\d+)": "roi_heads.box_head.{stage}fc{k1}",
+    r"bbox_head\.(?P<stage>\d\.)?fc_cls": "roi_heads.box_predictor.{stage}cls_score",
+    r"bbox_head\.(?P<stage>\d\.)?fc_reg": "roi_heads.box_predictor.{stage}bbox_pred",
+    r"mask_head\.convs\.(?P<k>\d+)": "roi_heads.mask_head.mask_fcn{k1}",
+    r"mask_head\.upsample": "roi_heads.mask_head.deconv",
+    r"mask_head\.conv_logits": "roi_heads.mask_head.predictor",
+}
+# A classifier, the averages of EMAHook (mmcv/runner/hooks/ema.py), and counters of BN.
+_LEFT_OUT = r"backbone\.fc\.\w+|ema_.*|.*\.num_batches_tracked"
+
+
+def recognizes(names: Collection[str]) -> bool:
+    return any(name.startswith(("neck.lateral_convs.", "rpn_head.rpn_")) for name in names)
+
+
+def convert(state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Weights:
+    """
+    Args:
+        state: ``state_dict`` of the checkpoint.
+        meta: of the checkpoint, or {}. The text of the config in it says the origin.
+
+    Raises:
+        WeightsError: the detector has layers, channels or anchors with no place in Detectron2's.
+    """
+    names = {name: _rename(name) for name in state if not re.fullmatch(_LEFT_OUT, name)}
+    if unknown := [name for name, new in names.items() if new is None]:
+        raise WeightsError(
+            f"{len(unknown)} weights of mmdetection have no place in Detectron2's Faster, Mask and "
+            f"Cascade R-CNN: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}. "
+            "Convert a detector without these layers"
+        )
+    if "neck.lateral_convs.3.conv.weight" not in state:
+        raise WeightsError(
+            "neck.lateral_convs.3.conv.weight is missing: only detectors of mmdetection with an "
+            "FPN of all four stages (start_level 0) can be converted"
+        )
+    _check_anchors(state)
+    return Weights(
+        "mmdetection",
+        {new: state[name] for name, new in names.items()} | _classes_in_order(state),
+        partial=False,
+        origin=_origin(meta, bottleneck="backbone.layer1.0.conv3.weight" in state),
+        left_out=[name for name in state if name not in names],
+    )
+
+
+def _rename(name: str) -> str | None:
+    """Detectron2's name of a weight; None for what Detectron2's R-CNN does not have."""
+    layer, _, parameter = name.rpartition(".")
+    if parameter not in ("weight", "bias", "running_mean", "running_var"):
+        return None
+    if layer.startswith("backbone."):
+        new = torchvision.rename(name.removeprefix("backbone."))
+        return new and f"backbone.bottom_up.{new}"
+    norm = ""
+    if match := re.fullmatch(r"(.*convs\.\d+)\.(conv|[bg]n)", layer):
+        layer, norm = match[1], "" if match[2] == "conv" else ".norm"
+    for pattern, new in _LAYERS.items():
+        if match := re.fullmatch(pattern, layer.removeprefix("roi_head.")):
+            groups = match.groupdict()
+            k = int(groups.get("k", 0))
+            new = new.format(stage=groups.get("stage") or "", k1=k + 1, k2=k + 2)
+            return f"{new}{norm}.{parameter}"
+    return None
+
+
+def _check_anchors(state: Mapping[str, torch.Tensor]) -> None:
+    if "rpn_head.rpn_cls.weight" not in state:
+        return
+    scores, deltas = (len(state[f"rpn_head.rpn_{name}.weight"]) for name in ("cls", "reg"))
+    if deltas != 4 * scores:
+        raise WeightsError(
+            f"rpn_head.rpn_cls has {scores} channels for {deltas // 4} anchors: Detectron2's RPN "
+            "has one per anchor, that of a sigmoid (use_sigmoid in mmdetection's config)"
+        )
+    if scores > 3:  # up to three are of one ratio or of one size: there is no other order
+        raise WeightsError(
+            f"rpn_head.rpn_cls has {scores} anchors per position. With several sizes on one level "
+            "their order is not Detectron2's; up to 3 can be converted"
+        )
+
+
+def _classes_in_order(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The class weights with Detectron2's names and classes.
+
+    They are the C classes, then the background, in ``cls_score``; the C classes, or 1 for all, in
+    ``bbox_pred`` and the mask predictor. So they are in version 2 (docs/compatibility.md). Version
+    1, without ``roi_head.``, has the background as the first of C + 1 classes in all three
+    (mmdet/models/bbox_heads/bbox_head.py, mmdet/models/mask_heads/fcn_mask_head.py there).
+    """
+    result = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(roi_head\.)?bbox_head\.(\d\.)?fc_cls\.(weight|bias)", name)
+        if not match:
+            continue
+        first, parameter = not match[1], match[3]
+        predictors = {name.replace("fc_cls", "fc_reg"): 4}
+        predictors[f"{match[1] or ''}mask_head.conv_logits.{parameter}"] = 1
+        result[_rename(name)] = torch.cat([value[1:], value[:1]]) if first else value
+        for predictor, size in predictors.items():
+            if predictor not in state:
+                continue
+            rows, classes = len(state[predictor]), len(value) if first else len(value) - 1
+            if rows not in (size, size * classes):
+                raise WeightsError(
+                    f"{predictor} has {rows} channels, {name} has {len(value)}: expected "
+                    f"{size * classes}, or {size} if it is class-agnostic"
+                )
+            drop = size if first and rows != size else 0
+            result[_rename(predictor)] = state[predictor][drop:]
+    return result
+
+
+def _origin(meta: Mapping[str, Any], bottleneck: bool) -> Origin:
+    """What the text of the config says; None for what it does not, or not unambiguously."""
+    dicts = _read_dicts(meta.get("config") or meta.get("cfg"))  # version 1 and 2, or 3
+    if not dicts:
+        return Origin()
+    # ``img_norm_cfg`` and the transform ``Normalize``, or version 3's ``data_preprocessor``
+    rgb, mean, std = _only(
+        (d.get("to_rgb", d.get("bgr_to_rgb")), d["mean"], d["std"])
+        for d in dicts
+        if isinstance(d.get("mean"), tuple) and isinstance(d.get("std"), tuple)
+    ) or (None, None, None)
+    style = _only(d["style"] for d in dicts if d.get("style") in ("pytorch", "caffe"))
+    return Origin(
+        input_format={True: "RGB", False: "BGR"}.get(rgb),
+        pixel_mean=mean,
+        pixel_std=std,
+        stride_in_1x1=style == "caffe" if bottleneck and style else None,
+        weight_standardization="authors" if any(d.get("type") == "ConvWS" for d in dicts) else "",
+        num_groups=_only(d.get("num_groups") for d in dicts if d.get("type") == "GN"),
+    )
+
+
+def _only(values):
+    """The one value that all of ``values`` have; None if there are several, or none."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def _read_dicts(text: Any) -> list[dict[str, Any]]:
+    """The literal items of each ``dict(...)`` in a config. Nothing in it is executed.
+
+    Version 1 has the path of the config in front of its text, without a comment sign
+    (tools/model_converters/upgrade_model_version.py).
+    """
+    for source in (text, f"#{text}"):
+        try:
+            nodes = list(ast.walk(ast.parse(source)))
+            return [
+                {k.arg: value for k in node.keywords if (value := _literal(k.value)) is not None}
+                for node in nodes
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict"
+            ]
+        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+            continue
+    return []
+
+
+def _literal(node: ast.expr) -> Any:
+    """A constant, or a list of numbers as a tuple; None for all else."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        numbers = tuple(_literal(item) for item in node.elts)
+        return numbers if all(isinstance(number, (int, float)) for number in numbers) else None
+    return None
