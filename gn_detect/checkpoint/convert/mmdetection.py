@@ -9,7 +9,7 @@ Versions 2 and 3 compute what Detectron2 does. These are the same in both (files
 - Deltas (dx, dy, dw, dh) times ``target_stds``, 1 in the RPN and (0.1, 0.1, 0.2, 0.2) in the box
   head, where Detectron2 divides by ``BBOX_REG_WEIGHTS`` (mmdet/core/bbox/coder). Other
   ``target_stds`` in a config need other ``BBOX_REG_WEIGHTS``. The third stage of Cascade has 0.033
-  and 0.067 for Detectron2's 1/30 and 1/15, deltas 1 % apart.
+  and 0.067 for Detectron2's 1/30 and 1/15, so its deltas are up to 1 % apart.
 - RoIAlign with half-pixel offset, all samples and the same levels
   (mmdet/models/roi_heads/roi_extractors), features flattened channel by channel, and P6 as each
   second pixel of P5 (mmdet/models/necks/fpn.py).
@@ -22,14 +22,15 @@ and ``POOLER_TYPE`` "ROIAlign" and ``POOLER_SAMPLING_RATIO`` 2 of both RoI heads
 such a detector is worth less until it is fine-tuned (docs/compatibility.md has up to 1 AP). Boxes
 are the same: a version 1 box of whole pixels, width x2 - x1 + 1, ends at x2 + 1 of a later one.
 
-Classes have the order of mmdetection's config. For COCO it is Detectron2's, that of the ids.
+Classes have the order of the categories in the annotations that mmdetection was trained with
+(mmdet/datasets/coco.py), Detectron2's that of their ids. For COCO the two are one.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ def _origin(meta: Mapping[str, Any], bottleneck: bool) -> Origin:
     )
 
 
-def _only(values):
+def _only(values: Iterable) -> Any:
     """The one value that all of ``values`` have; None if there are several, or none."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None
