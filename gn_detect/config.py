@@ -39,6 +39,11 @@ def add_gn_config(cfg: CfgNode) -> None:
     # without (open-mmlab/mmdetection PR #521: mask AP 33.1 against 37.7), and none for others.
     gn.setdefault("WEIGHT_STANDARDIZATION", "auto")
 
+    # Of the pre-activation ResNet (modeling/resnetv2.py); MODEL.RESNETS has its depth and widths.
+    # "BiT": Big Transfer's, with a 7x7 convolution as stem; "D": the stem of three convolutions and
+    # the shortcuts of ResNet-D, as in timm's resnetv2_50d_gn.
+    cfg.MODEL.setdefault("RESNETV2", CfgNode()).setdefault("VARIANT", "BiT")
+
     # Norms where Detectron2 has none: GN, LN, IN, BN, SyncBN, FrozenBN, or "" as published.
     cfg.MODEL.RPN.setdefault("NORM", "")
     cfg.MODEL.ROI_KEYPOINT_HEAD.setdefault("NORM", "")

@@ -5,6 +5,7 @@ from .mask_head import GNMaskRCNNConvUpsampleHead
 from .meta_arch import GNRetinaNet, GNSemSegFPNHead, build_detector
 from .norm import GroupNormFactory, finish_norms
 from .resnet import build_gn_resnet_backbone
+from .resnetv2 import build_gn_resnetv2_backbone, build_gn_resnetv2_fpn_backbone
 from .roi_heads import GNRes5ROIHeads
 from .rpn_head import GNRPNHead
 
@@ -20,6 +21,8 @@ __all__ = [
     "build_detector",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
+    "build_gn_resnetv2_backbone",
+    "build_gn_resnetv2_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone",
     "finish_norms",
 ]
