@@ -12,6 +12,7 @@ import math
 import re
 
 import pytest
+import timm
 import torch
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.config import get_cfg
@@ -129,11 +130,17 @@ def run_iteration(cfg) -> Iteration:
     )
 
 
+def is_preactivated(cfg) -> bool:
+    return cfg.MODEL.BACKBONE.NAME == "build_gn_resnetv2_fpn_backbone"
+
+
 def expected_norm_layers(cfg) -> dict[str, tuple[str, int]]:
     """Component -> (its norm, its layers with a norm), from the architectures as published."""
     model = cfg.MODEL
     # Stem, convolutions of the blocks, and one shortcut for each stage that changes the channels.
     resnet = {18: 1 + 16 + 3, 50: 1 + 3 * 16 + 4, 101: 1 + 3 * 33 + 4}[model.RESNETS.DEPTH]
+    if is_preactivated(cfg):  # before the convolutions of the blocks; two in the deep stem
+        resnet += -1 - 4 + {"D": 2, "BiT": 0}[model.RESNETV2.VARIANT]
     if model.META_ARCHITECTURE == "GNRetinaNet":
         return {
             "backbone.bottom_up": (model.RESNETS.NORM, resnet),
@@ -215,6 +222,9 @@ def test_weight_standardization_is_where_gn_is(name):
     run = iteration(name)
     standardized = {n for n, kind in run.convs.items() if kind is WSConv2d}
     before_gn = {n.removesuffix(".norm") for n, m in run.norms.items() if type(m) is GroupNorm}
+    if is_preactivated(as_shipped(name)):  # GN stands before each convolution there
+        before_gn = {n for n in before_gn if not n.startswith("backbone.bottom_up.")}
+        before_gn |= {n for n in run.convs if n.startswith("backbone.bottom_up.")}
     assert standardized == (before_gn if "_ws_" in name else set())
 
 
@@ -260,6 +270,7 @@ def test_gamma_and_beta_have_no_weight_decay(name):
 DETECTRON2_NAMES = {
     "build_gn_resnet_backbone": "build_resnet_backbone",
     "build_gn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_gn_resnetv2_fpn_backbone": "build_resnet_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
     "GNRPNHead": "StandardRPNHead",
     "GNRes5ROIHeads": "Res5ROIHeads",
@@ -300,7 +311,13 @@ def test_parameters_are_those_of_detectron2(name):
     # Detectron2 has no key for these.
     assert not model.RPN.NORM and not model.ROI_KEYPOINT_HEAD.NORM
     assert not model.ROI_BOX_HEAD.FC_NORM and not model.ROI_MASK_HEAD.DECONV_NORM
-    assert shapes(cfg) == shapes(detectron2_config(cfg))
+    ours, theirs = shapes(cfg), shapes(detectron2_config(cfg))
+    if is_preactivated(cfg):  # that ResNet is timm's: tests/modeling/test_resnetv2.py
+        ours, theirs = (
+            [(k, shape) for k, shape in both if not k.startswith("backbone.bottom_up.")]
+            for both in (ours, theirs)
+        )
+    assert ours == theirs
 
 
 def test_anchors_of_retinanet():
@@ -343,11 +360,13 @@ def test_weights_and_guards(name, caplog):
     cfg = as_shipped(name).clone()
     weights = cfg.MODEL.WEIGHTS
     from_scratch = any(word in name for word in ("scratch", "_lsj_", "table3", "quickstart"))
-    to_be_named = "_ws_" in name or name.endswith("_ln.yaml")
+    to_be_named = ("_ws_" in name and "_bit_" not in name) or name.endswith("_ln.yaml")
     assert (weights == "") == (from_scratch or to_be_named)
     assert cfg.MODEL.BACKBONE.FREEZE_AT == (0 if from_scratch else 2)
     if weights.startswith("catalog://"):
         assert ModelCatalog.get(weights.removeprefix("catalog://")).startswith("https://")
+    elif weights.startswith("timm://"):
+        assert timm.is_model_pretrained(weights.removeprefix("timm://"))
     elif weights:
         depth = cfg.MODEL.RESNETS.DEPTH
         assert weights == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
@@ -366,9 +385,11 @@ def test_weights_and_guards(name, caplog):
 
 
 def test_the_input_of_weight_standardized_models_is_that_of_torchvision():
+    """Weights of timm are compared with timm in tests/modeling/test_resnetv2.py."""
     rgb = {name for name in CONFIGS if as_shipped(name).INPUT.FORMAT == "RGB"}
-    assert rgb == {name for name in CONFIGS if "_ws_" in name}
-    for name in rgb:
+    of_timm = {n for n in CONFIGS if as_shipped(n).MODEL.WEIGHTS.startswith("timm://")}
+    assert rgb == {name for name in CONFIGS if "_ws_" in name} | of_timm
+    for name in rgb - of_timm:
         model = as_shipped(name).MODEL
         assert model.PIXEL_MEAN == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
         assert model.PIXEL_STD == pytest.approx([255 * v for v in (0.229, 0.224, 0.225)])

@@ -3,6 +3,7 @@ the same name wherever there is one: keys, settings, losses, schedule and data."
 
 import dataclasses
 import math
+import re
 import zlib
 
 import pytest
@@ -166,15 +167,18 @@ def training_image(height=64, width=96):
 
 
 def depth_of(name):
-    return next(depth for depth in (18, 50, 101) if f"_{depth}_" in name)
+    return next(depth for depth in (18, 50, 101) if re.search(rf"_{depth}(d|x1)?_", name))
 
 
 BACKBONE_NORMS = {18: 20, 50: 53, 101: 104}  # one for each convolution of the ResNet, by depth
+# But in pre-activation ResNets: none after the (last) convolution of the stem and in shortcuts.
+PREACTIVATED = {"R_50d_v2": -1 - 4 + 2, "R_50x1_bit": -1 - 4}
 
 
 def expected_norms(name) -> dict[str, int]:
     """Prefix of layer names -> number of GN layers there; none anywhere else."""
     backbone = BACKBONE_NORMS[depth_of(name)]
+    backbone += sum(difference for part, difference in PREACTIVATED.items() if part in name)
     if "_C4_" in name:
         return {"backbone.": 43, "roi_heads.res5.": 10}
     if "retinanet" in name:
@@ -228,8 +232,10 @@ def test_gn_where_it_should_be(name):
 @every_config
 def test_weights_are_standardized_where_the_name_says_so(name):
     standardized = lazy_summary(name).standardized
-    assert set(standardized.values()) == ({"authors"} if "_ws_" in name else set())
-    assert len(standardized) == ("_ws_" in name) * sum(expected_norms(name).values())
+    variant = "timm" if "_bit_" in name else "authors"
+    assert set(standardized.values()) == ({variant} if "_ws_" in name else set())
+    convs = sum(expected_norms(name).values()) - PREACTIVATED["R_50x1_bit"] * ("_bit_" in name)
+    assert len(standardized) == ("_ws_" in name) * convs
 
 
 @every_config
@@ -243,7 +249,9 @@ def test_first_stages_are_frozen_unless_from_scratch(name):
         expected = {n for n in expected if ".norm." not in n}
     assert summary.frozen == expected
     checkpoint = load(name).train.init_checkpoint
-    if is_from_scratch(name) or "_ws_" in name:
+    if any(part in name for part in PREACTIVATED):
+        assert checkpoint.startswith("timm://resnetv2_50")
+    elif is_from_scratch(name) or "_ws_" in name:
         assert checkpoint == ""
     elif "_heads_" in name:
         assert checkpoint == f"detectron2://ImageNetPretrained/MSRA/R-{depth_of(name)}.pkl"

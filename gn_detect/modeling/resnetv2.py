@@ -1,7 +1,8 @@
-"""Pre-activation ResNet ("ResNetV2"; He et al., ECCV 2016, https://arxiv.org/abs/1603.05027): that of
-Big Transfer (BiT; Kolesnikov et al., ECCV 2020, https://arxiv.org/abs/1912.11370), and the one with
-the stem and the shortcuts of ResNet-D (He et al., CVPR 2019, https://arxiv.org/abs/1812.01187), whose
-weights with GN timm has (resnetv2_50d_gn).
+"""Pre-activation ResNet ("ResNetV2"; He et al., ECCV 2016, https://arxiv.org/abs/1603.05027).
+
+Either that of Big Transfer (BiT; Kolesnikov et al., ECCV 2020, https://arxiv.org/abs/1912.11370),
+or with the stem and the shortcuts of ResNet-D (He et al., CVPR 2019,
+https://arxiv.org/abs/1812.01187), of which timm has weights with GN (resnetv2_50d_gn).
 
 Norm and ReLU come before each convolution, so what a stage puts out is a sum that nothing has
 normalized. An FPN takes it as it is, as users of timm's ``features_only`` and of ``BitBackbone`` of
@@ -114,8 +115,8 @@ class DeepStem(CNNBlockBase):
 
 
 class PreActBottleneckBlock(CNNBlockBase):
-    """Norm, ReLU and convolution of 1x1, 3x3 and 1x1, and the sum with the shortcut. The 3x3 has the
-    stride; a shortcut with a convolution starts behind the first norm and ReLU.
+    """Norm, ReLU and convolution, of 1x1, 3x3 and 1x1, and the sum with the shortcut. The 3x3
+    strides; a shortcut with a convolution starts behind the first norm and ReLU.
 
     Args:
         bottleneck_channels: of the 3x3 convolution.

@@ -1,0 +1,4 @@
+from ..common.models.resnetv2 import preactivate
+from .mask_rcnn_R_50_FPN_gn_3x import dataloader, lr_multiplier, model, optimizer, train
+
+preactivate(model, dataloader, train, weights="resnetv2_50d_gn.ah_in1k", depth=50)
