@@ -157,7 +157,7 @@ class PreActBottleneckBlock(CNNBlockBase):
         if self.shortcut is not None:
             x = out
             if self.avg_down:  # at an odd border, the mean of the positions that there are
-                x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+                x = F.avg_pool2d(x, 2, ceil_mode=True)
             x = self.shortcut(x)
         out = self.conv2(F.relu(self.norm2(self.conv1(out))))
         return self.conv3(F.relu(self.norm3(out))) + x
@@ -168,7 +168,8 @@ def build_gn_resnetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """A ``ResNet`` of the blocks above. Depth, widths, norm and outputs are those of
     ``MODEL.RESNETS``; for BiT of w times the width, multiply ``STEM_OUT_CHANNELS``,
     ``WIDTH_PER_GROUP`` and ``RES2_OUT_CHANNELS`` by w. Weight Standardization
-    (``MODEL.GN.WEIGHT_STANDARDIZATION``) is that of every convolution.
+    (``MODEL.GN.WEIGHT_STANDARDIZATION``) is that of every convolution. Not for C4 models: the res5
+    of their heads is that of the ResNet of 2015.
 
     Raises:
         ConfigError: a key has a value that this ResNet does not support, or the groups do not

@@ -68,17 +68,18 @@ def models_of_timm_and_ours(name):
 @pytest.mark.parametrize("name", ["resnetv2_50d_gn", "resnetv2_50x1_bit", "resnetv2_101x1_bit"])
 @torch.no_grad()
 def test_outputs_are_those_of_timm(name, size):
-    """To 1e-5, in double precision: the sums of BiT with random weights reach hundreds. In single
-    precision relative to the largest value, where its 33 blocks let the rounding grow."""
+    """To 1e-5; but the sums of BiT reach hundreds with random weights, and their rounding grows
+    over 33 blocks, so in single precision to 1e-4 of the largest value."""
     models = models_of_timm_and_ours(name)
+    torch.manual_seed(1)
     x = torch.rand(2, 3, *size) * 2 - 1
     for dtype in (torch.float32, torch.float64):
         theirs, ours = (copy.deepcopy(model).to(dtype) for model in models)
         outputs = ours(x.to(dtype))
         assert list(outputs) == STAGES
         for stage, expected in zip(STAGES, theirs(x.to(dtype))[1:], strict=True):
-            single = dtype == torch.float32
-            tolerance = 1e-4 * expected.abs().max().item() if single else 1e-5
+            rounded = dtype == torch.float32 and name.endswith("_bit")
+            tolerance = 1e-4 * expected.abs().max().item() if rounded else 1e-5
             torch.testing.assert_close(outputs[stage], expected, rtol=0, atol=tolerance)
 
 
