@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 
-_BGR_MEAN = (103.530, 116.280, 123.675)
-_BGR_STD = (57.375, 57.120, 58.395)
-_UNIT = (1.0, 1.0, 1.0)
-
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
@@ -40,28 +36,56 @@ class Origin:
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
+    def completed_by(self, other: Origin | None) -> Origin:
+        """With the fields of ``other`` where this one's are not known."""
+        known = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(other, **known) if other else self
+
     @classmethod
     def of_name(cls, weights: str) -> Origin | None:
         """Of public weights, by the end of their name or URL; None for unknown ones."""
-        name = re.sub(r"(\.pkl)?(\?.*)?$", "", weights)
+        name = re.sub(r"(\.pkl|\.pth(\.tar)?)?([?#].*)?$", "", weights)
         return next((o for pattern, o in _KNOWN.items() if re.search(f"{pattern}$", name)), None)
 
 
+def same(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two means or deviations agree but for rounding."""
+    return len(a) == len(b) and all(abs(x - y) <= 0.01 * abs(y) for x, y in zip(a, b, strict=True))
+
+
+_BGR_MEAN = (103.530, 116.280, 123.675)
+_BGR_STD = (57.375, 57.120, 58.395)
+_UNIT = (1.0, 1.0, 1.0)
 # The input of torchvision's classifiers, and of most others.
 IMAGENET = {"input_format": "RGB", "pixel_mean": _BGR_MEAN[::-1], "pixel_std": _BGR_STD[::-1]}
 # The input of Detectron's.
 DETECTRON = {"input_format": "BGR", "pixel_mean": _BGR_MEAN, "pixel_std": _UNIT}
 
-# Detectron2's checkpoint/catalog.py ("MSRA models have STRIDE_IN_1X1=True. False otherwise. All
-# models here use PIXEL_STD=[1,1,1]"), and its configs for what it has converted itself.
+_DETECTRON_GN = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization="", num_groups=32)
+_IMAGENET_GN = Origin(**IMAGENET, stride_in_1x1=False, weight_standardization="", num_groups=32)
+_WS_AUTHORS = dataclasses.replace(_IMAGENET_GN, weight_standardization="authors")
+
 _KNOWN = {
-    r"MSRA/R-(50|101)": Origin("BGR", _BGR_MEAN, _UNIT, True),
-    r"ImageNetPretrained/(FAIR|\d+)/R-(50|101)-GN": Origin("BGR", _BGR_MEAN, _UNIT, False),
-    r"ImageNetPretrained/torchvision/R-(50|101)": Origin(
-        "RGB", _BGR_MEAN[::-1], _BGR_STD[::-1], False
-    ),
+    # Detectron2's checkpoint/catalog.py ("MSRA models have STRIDE_IN_1X1=True. False otherwise.
+    # All models here use PIXEL_STD=[1,1,1]"), and its configs for what it has converted itself.
+    r"MSRA/R-(50|101)": Origin(**DETECTRON, stride_in_1x1=True),
+    r"ImageNetPretrained/(FAIR|\d+)/R-(50|101)-GN": _DETECTRON_GN,
+    r"detectron://R-(50|101)-GN": _DETECTRON_GN,
+    r"detectron://e2e_mask_rcnn_R-(50|101)-FPN_[23]x_gn": _DETECTRON_GN,
+    r"ImageNetPretrained/torchvision/R-(50|101)": Origin(**IMAGENET, stride_in_1x1=False),
     r"detectron2://ImageNetPretrained/FAIR/X-101-32x8d": Origin("BGR", _BGR_MEAN, _BGR_STD, False),
-    r"Misc/mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": Origin("BGR", _BGR_MEAN, _UNIT, False),
-    r"Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": Origin("BGR", _BGR_MEAN, _UNIT, False),
-    r"Misc/scratch_mask_rcnn_R_50_FPN_9x_gn/\d+/\w+": Origin("BGR", _BGR_MEAN, _BGR_STD, False),
+    r"Misc/mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": _DETECTRON_GN,
+    r"Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": _DETECTRON_GN,
+    r"Misc/scratch_mask_rcnn_R_50_FPN_9x_gn/\d+/\w+": dataclasses.replace(
+        _DETECTRON_GN, pixel_std=_BGR_STD
+    ),
+    # timm's models/resnet.py
+    r"timm://resnet50_gn\.\w+": _IMAGENET_GN,
+    # joe-siyuan-qiao/pytorch-classification, imagenet.py and README.md
+    r"syqiao/WeightStandardization/[RX]-(50|101)-GN-WS": _WS_AUTHORS,
+    # mmdetection's configs/gn and configs/gn+ws. The files are named in mmcv's
+    # model_zoo/open_mmlab.json: "detectron/", "contrib/" and, of the authors, "jhu/".
+    r"third_party/resnet(50|101)_gn-\w+": _DETECTRON_GN,
+    r"third_party/resnet50_gn_thangvubk-\w+": _IMAGENET_GN,
+    r"third_party/resne(t|xt)(50|101)(_32x4d)?_gn_ws-\w+": _WS_AUTHORS,
 }

@@ -96,8 +96,8 @@ def check_finite(state: Mapping[str, torch.Tensor | np.ndarray], path: str | os.
             continue
         if not finite:
             raise WeightsError(
-                f"{path} is refused: its weight {name!r} has elements that are NaN or infinite. Use "
-                "a checkpoint from before its training diverged"
+                f"{path} is refused: its weight {name!r} has elements that are NaN or infinite. "
+                "Use a checkpoint from before its training diverged"
             )
 
 

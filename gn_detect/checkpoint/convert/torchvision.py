@@ -11,17 +11,32 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..origin import IMAGENET, Origin
+from ..safe_load import WeightsError
 from .weights import Weights
 
-# Conv and norm of a Detectron2 layer have one name: ``conv1.weight``, ``conv1.norm.weight``.
-_RULES = [
-    (r"conv1\.(\w+)", r"stem.conv1.\1"),
-    (r"[bg]n1\.(\w+)", r"stem.conv1.norm.\1"),
-    (r"layer(\d)\.(\d+)\.conv(\d)\.(\w+)", r"res{stage}.\2.conv\3.\4"),
-    (r"layer(\d)\.(\d+)\.[bg]n(\d)\.(\w+)", r"res{stage}.\2.conv\3.norm.\4"),
-    (r"layer(\d)\.(\d+)\.downsample\.0\.(\w+)", r"res{stage}.\2.shortcut.\3"),
-    (r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)", r"res{stage}.\2.shortcut.norm.\3"),
+_CLASSIFIERS = ("fc.", "head.", "classifier.", "last_linear.")
+
+# In torchvision, and in Detectron2, where conv and norm of a layer share a name. {s}, {b} and {c}
+# are the numbers of stage (one more in Detectron2), block and convolution, {p} the parameter.
+_NAMES = [
+    ("conv1.{p}", "stem.conv1.{p}"),
+    ("bn1.{p}", "stem.conv1.norm.{p}"),
+    ("layer{s}.{b}.conv{c}.{p}", "res{s}.{b}.conv{c}.{p}"),
+    ("layer{s}.{b}.bn{c}.{p}", "res{s}.{b}.conv{c}.norm.{p}"),
+    ("layer{s}.{b}.downsample.0.{p}", "res{s}.{b}.shortcut.{p}"),
+    ("layer{s}.{b}.downsample.1.{p}", "res{s}.{b}.shortcut.norm.{p}"),
 ]
+_FIELDS = {"s": r"(?P<s>\d)", "b": r"(?P<b>\d+)", "c": r"(?P<c>\d)", "p": r"(?P<p>\w+)"}
+
+
+def _translate(name: str, old: int, new: int) -> str | None:
+    for names in _NAMES:
+        if match := re.fullmatch(names[old].replace(".", r"\.").format(**_FIELDS), name):
+            fields = match.groupdict()
+            if "s" in fields:
+                fields["s"] = int(fields["s"]) + new - old
+            return names[new].format(**fields)
+    return None
 
 
 def recognizes(names: Collection[str]) -> bool:
@@ -31,11 +46,12 @@ def recognizes(names: Collection[str]) -> bool:
 def rename(name: str) -> str | None:
     """The name of a parameter of torchvision's ResNet in Detectron2's; None for the classifier and
     for what Detectron2's ResNet does not have."""
-    for pattern, new in _RULES:
-        if match := re.fullmatch(pattern, name):
-            stage = int(match[1]) + 1 if "{stage}" in new else 0
-            return match.expand(new).replace("{stage}", str(stage))
-    return None
+    return _translate(re.sub(r"\bgn(?=\d\.)", "bn", name), 0, 1)
+
+
+def original_name(name: str) -> str | None:
+    """The inverse of :func:`rename`; None for what torchvision's ResNet does not have."""
+    return _translate(name, 1, 0)
 
 
 def convert(state: Mapping[str, torch.Tensor]) -> Weights:
@@ -44,10 +60,18 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
         WeightsError: a variant of the ResNet that Detectron2 does not have.
     """
     renamed = {name: rename(name) for name in state}
+    left_out = [name for name, new in renamed.items() if new is None]
+    if foreign := [name for name in left_out if not name.startswith(_CLASSIFIERS)]:
+        raise WeightsError(
+            f"{foreign[0]} has no place in Detectron2's ResNet: of the variants of this layout, "
+            "only the original one is supported (no deep stem, average pooling or attention)"
+        )
     bottleneck = "layer1.0.conv3.weight" in state
+    # mmdetection has backbones of several origins, with the names gn1, gn2, gn3.
+    known = {} if "gn1.weight" in state else IMAGENET
     return Weights(
         "torchvision",
         {new: state[name] for name, new in renamed.items() if new},
-        origin=Origin(**IMAGENET, stride_in_1x1=False if bottleneck else None),
-        left_out=[name for name, new in renamed.items() if new is None],
+        origin=Origin(**known, stride_in_1x1=False if bottleneck else None),
+        left_out=left_out,
     )

@@ -20,6 +20,7 @@ class Weights:
         partial: the names lack the beginning that they have in a detector, such as
             ``backbone.bottom_up.`` of ``stem.conv1.weight``.
         origin: what is known of the network that they were trained in.
+        batch_norms: names of the layers that are BN.
         left_out: names in the file of what no detector has, such as a classifier.
         rest: the other content of a training checkpoint: ``iteration``, ``trainer``, ...
     """
@@ -28,5 +29,12 @@ class Weights:
     state: dict[str, torch.Tensor]
     partial: bool = True
     origin: Origin = Origin()
+    batch_norms: set[str] = dataclasses.field(default_factory=set)
     left_out: list[str] = dataclasses.field(default_factory=list)
     rest: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        statistics = ".running_mean"
+        self.batch_norms |= {
+            n.removesuffix(statistics) for n in self.state if n.endswith(statistics)
+        }

@@ -1,0 +1,47 @@
+"""Weights of Detectron (Caffe2): ImageNet backbones such as ``R-50-GN.pkl``, and detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from detectron2.checkpoint.c2_model_loading import (
+    convert_basic_c2_names,
+    convert_c2_detectron_names,
+)
+
+from ..origin import DETECTRON, Origin
+from .weights import Weights
+
+_CLASSIFIER = ("linear.", "fc1000.")
+
+
+def recognizes(names: Collection[str]) -> bool:
+    return "res2_0_branch2a_w" in names
+
+
+def convert(state: Mapping[str, torch.Tensor]) -> Weights:
+    """Detectron2's renaming, which also puts the background class last, in place of first.
+
+    Left out are the momentum of the optimizer and the classifier.
+    """
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("_momentum")}
+    renamed, originals = convert_c2_detectron_names(kept)
+    # BN is folded into a scale and a bias in most files, and then has the names of GN.
+    folded = convert_basic_c2_names([name for name in kept if "_bn_" in name])
+    group_norm = any(name.endswith("_gn_s") for name in kept)
+    return Weights(
+        "Detectron",
+        {name: t for name, t in renamed.items() if not name.startswith(_CLASSIFIER)},
+        origin=Origin(
+            **DETECTRON,
+            # MSRA's networks stride in the 1x1 convolution; those that Detectron trained with
+            # GN do not (its configs/04_2018_gn_baselines).
+            stride_in_1x1=False if group_norm else None,
+            weight_standardization="",
+            num_groups=32 if group_norm else None,
+        ),
+        batch_norms={name.rpartition(".")[0] for name in folded},
+        left_out=sorted(set(state) - set(kept))
+        + [originals[name] for name in renamed if name.startswith(_CLASSIFIER)],
+    )

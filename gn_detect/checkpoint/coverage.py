@@ -1,0 +1,123 @@
+"""Which weights go where in a model, and how much of it they cover."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from .convert.weights import Weights
+
+BACKBONE = "backbone"
+# First match of a parameter's name; the last stage of C4 models is in roi_heads.
+_COMPONENTS = {
+    r"backbone\.(fpn_|top_block)": "FPN",
+    r"(backbone|roi_heads\.res5|stem|res\d)\.": BACKBONE,
+    r"proposal_generator\.": "RPN",
+    r"roi_heads\.box_": "box head",
+    r"roi_heads\.mask_": "mask head",
+    r"roi_heads\.keypoint_": "keypoint head",
+    r"sem_seg_head\.": "semantic head",
+    r"head\.": "RetinaNet head",
+}
+_STATISTICS = r".*\.(running_mean|running_var|num_batches_tracked)"  # not trained
+# Constants that old checkpoints of Detectron2 have; the config gives them.
+_CONSTANTS = r"pixel_mean|pixel_std|.*anchor_generator\.cell_anchors.*"
+
+
+@dataclasses.dataclass
+class Coverage:
+    """What of a model a file of weights gives.
+
+    Args:
+        loaded: parameter or buffer of the model -> its tensor.
+        missing: parameters of the model that are not in the file.
+        mismatched: parameter of the model -> its shape in the file.
+        unexpected: names in the file that the model does not have.
+        shapes: of all parameters of the model.
+    """
+
+    loaded: dict[str, torch.Tensor]
+    missing: list[str]
+    mismatched: dict[str, tuple[int, ...]]
+    unexpected: list[str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def lacking(self, component: str) -> list[str]:
+        """The parameters of ``component`` that are not loaded."""
+        names = [*self.missing, *self.mismatched]
+        return [name for name in names if component_of(name) == component]
+
+    def __str__(self) -> str:
+        """A table of the components, and the names of what is not loaded."""
+        sizes = defaultdict(lambda: [0, 0, 0, 0, 0])
+        for name, shape in self.shapes.items():
+            row, size = sizes[component_of(name)], torch.Size(shape).numel()
+            row[0] += size
+            row[1] += size * (name in self.loaded)
+            row[2] += name in self.loaded
+            row[3] += name in self.missing
+            row[4] += name in self.mismatched
+        rows = [
+            (component, f"{total:,}", f"{100 * loaded / max(total, 1):.2f} %", *counts)
+            for component, (total, loaded, *counts) in sizes.items()
+        ]
+        table = tabulate(
+            rows,
+            ["component", "parameters", "loaded", "tensors", "missing", "other shape"],
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=("left", *["right"] * 5),
+        )
+        lines = [
+            f"{name}: {list(theirs)} in the file, {list(self.shapes[name])} in the model"
+            for name, theirs in self.mismatched.items()
+        ]
+        details = {"other shape": lines, "missing": self.missing, "unexpected": self.unexpected}
+        shown = [f"{what}: {_shorten(names)}" for what, names in details.items() if names]
+        return "\n".join([table, *shown])
+
+
+def cover(weights: Weights, model: nn.Module) -> Coverage:
+    """Match ``weights`` with the parameters and buffers of ``model``.
+
+    Where ``weights.partial``, a name in the file stands for the one name of the model that ends
+    with it; if the model has several (the stages of a cascade), it is left out.
+    """
+    theirs = {n: t for n, t in weights.state.items() if not re.fullmatch(_CONSTANTS, n)}
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    places = {name: name for name in theirs.keys() & ours.keys()}
+    if weights.partial:
+        candidates = defaultdict(list)
+        for name in ours:
+            ends = (name[match.end() :] for match in re.finditer(r"^|\.", name))
+            if end := next((end for end in ends if end in theirs), None):  # the longest
+                candidates[end].append(name)
+        places = {end: names[0] for end, names in candidates.items() if len(names) == 1}
+    matched = {place: theirs[name] for name, place in places.items()}
+    mismatched = {n: tuple(t.shape) for n, t in matched.items() if tuple(t.shape) != ours[n]}
+    trained = {n: shape for n, shape in ours.items() if not re.fullmatch(_STATISTICS, n)}
+    return Coverage(
+        loaded={name: matched[name] for name in ours if name in matched.keys() - mismatched.keys()},
+        missing=[name for name in trained if name not in matched],
+        mismatched={name: mismatched[name] for name in ours if name in mismatched},
+        unexpected=[name for name in theirs if name not in places],
+        shapes=trained,
+    )
+
+
+def component_of(name: str) -> str:
+    """The part of a detector that the parameter ``name`` belongs to."""
+    for pattern, component in _COMPONENTS.items():
+        if re.match(pattern, name):
+            return component
+    return name.split(".")[0]
+
+
+def _shorten(names: list[str]) -> str:
+    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
+    return "; ".join(names[:8]) + more
