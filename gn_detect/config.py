@@ -77,6 +77,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     guards.setdefault("BN_WEIGHTS_INTO_GN", True)
     guards.setdefault("WEIGHTS_STRIDE", True)
     guards.setdefault("WEIGHTS_INPUT", True)
+    guards.setdefault("WEIGHTS_NORM", True)
+    guards.setdefault("WEIGHTS_COVERAGE", True)
     guards.setdefault("SINGLE_VALUE_GROUPS", True)
     guards.setdefault("LEARNING_RATE", True)
     guards.setdefault("FEW_IMAGES", True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import gn_detect
@@ -108,3 +109,12 @@ class CocoFiles:
 
     def arguments(self, split: str = "train") -> list[str]:
         return [f"--{split}-json", str(self.json_file), f"--{split}-images", str(self.image_root)]
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Give gamma and beta of all norms values that matter; others have them from the start."""
+    for module in model.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.BatchNorm2d)):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.2)
+    return model

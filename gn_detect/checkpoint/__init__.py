@@ -1,5 +1,7 @@
 from .checkpointer import Checkpointer
+from .convert import Weights, read_weights
 from .origin import Origin
+from .safe_load import WeightsError
 from .weight_guards import WeightGuards
 
-__all__ = ["Checkpointer", "Origin", "WeightGuards"]
+__all__ = ["Checkpointer", "Origin", "WeightGuards", "Weights", "WeightsError", "read_weights"]

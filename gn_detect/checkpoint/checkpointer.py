@@ -1,15 +1,20 @@
-"""Detectron2's checkpointer, which knows what weights were trained with."""
+"""Detectron2's checkpointer, for weights of any source, which it reads without trust."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from .convert import read_weights
+from .coverage import cover
 from .origin import Origin
-from .weight_guards import WeightGuards
+from .weight_guards import WeightGuards, norms_of
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -27,24 +32,42 @@ class Checkpointer(DetectionCheckpointer):
     ):
         super().__init__(model, save_dir, **checkpointables)
         self._guards = guards
-        self._loading = ""
+
+    @property
+    def origin(self) -> Origin:
+        """Of the weights of this model."""
+        return dataclasses.replace(self._guards.ours, **norms_of(self.model))
 
     def save(self, name: str, **kwargs: Any) -> None:
-        super().save(name, origin=dataclasses.asdict(self._guards.ours), **kwargs)
+        super().save(name, origin=dataclasses.asdict(self.origin), **kwargs)
 
-    def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights, and from a checkpoint of this project also the state of the training.
+
+        Args:
+            path: any name of weights that ``sources.locate`` knows; "" for none.
+            checkpointables: which of the other states to load, if they are there; None for all.
+
+        Returns:
+            the rest of the file.
+
         Raises:
-            ConfigError: the weights were trained with another input or other strides than the
-                run's, or with BN where the model has GN.
+            ConfigError: the weights cannot be found, read or trusted, or are not what the model
+                needs. Nothing of them is applied then.
         """
-        self._loading = path
-        if path and (origin := Origin.of_name(path)):
-            self._guards.check_origin(origin, path)
-        return super().load(path, *args, **kwargs)
-
-    def _load_model(self, checkpoint: dict[str, Any]):
-        if origin := checkpoint.pop("origin", None):
-            self._guards.check_origin(Origin.from_dict(origin), self._loading)
-        self._guards.check_norms(checkpoint["model"], self.model, self._loading)
-        return super()._load_model(checkpoint)
+        if not path:
+            return super().load(path, checkpointables)
+        if origin := Origin.of_name(path):
+            self._guards.check_origin(origin, path)  # before a download
+        logger.info(f"Loading weights from {path}")
+        weights = read_weights(path)
+        coverage = cover(weights, self.model)
+        try:
+            self._guards.check(weights, coverage, self.model, path)
+        finally:
+            logger.info(f"{path} has the names of {weights.format}; it gives\n{coverage}")
+        self.model.load_state_dict(coverage.loaded, strict=False)
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in weights.rest:
+                self.checkpointables[key].load_state_dict(weights.rest.pop(key))
+        return weights.rest

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Mapping
 
-from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from detectron2.config import CfgNode
 from torch import nn
 
 from gn_detect.config import ConfigError
+from gn_detect.layers import WSConv2d
 
-from .origin import Origin
+from .convert.weights import Weights
+from .coverage import BACKBONE, Coverage
+from .origin import Origin, same
+
+logger = logging.getLogger(__name__)
 
 _INPUT = ("input_format", "pixel_mean", "pixel_std")
+SWITCHES = (
+    *("WEIGHTS_INPUT", "WEIGHTS_STRIDE", "WEIGHTS_NORM", "WEIGHTS_COVERAGE"),
+    "BN_WEIGHTS_INTO_GN",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +33,8 @@ class WeightGuards:
     Args:
         ours: what the model of the run is trained with.
         keys: field of ``Origin`` -> the config key that states it.
-        switches: ``"WEIGHTS_INPUT"``, ``"WEIGHTS_STRIDE"`` and ``"BN_WEIGHTS_INTO_GN"`` -> the
-            config key that switches the check off, and whether it is on.
+        switches: each of ``SWITCHES`` -> the config key that switches the check off, and whether
+            it is on.
     """
 
     ours: Origin
@@ -35,7 +44,6 @@ class WeightGuards:
     @classmethod
     def from_config(cls, cfg: CfgNode) -> WeightGuards:
         bottleneck = cfg.MODEL.RESNETS.DEPTH >= 50
-        names = ("WEIGHTS_INPUT", "WEIGHTS_STRIDE", "BN_WEIGHTS_INTO_GN")
         return cls(
             Origin(
                 cfg.INPUT.FORMAT,
@@ -48,8 +56,10 @@ class WeightGuards:
                 "pixel_mean": "MODEL.PIXEL_MEAN",
                 "pixel_std": "MODEL.PIXEL_STD",
                 "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+                "weight_standardization": "MODEL.GN.WEIGHT_STANDARDIZATION",
+                "num_groups": "MODEL.GN.NUM_GROUPS or CHANNELS_PER_GROUP",
             },
-            {name: (f"GUARDS.{name}", cfg.GUARDS[name]) for name in names},
+            {name: (f"GUARDS.{name}", cfg.GUARDS[name]) for name in SWITCHES},
         )
 
     def check_origin(self, origin: Origin, weights: str) -> None:
@@ -82,50 +92,133 @@ class WeightGuards:
                 f"the same, set {switch} False"
             )
 
-    def check_norms(self, names: Iterable[str], model: nn.Module, weights: str) -> None:
-        """Refuse weights of BN for layers of GN.
+    def check(self, weights: Weights, coverage: Coverage, model: nn.Module, name: str) -> None:
+        """Refuse weights that are not what ``model`` needs.
+
+        Where BN weights for GN layers are let pass, their gamma and beta are taken out of
+        ``coverage`` in place: they belong to BN's statistics.
 
         Args:
-            names: of the parameters and buffers in the file.
-            model: that is to load them.
-            weights: the name of the file, for the message.
+            weights: as read.
+            coverage: of ``model`` by ``weights``.
+            name: of the file, for the message.
 
         Raises:
-            ConfigError: names the number of layers, one of them, and the switch.
+            ConfigError: names what does not fit, and the switch.
         """
+        self.check_origin(weights.origin, name)
+        layers = bn_into_gn(weights.batch_norms, model)
+        self._check_batch_norms(layers, name)
+        parameters = {f"{layer}.{p}" for layer in layers for p in ("weight", "bias")}
+        for parameter in parameters & coverage.loaded.keys():
+            del coverage.loaded[parameter]
+            coverage.missing.append(parameter)
+        if layers:
+            logger.warning(
+                f"{name}: gamma and beta of {len(layers)} layers of BN that are GN here are left "
+                "out; the convolutions are loaded"
+            )
+        self._check_norms(weights.origin, coverage, model, name)
+        self._check_backbone(coverage, parameters, name)
+
+    def _check_batch_norms(self, layers: list[str], name: str) -> None:
         switch, on = self.switches["BN_WEIGHTS_INTO_GN"]
-        if on and (layers := bn_into_gn(names, model)):
+        if on and layers:
             raise ConfigError(
-                f"{weights} was trained with BN in {len(layers)} layers that are GN here, such as "
-                f"{layers[0]}. BN's convolutions are useless with GN's statistics, though all "
-                "names fit. Use weights trained with GN "
-                "(catalog://ImageNetPretrained/FAIR/R-50-GN), or a norm of BN in these layers; to "
-                f"load them all the same, set {switch} False"
+                f"{name} was trained with BN in {len(layers)} layers that are GN here, such as "
+                f"{layers[0]}. BN's convolutions are of little use with GN's statistics, though "
+                "all names fit. Use weights trained with GN (detectron://R-50-GN, "
+                "timm://resnet50_gn.a1h_in1k), tools/bn_to_gn.py, or a norm of BN in these layers; "
+                f"to load the convolutions alone all the same, set {switch} False"
             )
 
+    def _check_norms(self, origin: Origin, coverage: Coverage, model: nn.Module, name: str) -> None:
+        switch, on = self.switches["WEIGHTS_NORM"]
+        modules = {n: m for n, m in model.named_modules() if f"{n}.weight" in coverage.loaded}
+        group_norms = {n: m for n, m in modules.items() if isinstance(m, nn.GroupNorm)}
+        if not on or not group_norms:
+            return
+        ours = {getattr(m, "variant", "") for m in modules.values() if isinstance(m, WSConv2d)}
+        theirs = origin.weight_standardization
+        if theirs is not None and (ours or {""}) != {theirs}:
+            raise ConfigError(
+                f"{name} was trained with {_variant(theirs)}, but the model has "
+                f"{_variant(*ours)}: set {self.keys['weight_standardization']} to {theirs!r}; to "
+                f"go on all the same, set {switch} False"
+            )
+        for layer, norm in group_norms.items():
+            ours = norm.num_groups, norm.num_channels // norm.num_groups
+            theirs = origin.num_groups or ours[0], origin.channels_per_group or ours[1]
+            if ours != theirs:
+                raise ConfigError(
+                    f"{layer} has {ours[0]} groups of {ours[1]} channels, but {name} was trained "
+                    f"with {_groups(origin)}: set {self.keys['num_groups']} accordingly; to go on "
+                    f"all the same, set {switch} False"
+                )
 
-def bn_into_gn(names: Iterable[str], model: nn.Module) -> list[str]:
-    """The GN layers of ``model`` to which weights of the given names have BN parameters.
+    def _check_backbone(self, coverage: Coverage, exempt: set[str], name: str) -> None:
+        switch, on = self.switches["WEIGHTS_COVERAGE"]
+        lacking = [n for n in coverage.lacking(BACKBONE) if n not in exempt]
+        # A deeper network has further blocks in the stages; a classifier at its end is no matter.
+        stages = {s for n in coverage.shapes for s in re.findall(r"\bres\d(?=\.)", n)}
+        blocks = [re.search(r"\b(res\d)\.\d+\.conv\d\.weight", n) for n in coverage.unexpected]
+        further = [match.string for match in blocks if match and match[1] in stages]
+        if not on or not (lacking or further):
+            return
+        how = f"it does not have, or not in this shape, {len(lacking)} of its parameters, such as "
+        if not lacking:
+            how = f"it has {len(further)} further layers, such as "
+        raise ConfigError(
+            f"{name} is of another backbone than the model's: {how}{(lacking or further)[0]}. Name "
+            "the config of its architecture (MODEL.RESNETS), or other weights; to go on with "
+            f"what fits all the same, set {switch} False"
+        )
+
+
+def bn_into_gn(batch_norms: Iterable[str], model: nn.Module) -> list[str]:
+    """The GN layers of ``model`` for which weights have a BN.
 
     Args:
-        names: of the weights, in Detectron2's form, with or without a prefix, or in Caffe2's, in
-            which BN is also folded into a scale and a bias (``res2_0_branch2a_bn_s``).
+        batch_norms: names of their BN layers, with or without what they begin with in a detector.
     """
-    names = [name.removeprefix("module.") for name in names]  # of a wrapper for training
-    caffe2 = [name for name in names if re.search(r"_bn_(s|b|rm|riv)$", name)]
-    bn_layers = {name.removesuffix(".weight") for name in convert_basic_c2_names(caffe2)}
-    bn_layers |= {n.removesuffix(".running_mean") for n in names if n.endswith(".running_mean")}
     group_norms = [n for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)]
-    return [n for n in group_norms if any(f".{n}".endswith(f".{bn}") for bn in bn_layers)]
+    return [n for n in group_norms if any(f".{n}".endswith(f".{bn}") for bn in batch_norms)]
+
+
+def norms_of(model: nn.Module) -> dict[str, str | int | None]:
+    """The fields of an :class:`Origin` that say what the norms of ``model`` compute."""
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    variants = {m.variant for m in model.modules() if isinstance(m, WSConv2d)} or {""}
+    groups = {norm.num_groups for norm in norms}
+    channels = {norm.num_channels // norm.num_groups for norm in norms}
+    return {
+        "weight_standardization": _only(variants),
+        "num_groups": _only(groups),
+        "channels_per_group": _only(channels) if len(groups) > 1 else None,
+    }
+
+
+def _only(values: set):
+    """The one value in a set of one; else None."""
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def _variant(*variants: str) -> str:
+    named = " and ".join(filter(None, variants))
+    return f"Weight Standardization ({named})" if named else "no Weight Standardization"
+
+
+def _groups(origin: Origin) -> str:
+    if origin.num_groups:
+        return f"{origin.num_groups} groups"
+    return f"{origin.channels_per_group} channels per group"
 
 
 def _equal(a, b) -> bool:
     """Whether two values of a field agree; None agrees with all."""
     if a is None or b is None:
         return True
-    if isinstance(a, str) or len(a) != len(b):
-        return a == b
-    return all(abs(x - y) <= 0.01 * abs(y) for x, y in zip(a, b, strict=True))
+    return a == b if isinstance(a, str) else same(a, b)
 
 
 def _plain(value) -> str:

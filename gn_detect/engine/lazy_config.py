@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from gn_detect.checkpoint import Origin, WeightGuards
+from gn_detect.checkpoint.weight_guards import SWITCHES
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import check_coco_dataset
 
@@ -140,11 +141,13 @@ def weight_guards(cfg: DictConfig) -> WeightGuards:
             values["pixel_std"] and tuple(values["pixel_std"]),
             None if basic else next(iter(strides.values()), None),  # none in basic blocks
         ),
-        {**keys, "stride_in_1x1": ", ".join(strides)},
         {
-            name: (f"train.guards.{name.lower()}", _guard(cfg, name.lower()))
-            for name in ("WEIGHTS_INPUT", "WEIGHTS_STRIDE", "BN_WEIGHTS_INTO_GN")
+            **keys,
+            "stride_in_1x1": ", ".join(strides),
+            "weight_standardization": "model.weight_standardization",
+            "num_groups": "num_groups or channels_per_group of GroupNormFactory",
         },
+        {name: (f"train.guards.{name.lower()}", _guard(cfg, name.lower())) for name in SWITCHES},
     )
 
 

@@ -8,10 +8,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
-from helpers import config
+from helpers import config, randomize
 
 from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards
-from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError
 
 guards_of = WeightGuards.from_config
@@ -80,14 +79,22 @@ def test_bn_of_a_backbone_without_prefix(tmp_path):
         load(config(R18), str(weights))
 
 
-@pytest.mark.parametrize("norm, layers", [("bn", 2), ("gn", 0)])
-def test_caffe2_names(norm, layers):
-    """BN is folded into a scale and a bias there, and leaves no running statistics."""
-    names = ["conv1_w", "res2_0_branch2a_w", "pred_w"]
-    names += [f"{conv}_{norm}_{p}" for conv in ("conv1", "res2_0_branch2a") for p in "sb"]
-    found = bn_into_gn(names, build_model(config(R18)))
-    expected = ["backbone.bottom_up.stem.conv1.norm", "backbone.bottom_up.res2.0.conv1.norm"]
-    assert sorted(found) == sorted(expected[:layers])
+def test_convolutions_alone_of_batch_norm(tmp_path, caplog):
+    cfg = config(R18, "MODEL.RESNETS.NORM", "BN")
+    bn = randomize(build_model(cfg))
+    DetectionCheckpointer(bn, str(tmp_path)).save("weights")
+    model = build_model(config(R18))
+    guards = guards_of(config(R18, "GUARDS.BN_WEIGHTS_INTO_GN", False))
+    Checkpointer(model, guards=guards).load(str(tmp_path / "weights.pth"))
+    theirs, norms = bn.state_dict(), 0
+    for name, value in model.state_dict().items():
+        if "bottom_up" in name and ".norm." in name:
+            norms += 1
+            assert torch.equal(value, torch.full_like(value, name.endswith("weight")))
+        else:
+            assert torch.equal(value, theirs[name])
+    assert norms == 40
+    assert "gamma and beta of 20 layers of BN that are GN here are left out" in caplog.text
 
 
 def test_origin_travels_with_the_weights(tmp_path):
@@ -131,6 +138,16 @@ def test_stride():
         ("https://host/ImageNetPretrained/47592356/R-101-GN.pkl?query=1", "BGR", 1.0, False),
         ("detectron2://ImageNetPretrained/torchvision/R-50.pkl", "RGB", 58.395, False),
         ("detectron2://ImageNetPretrained/FAIR/X-101-32x8d.pkl", "BGR", 57.375, False),
+        ("detectron://R-101-GN", "BGR", 1.0, False),
+        ("timm://resnet50_gn.a1h_in1k", "RGB", 58.395, False),
+        (
+            "http://cs.jhu.edu/~syqiao/WeightStandardization/R-50-GN-WS.pth.tar",
+            "RGB",
+            58.395,
+            False,
+        ),
+        ("https://host/pretrain/third_party/resnet50_gn-9186a21c.pth", "BGR", 1.0, False),
+        ("https://h/third_party/resnext101_32x4d_gn_ws-34ac1a9e.pth", "RGB", 58.395, False),
         (
             "detectron2://Misc/scratch_mask_rcnn_R_50_FPN_9x_gn/183808979/model_final_da7b4c.pkl",
             *("BGR", 57.375, False),
@@ -147,6 +164,7 @@ def test_known_weights(name, input_format, std, stride_in_1x1):
 def test_unknown_weights():
     assert Origin.of_name("output/model_final.pth") is None
     assert Origin.of_name("converted/timm/R-50-GN.pkl") is None  # a name alone proves nothing
+    assert Origin.of_name("downloads/R-50-GN-WS.pth.tar") is None
 
 
 def test_weights_of_a_known_name_are_checked_when_they_are_loaded():
@@ -155,3 +173,89 @@ def test_weights_of_a_known_name_are_checked_when_they_are_loaded():
     name = "detectron2://Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/138602908/model_final_01ca85.pkl"
     with pytest.raises(ConfigError, match="PIXEL_STD is .* the weights' is"):
         checkpointer.load(name)  # before it is downloaded
+
+
+def own(cfg, path):
+    """A checkpoint of this project."""
+    Checkpointer(build_model(cfg), str(path), guards=guards_of(cfg)).save("weights")
+    return str(path / "weights.pth")
+
+
+def test_weight_standardization_and_groups_travel_with_the_weights(tmp_path):
+    cfg = config(R18, "MODEL.GN.WEIGHT_STANDARDIZATION", "authors", "MODEL.GN.NUM_GROUPS", 8)
+    weights = own(cfg, tmp_path)
+    load(cfg, weights)
+    with pytest.raises(ConfigError, match=r"with Weight Standardization \(authors\), .* \(timm\)"):
+        load(config(R18, "MODEL.GN.WEIGHT_STANDARDIZATION", "timm"), weights)
+    plain = config(R18, "MODEL.GN.NUM_GROUPS", 8)
+    with pytest.raises(ConfigError, match="the model has no Weight Standardization: set MODEL.GN"):
+        load(plain, weights)
+    with pytest.raises(ConfigError, match="norm has 16 groups of 4 .* trained with 8 groups"):
+        load(config(R18, "MODEL.GN.WEIGHT_STANDARDIZATION", "authors"), weights)
+    plain.GUARDS.WEIGHTS_NORM = False
+    load(plain, weights)
+
+
+def test_channels_per_group(tmp_path):
+    by_channels = ["MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 16]
+    weights = own(config(R18, *by_channels), tmp_path)
+    load(config(R18, *by_channels), weights)
+    with pytest.raises(ConfigError, match="trained with 16 channels per group"):
+        load(config(R18), weights)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    weights = own(config(R18), tmp_path)
+    deeper = config(R18, "MODEL.RESNETS.DEPTH", 34)
+    with pytest.raises(ConfigError, match="another backbone .* 48 of its parameters, .*res2.2"):
+        load(deeper, weights)
+    deeper.GUARDS.WEIGHTS_COVERAGE = False
+    load(deeper, weights)
+
+
+def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
+    """Though all parameters of the model are in them."""
+    weights = own(config(R18, "MODEL.RESNETS.DEPTH", 34), tmp_path)
+    with pytest.raises(ConfigError, match="it has 16 further layers, such as .*res2.2.conv1"):
+        load(config(R18), weights)
+
+
+def test_heads_of_other_classes_are_dropped_and_named(tmp_path, caplog):
+    weights = own(config(R18, "MODEL.ROI_HEADS.NUM_CLASSES", 3), tmp_path)
+    theirs = torch.load(weights)["model"]
+    cfg = config(R18)
+    model = build_model(cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    caplog.set_level("INFO")
+    Checkpointer(model, guards=guards_of(cfg)).load(weights)
+    dropped = {k for k, v in model.state_dict().items() if not torch.equal(v, theirs[k])}
+    layers = ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor")
+    assert dropped == {f"roi_heads.{n}.{p}" for n in layers for p in ("weight", "bias")}
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in dropped)
+    for name in dropped:
+        assert f"{name}: {list(theirs[name].shape)} in the file" in caplog.text
+
+
+def test_a_checkpoint_resumes_its_training(tmp_path):
+    """What else is in the file goes to its owner, or is returned."""
+    cfg = config(R18)
+    optimizer = torch.optim.SGD(build_model(cfg).parameters(), lr=0.3)
+    checkpointer = Checkpointer(build_model(cfg), str(tmp_path), guards=guards_of(cfg), o=optimizer)
+    checkpointer.save("weights", iteration=7)
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert checkpointer.resume_or_load("", resume=True) == {"iteration": 7}
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    optimizer.param_groups[0]["lr"] = 0.1
+    rest = checkpointer.resume_or_load(str(tmp_path / "weights.pth"), resume=False)
+    assert optimizer.param_groups[0]["lr"] == 0.1 and rest["iteration"] == 7
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = own(config(R18), tmp_path)
+    content = torch.load(weights)
+    content["model"]["backbone.fpn_lateral2.weight"][0] = float("nan")
+    torch.save(content, weights)
+    with pytest.raises(
+        ConfigError, match="'backbone.fpn_lateral2.weight' has elements that are NaN"
+    ):
+        load(config(R18), weights)

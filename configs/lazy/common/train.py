@@ -24,5 +24,7 @@ train = dict(
         bn_weights_into_gn=True,
         weights_input=True,
         weights_stride=True,
+        weights_norm=True,
+        weights_coverage=True,
     ),
 )

@@ -1,0 +1,218 @@
+"""Weights with the names and shapes of Detectron's blobs (detectron/modeling/ResNet.py, FPN.py,
+fast_rcnn_heads.py, mask_rcnn_heads.py) against the same arrays placed by hand."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList
+from helpers import config
+
+from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
+from gn_detect.checkpoint.convert import convert
+from gn_detect.checkpoint.coverage import cover
+from gn_detect.config import ConfigError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BLOCKS = (3, 4, 6, 3)
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_2x.yaml"
+
+
+class Blobs(dict):
+    """Arrays by the names that Detectron's functions give them."""
+
+    def __init__(self):
+        self._rng = np.random.default_rng(0)
+
+    def add(self, name, *shape, scale=None):
+        scale = scale or (1 / np.prod(shape[1:])) ** 0.5
+        self[name] = self._rng.normal(0, scale, shape).astype(np.float32)
+
+    def conv_gn(self, name, out, dim_in, k):  # model.ConvGN: no bias
+        self.add(f"{name}_w", out, dim_in, k, k)
+        self.add(f"{name}_gn_s", out, scale=1)
+        self.add(f"{name}_gn_b", out, scale=0.1)
+
+    def conv(self, name, *shape):
+        self.add(f"{name}_w", *shape)
+        self.add(f"{name}_b", shape[0], scale=0.1)
+
+
+def resnet50(blobs):
+    blobs.conv_gn("conv1", 64, 3, 7)
+    dim_in = 64
+    for stage, blocks in enumerate(BLOCKS, 2):
+        inner, out = 64 * 2 ** (stage - 2), 256 * 2 ** (stage - 2)
+        for block in range(blocks):
+            name = f"res{stage}_{block}_branch"
+            blobs.conv_gn(f"{name}2a", inner, dim_in, 1)
+            blobs.conv_gn(f"{name}2b", inner, inner, 3)
+            blobs.conv_gn(f"{name}2c", out, inner, 1)
+            if block == 0:
+                blobs.conv_gn(f"{name}1", out, dim_in, 1)
+            dim_in = out
+
+
+def imagenet_backbone():
+    """R-50-GN.pkl: no ``blobs``, and a classifier."""
+    blobs = Blobs()
+    resnet50(blobs)
+    blobs.conv("pred", 1000, 2048)
+    return dict(blobs)
+
+
+def mask_rcnn():
+    """model_final.pkl of e2e_mask_rcnn_R-50-FPN_2x_gn."""
+    blobs = Blobs()
+    resnet50(blobs)
+    blobs.conv_gn("fpn_inner_res5_2_sum", 256, 2048, 1)
+    for level, dim in (("res4_5", 1024), ("res3_3", 512), ("res2_2", 256)):
+        blobs.conv_gn(f"fpn_inner_{level}_sum_lateral", 256, dim, 1)
+    for level in ("res5_2", "res4_5", "res3_3", "res2_2"):
+        blobs.conv_gn(f"fpn_{level}_sum", 256, 256, 3)
+    blobs.conv("conv_rpn_fpn2", 256, 256, 3, 3)
+    blobs.conv("rpn_cls_logits_fpn2", 3, 256, 1, 1)
+    blobs.conv("rpn_bbox_pred_fpn2", 12, 256, 1, 1)
+    for i in range(4):
+        blobs.conv_gn(f"head_conv{i + 1}", 256, 256, 3)
+        blobs.conv_gn(f"_mask_fcn{i + 1}", 256, 256, 3)
+    blobs.conv("fc6", 1024, 256 * 7 * 7)
+    blobs.conv("cls_score", 81, 1024)
+    blobs.conv("bbox_pred", 81 * 4, 1024)
+    blobs.conv("conv5_mask", 256, 256, 2, 2)
+    blobs.conv("mask_fcn_logits", 81, 256, 1, 1)
+    momentum = {f"{name}_momentum": np.zeros_like(array) for name, array in blobs.items()}
+    return {"blobs": {**blobs, **momentum}, "cfg": "MODEL: {TYPE: generalized_rcnn}\n"}
+
+
+def place(model, blobs):
+    """Each array into the layer that does the same, by hand."""
+
+    def put(parameter, array):
+        parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+
+    def conv_gn(layer, name):
+        put(layer.weight, blobs[f"{name}_w"])
+        put(layer.norm.weight, blobs[f"{name}_gn_s"])
+        put(layer.norm.bias, blobs[f"{name}_gn_b"])
+
+    def plain(layer, name, rows=slice(None)):
+        put(layer.weight, blobs[f"{name}_w"][rows])
+        put(layer.bias, blobs[f"{name}_b"][rows])
+
+    resnet = getattr(model.backbone, "bottom_up", None) or model.backbone
+    conv_gn(resnet.stem.conv1, "conv1")
+    for stage in (2, 3, 4, 5):
+        for i, block in enumerate(getattr(resnet, f"res{stage}")):
+            conv_gn(block.conv1, f"res{stage}_{i}_branch2a")
+            conv_gn(block.conv2, f"res{stage}_{i}_branch2b")
+            conv_gn(block.conv3, f"res{stage}_{i}_branch2c")
+            if i == 0:
+                conv_gn(block.shortcut, f"res{stage}_{i}_branch1")
+    if "fc6_w" not in blobs:
+        return
+    for stage, last in ((2, 2), (3, 3), (4, 5), (5, 2)):
+        lateral = f"fpn_inner_res{stage}_{last}_sum" + ("_lateral" if stage < 5 else "")
+        conv_gn(getattr(model.backbone, f"fpn_lateral{stage}"), lateral)
+        conv_gn(getattr(model.backbone, f"fpn_output{stage}"), f"fpn_res{stage}_{last}_sum")
+    rpn, heads = model.proposal_generator.rpn_head, model.roi_heads
+    plain(rpn.conv, "conv_rpn_fpn2")
+    plain(rpn.objectness_logits, "rpn_cls_logits_fpn2")
+    plain(rpn.anchor_deltas, "rpn_bbox_pred_fpn2")
+    for i in (1, 2, 3, 4):
+        conv_gn(getattr(heads.box_head, f"conv{i}"), f"head_conv{i}")
+        conv_gn(getattr(heads.mask_head, f"mask_fcn{i}"), f"_mask_fcn{i}")
+    plain(heads.box_head.fc1, "fc6")
+    # Class 0 is the background there; here it is the last one, and has neither box nor mask.
+    plain(heads.box_predictor.cls_score, "cls_score", [*range(1, 81), 0])
+    plain(heads.box_predictor.bbox_pred, "bbox_pred", slice(4, None))
+    plain(heads.mask_head.deconv, "conv5_mask")
+    plain(heads.mask_head.predictor, "mask_fcn_logits", slice(1, None))
+
+
+def outputs(model):
+    """Features, RPN, box head and mask head, on an image and two boxes."""
+    images = ImageList.from_tensors([torch.rand(3, 64, 96, generator=torch.manual_seed(0))], 32)
+    features = model.backbone(images.tensor)
+    yield from features.values()
+    if not hasattr(model, "roi_heads"):
+        return
+    for maps in model.proposal_generator.rpn_head([features[f"p{i}"] for i in range(2, 7)]):
+        yield from maps
+    boxes = [Boxes(torch.tensor([[4.0, 4, 60, 50], [20, 8, 40, 30]]))]
+    maps = [features[f"p{i}"] for i in range(2, 6)]
+    heads = model.roi_heads
+    yield from heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes)))
+    yield heads.mask_head.layers(heads.mask_pooler(maps, boxes))
+
+
+def save(content, path):
+    """With the protocol of Detectron's save_object."""
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    return str(path)
+
+
+@torch.no_grad()
+def test_detector(tmp_path):
+    content = mask_rcnn()
+    path = save(content, tmp_path / "any_name")
+    ours, by_hand = (build_model(config(MASK_RCNN)).eval() for _ in range(2))
+    weights = read_weights(path)
+    assert weights.format == "Detectron"
+    assert sorted(weights.left_out) == sorted(n for n in content["blobs"] if "momentum" in n)
+    coverage = cover(weights, ours)
+    assert not (coverage.missing or coverage.mismatched or coverage.unexpected)
+    Checkpointer(ours, guards=WeightGuards.from_config(config(MASK_RCNN))).load(path)
+    place(by_hand, content["blobs"])
+    results = list(zip(outputs(ours), outputs(by_hand), strict=True))
+    assert len(results) == 5 + 2 * 5 + 2 + 1
+    assert all(torch.equal(a, b) for a, b in results)
+
+
+@torch.no_grad()
+def test_backbone(tmp_path):
+    content = imagenet_backbone()
+    path = save(content, tmp_path / "weights.pkl")
+    weights = read_weights(path)
+    assert sorted(weights.left_out) == ["pred_b", "pred_w"]
+    cfg = config(MASK_RCNN)
+    ours, by_hand = build_model(cfg).eval(), build_model(cfg).eval()
+    Checkpointer(ours, guards=WeightGuards.from_config(cfg)).load(path)
+    place(by_hand, content)
+    resnets = (model.backbone.bottom_up.parameters() for model in (ours, by_hand))
+    pairs = list(zip(*resnets, strict=True))
+    assert len(pairs) == 53 * 3 and all(torch.equal(a, b) for a, b in pairs)
+    coverage = cover(weights, ours)
+    assert not coverage.lacking("backbone") and not coverage.unexpected
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["INPUT.FORMAT", "RGB"], "INPUT.FORMAT is RGB, the weights' is BGR"),
+        (["MODEL.RESNETS.STRIDE_IN_1X1", True], "STRIDE_IN_1X1 is True, .* trained with False"),
+        (["MODEL.GN.NUM_GROUPS", 16], "has 16 groups of 4 channels, .* trained with 32 groups"),
+        (["MODEL.GN.WEIGHT_STANDARDIZATION", "timm"], "trained with no Weight Standardization"),
+        (["MODEL.RESNETS.DEPTH", 101], "not have, .* such as backbone.bottom_up.res4.6"),
+    ],
+)
+def test_another_network_is_refused(opts, message, tmp_path):
+    """Though the file has a name that says nothing."""
+    path = save(imagenet_backbone(), tmp_path / "weights.pkl")
+    cfg = config(MASK_RCNN, *opts)
+    model = build_model(cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=message):
+        Checkpointer(model, guards=WeightGuards.from_config(cfg)).load(path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_names_of_folded_batch_norm():
+    """As in MSRA's networks, which have a scale and a bias in place of BN."""
+    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
+    weights = convert(content, "R-50.pkl")
+    assert len(weights.batch_norms) == 53 and "res2.0.conv1.norm" in weights.batch_norms
+    assert weights.origin.stride_in_1x1 is None  # True in MSRA's, False in others

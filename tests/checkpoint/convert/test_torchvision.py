@@ -1,0 +1,146 @@
+"""Classifiers of timm and torchvision against the backbones that their weights make."""
+
+import functools
+
+import pytest
+import timm
+import torch
+import torchvision
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import build_backbone
+from helpers import config, randomize
+
+from gn_detect.checkpoint import WeightsError
+from gn_detect.checkpoint.convert import convert
+from gn_detect.checkpoint.convert.torchvision import original_name, rename
+from gn_detect.checkpoint.coverage import cover
+from gn_detect.checkpoint.origin import IMAGENET
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"
+NAMES = [f"layer{i}" for i in range(1, 5)]
+NORM = functools.partial(torch.nn.GroupNorm, 32)
+
+
+def backbone_of(depth=50, *opts):
+    """A ResNet with GN, its last stage included."""
+    opts = ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.OUT_FEATURES", OUT, *opts]
+    if depth < 50:
+        opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    return build_backbone(config(C4, *opts), ShapeSpec(channels=3)).eval()
+
+
+OUT = ["res2", "res3", "res4", "res5"]
+CLASSIFIERS = {
+    "timm resnet50_gn": (lambda: timm.create_model("resnet50_gn"), 50),
+    "torchvision R-50": (lambda: torchvision.models.resnet50(norm_layer=NORM), 50),
+    "torchvision R-101": (lambda: torchvision.models.resnet101(norm_layer=NORM), 101),
+    "torchvision R-18": (lambda: torchvision.models.resnet18(norm_layer=NORM), 18),
+}
+
+
+def features(classifier, image):
+    """Outputs of the four stages, by hooks on the classifier's own forward."""
+    outputs = []
+    hooks = [
+        classifier.get_submodule(name).register_forward_hook(lambda m, i, o: outputs.append(o))
+        for name in NAMES
+    ]
+    classifier(image)
+    for hook in hooks:
+        hook.remove()
+    return dict(zip(OUT, outputs, strict=True))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@torch.no_grad()
+def test_features_are_those_of_the_classifier(name):
+    make, depth = CLASSIFIERS[name]
+    torch.manual_seed(0)
+    classifier = randomize(make().eval())
+    weights = convert(classifier.state_dict(), name)
+    assert weights.format == "torchvision" and weights.left_out == ["fc.weight", "fc.bias"]
+    backbone = backbone_of(depth)
+    coverage = cover(weights, backbone)
+    assert not (coverage.missing or coverage.mismatched or coverage.unexpected)
+    backbone.load_state_dict(coverage.loaded)  # strict: all of it
+    for height, width in [(64, 64), (65, 97), (128, 96)]:
+        image = torch.randn(1, 3, height, width)
+        expected, actual = features(classifier, image), backbone(image)
+        for stage in OUT:
+            torch.testing.assert_close(actual[stage], expected[stage], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_stride_in_the_other_convolution_is_another_network():
+    """What the guard on STRIDE_IN_1X1 is for."""
+    torch.manual_seed(0)
+    classifier = randomize(torchvision.models.resnet50(norm_layer=NORM).eval())
+    weights = convert(classifier.state_dict(), "R-50")
+    assert weights.origin.stride_in_1x1 is False
+    backbone = backbone_of(50, "MODEL.RESNETS.STRIDE_IN_1X1", True)
+    backbone.load_state_dict(cover(weights, backbone).loaded)
+    image = torch.randn(1, 3, 64, 64)
+    difference = backbone(image)["res5"] - features(classifier, image)["res5"]
+    assert difference.abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_authors_of_weight_standardization():
+    """Their file is the state dict of a DataParallel ResNet whose convolutions standardize
+    themselves (joe-siyuan-qiao/pytorch-classification, models/layers/conv2d.py)."""
+    torch.manual_seed(0)
+    classifier = randomize(torchvision.models.resnet50(norm_layer=NORM).double().eval())
+    state = {f"module.{k}": v.clone() for k, v in classifier.state_dict().items()}
+    weights = convert(state, "R-50-GN-WS.pth.tar")
+    backbone = backbone_of(50, "MODEL.GN.WEIGHT_STANDARDIZATION", "authors").double()
+    backbone.load_state_dict(cover(weights, backbone).loaded)
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            weight = module.weight.flatten(1)
+            weight = (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + 1e-5)
+            module.weight.copy_(weight.reshape(module.weight.shape))
+    image = torch.randn(1, 3, 64, 96).double()
+    for stage, expected in features(classifier, image).items():
+        torch.testing.assert_close(backbone(image)[stage], expected, rtol=0, atol=1e-9)
+
+
+def test_backbone_of_mmdetection():
+    """Its norms are called gn1, and it does not say which input it was trained with."""
+    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
+    expected = convert(state, "torchvision")
+    renamed = {k.replace("bn", "gn"): v for k, v in state.items()}
+    weights = convert({"state_dict": renamed, "meta": {}}, "mmdetection")
+    assert weights.state.keys() == expected.state.keys()
+    assert weights.origin.input_format is None and expected.origin.input_format == "RGB"
+
+
+def test_training_checkpoint_of_torchvision():
+    """references/classification/train.py"""
+    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
+    weights = convert({"model": state, "epoch": 90, "optimizer": {}}, "checkpoint.pth")
+    assert len(weights.state) == len(state) - 2
+    assert weights.origin.pixel_mean == IMAGENET["pixel_mean"]
+
+
+def test_batch_norm_is_told():
+    weights = convert(torchvision.models.resnet18().state_dict(), "resnet18")
+    assert len(weights.batch_norms) == 20 and "res3.0.shortcut.norm" in weights.batch_norms
+
+
+def test_another_variant_is_refused():
+    state = timm.create_model("resnet26d").state_dict()
+    with pytest.raises(WeightsError, match=r"conv1.0.weight has no place in Detectron2's ResNet"):
+        convert(state, "resnet26d")
+    state = timm.create_model("seresnet50").state_dict()
+    with pytest.raises(WeightsError, match=r"layer1.0.se.fc1.weight has no place"):
+        convert(state, "seresnet50")
+
+
+def test_names_go_both_ways():
+    names = set(timm.create_model("resnet50_gn", num_classes=0).state_dict())
+    renamed = {rename(name) for name in names}
+    assert len(renamed) == len(names) and None not in renamed
+    assert {original_name(name) for name in renamed} == names
+    assert original_name("fpn_lateral2.weight") is None
