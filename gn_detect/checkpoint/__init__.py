@@ -2,6 +2,15 @@ from .checkpointer import Checkpointer
 from .convert import Weights, read_weights
 from .origin import Origin
 from .safe_load import WeightsError
+from .saving import CheckpointError
 from .weight_guards import WeightGuards
 
-__all__ = ["Checkpointer", "Origin", "WeightGuards", "Weights", "WeightsError", "read_weights"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "Origin",
+    "WeightGuards",
+    "Weights",
+    "WeightsError",
+    "read_weights",
+]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .convert import read_weights
 from .coverage import cover
 from .origin import Origin
+from .saving import remove_partial_files, write_atomically
 from .weight_guards import WeightGuards, norms_of
 
 logger = logging.getLogger(__name__)
@@ -19,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 class Checkpointer(DetectionCheckpointer):
     """Saves the :class:`Origin` of the weights with them, and looks at what it loads.
+
+    A run that is killed, or whose disk is full, while it saves still has its last checkpoint
+    (``saving.py``), where ``save_dir`` is a local directory.
 
     Args:
         model: also wrapped for distributed training.
@@ -28,7 +34,12 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, guards: WeightGuards, **checkpointables
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        guards: WeightGuards,
+        **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self._guards = guards
@@ -39,7 +50,37 @@ class Checkpointer(DetectionCheckpointer):
         return dataclasses.replace(self._guards.ours, **norms_of(self.model))
 
     def save(self, name: str, **kwargs: Any) -> None:
-        super().save(name, origin=dataclasses.asdict(self.origin), **kwargs)
+        """Save ``<name>.pth``, and name it in ``last_checkpoint``.
+
+        Raises:
+            CheckpointError: the disk is full, or not writable.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        kwargs["origin"] = dataclasses.asdict(self.origin)
+        basename = f"{name}.pth"
+        if self._is_local:
+            data = {"model": self.model.state_dict()}
+            data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+            data |= kwargs
+            path = os.path.join(self.save_dir, basename)
+            logger.info(f"Saving checkpoint to {path}")
+            remove_partial_files(self.save_dir)
+            write_atomically(path, lambda f: torch.save(data, f))
+            self.tag_last_checkpoint(basename)
+        else:
+            super().save(name, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if not self._is_local:
+            return super().tag_last_checkpoint(last_filename_basename)
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_atomically(path, lambda f: f.write(last_filename_basename.encode()))
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether ``save_dir`` is of no handler of the path manager, such as ``s3://``."""
+        return "://" not in self.save_dir
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and from a checkpoint of this project also the state of the training.

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from gn_detect.checkpoint.safe_load import WeightsError
+from gn_detect.checkpoint import CheckpointError, WeightsError
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
 from gn_detect.solver import resolve_schedule
@@ -21,7 +21,7 @@ from .train_loop import AMP_DTYPES
 logger = logging.getLogger(__name__)
 
 # What is the user's to mend: shown as a sentence, without a traceback.
-EXPECTED_ERRORS = (ConfigError, DataError, FloatingPointError, WeightsError)
+EXPECTED_ERRORS = (CheckpointError, ConfigError, DataError, FloatingPointError, WeightsError)
 
 
 def sentence(error: Exception) -> str | None:
@@ -30,6 +30,9 @@ def sentence(error: Exception) -> str | None:
     One that comes from a data loading worker or from another process carries its traceback as
     text, and the sentence is the last line of it.
     """
+    # A disk that is full for a checkpoint is full for the metrics that Detectron2 writes after it.
+    if isinstance(error, OSError) and isinstance(error.__context__, CheckpointError):
+        error = error.__context__
     lines = str(error).strip().splitlines()
     last = lines[-1] if lines else ""
     for kind in EXPECTED_ERRORS:
@@ -42,7 +45,7 @@ def sentence(error: Exception) -> str | None:
 def shorten_expected_error(record: logging.LogRecord) -> bool:
     """Log what is the user's to mend as its sentence; Detectron2 logs a traceback of it."""
     error = record.exc_info and record.exc_info[1]
-    if isinstance(error, (DataError, FloatingPointError)):
+    if isinstance(error, (CheckpointError, DataError, FloatingPointError)):
         record.msg, record.exc_info = f"{record.msg} {sentence(error)}", None
     return True
 

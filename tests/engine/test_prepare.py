@@ -7,6 +7,7 @@ from detectron2.data import MetadataCatalog
 from helpers import TINY
 
 from gn_detect import get_config_file
+from gn_detect.checkpoint import CheckpointError
 from gn_detect.config import ConfigError, load_config
 from gn_detect.data.coco import DataError, register_coco_json
 from gn_detect.engine import prepare_run, sentence
@@ -151,6 +152,15 @@ def test_sentences_of_expected_errors_alone():
     assert sentence(ValueError("a bug")) is None
     assert sentence(ValueError("Traceback\nValueError: not DataError: a bug")) is None
     assert sentence(KeyError()) is None
+
+
+def test_the_sentence_of_a_full_disk_is_that_of_the_checkpoint():
+    with pytest.raises(OSError, match="No space") as error:
+        try:
+            raise CheckpointError("model_final.pth could not be written")
+        finally:
+            raise OSError(28, "No space left on device")
+    assert sentence(error.value) == "model_final.pth could not be written"
 
 
 def test_resume_without_a_checkpoint_is_said(own_data, caplog):
