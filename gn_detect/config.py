@@ -59,6 +59,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Forward passes whose gradients are averaged into one iteration. "auto", with IMS_PER_GPU:
     # as many as restore the reference batch. IMS_PER_BATCH counts the images of all of them.
     cfg.SOLVER.setdefault("ACCUMULATE_STEPS", None)
+    # How many checkpoints of SOLVER.CHECKPOINT_PERIOD to keep, the newest; 0: all, as Detectron2.
+    cfg.SOLVER.setdefault("CHECKPOINT_KEEP", 0)
     # "float16" (with a gradient scaler) or "bfloat16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.setdefault("DTYPE", "float16")
 

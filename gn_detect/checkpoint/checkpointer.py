@@ -14,7 +14,7 @@ from torch import nn
 from .convert import read_weights
 from .coverage import cover
 from .origin import Origin
-from .saving import remove_partial_files, write_atomically
+from .saving import remove_old_checkpoints, remove_partial_files, write_atomically
 from .weight_guards import WeightGuards, norms_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class Checkpointer(DetectionCheckpointer):
         model: also wrapped for distributed training.
         save_dir: of the checkpoints.
         guards: of the run.
+        keep: how many periodic checkpoints to keep, 0 for all.
         **checkpointables: of DetectionCheckpointer.
     """
 
@@ -39,10 +40,12 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         guards: WeightGuards,
+        keep: int = 0,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self._guards = guards
+        self._keep = keep
 
     @property
     def origin(self) -> Origin:
@@ -59,6 +62,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         kwargs["origin"] = dataclasses.asdict(self.origin)
         basename = f"{name}.pth"
+        # Fewer are to be kept than before, perhaps because there is no room for another one.
+        self._remove_old(os.path.basename(self.get_checkpoint_file()))
         if self._is_local:
             data = {"model": self.model.state_dict()}
             data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
@@ -70,6 +75,10 @@ class Checkpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(basename)
         else:
             super().save(name, **kwargs)
+        self._remove_old(basename)
+
+    def _remove_old(self, newest: str) -> None:
+        remove_old_checkpoints(self.path_manager, self.save_dir, newest, self._keep)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if not self._is_local:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import secrets
 from collections.abc import Callable
 from typing import IO
 
+from iopath.common.file_io import PathManager
+
+logger = logging.getLogger(__name__)
+
 _PARTIAL = re.compile(r"(.+\.(pth|safetensors)|last_checkpoint)\.[0-9a-f]{8}\.partial")
+_PERIODIC = re.compile(r"model_(\d{7,})\.pth")  # of fvcore's PeriodicCheckpointer
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,7 +80,12 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _describe(path: str, reason: OSError) -> str:
     directory = os.path.dirname(path)
-    remedy = "Free space there" if reason.errno in _FULL else "Mend that"
+    remedy = "Mend that"
+    if reason.errno in _FULL:
+        remedy = (
+            "Free space there, or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy configs "
+            "train.checkpointer.max_to_keep)"
+        )
     message = f"{path} could not be written: {reason.strerror or reason}. "
     with contextlib.suppress(OSError):
         with open(os.path.join(directory, "last_checkpoint")) as f:
@@ -95,3 +106,28 @@ def remove_partial_files(directory: str) -> None:
         for name in os.listdir(directory):
             if _PARTIAL.fullmatch(name):
                 os.remove(os.path.join(directory, name))
+
+
+def remove_old_checkpoints(
+    path_manager: PathManager, directory: str, newest: str, keep: int
+) -> None:
+    """Remove periodic checkpoints (``model_0000123.pth``), but for the last ones.
+
+    Those of later iterations than ``newest`` are of another run, and stay.
+
+    Args:
+        path_manager: of the directory.
+        directory: of the checkpoints.
+        newest: name of the one that ``last_checkpoint`` names; if it is not a periodic one, all
+            stay.
+        keep: how many of them stay, with ``newest``; 0: all.
+    """
+    if not keep or not (match := _PERIODIC.fullmatch(newest)):
+        return
+    last = int(match[1])
+    try:
+        names = {int(m[1]): m[0] for m in map(_PERIODIC.fullmatch, path_manager.ls(directory)) if m}
+        for iteration in sorted(i for i in names if i <= last)[:-keep]:
+            path_manager.rm(os.path.join(directory, names[iteration]))
+    except (OSError, NotImplementedError) as error:
+        logger.warning(f"old checkpoints in {directory} could not be removed: {error}")

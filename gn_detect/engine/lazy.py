@@ -68,7 +68,14 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = create_ddp_model(model, **train.ddp, **on_cpu)
     amp_dtype = AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None
     trainer = AccumulatingTrainer(model, loader, optimizer, train.accumulate_steps, amp_dtype)
-    checkpointer = Checkpointer(model, train.output_dir, guards=weight_guards(cfg), trainer=trainer)
+    periodic = dict(train.checkpointer)
+    checkpointer = Checkpointer(
+        model,
+        train.output_dir,
+        guards=weight_guards(cfg),
+        keep=periodic.pop("max_to_keep", None) or 0,
+        trainer=trainer,
+    )
     results = {}
 
     def evaluate() -> dict:
@@ -79,7 +86,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     finite_losses = FiniteLossCheck()
     trainer.register_hooks([finite_losses, hooks.IterationTimer(), schedule])
     if comm.is_main_process():
-        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer)])
+        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **periodic)])
     trainer.register_hooks([hooks.EvalHook(train.eval_period, evaluate)])
     if comm.is_main_process():  # last, so that it writes what the others have measured
         writers = default_writers(train.output_dir, train.max_iter)

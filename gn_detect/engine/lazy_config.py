@@ -20,7 +20,7 @@ from gn_detect.checkpoint.weight_guards import SWITCHES
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import check_coco_dataset
 
-from .prepare import check_evaluation, check_weights, usable_amp, usable_device
+from .prepare import check_evaluation, check_keep, check_weights, usable_amp, usable_device
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def prepare_lazy_run(cfg: DictConfig, *, eval_only: bool = False, resume: bool =
         elif not resumes and (origin := Origin.of_name(train.init_checkpoint)):
             weight_guards(cfg).check_origin(origin, train.init_checkpoint)
         _check_batch(cfg)
+        check_keep("train.checkpointer.max_to_keep", train.checkpointer.get("max_to_keep") or 0)
     if comm.is_main_process():
         _check_datasets(cfg, eval_only)
 

@@ -81,6 +81,7 @@ def prepare_run(
     _resolve_classes(cfg, summaries)
     if eval_only:
         return
+    check_keep("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP)
     processes = max(num_gpus * num_machines, 1)
     resolve_schedule(cfg, processes)
     counts = [summaries[n].num_images if n in summaries else None for n in cfg.DATASETS.TRAIN]
@@ -177,6 +178,17 @@ def check_weights(key: str, weights: str, output_dir: str, eval_only: bool, resu
     path = weights.split("?")[0]  # Detectron2 takes ?matching_heuristics=True
     if weights and "://" not in weights and not os.path.isfile(path):
         raise ConfigError(f"{key}: there is no file {path}")
+
+
+def check_keep(key: str, keep: int) -> None:
+    """
+    Raises:
+        ConfigError: ``keep``, the value of ``key``, is no number of checkpoints.
+    """
+    if type(keep) is not int or keep < 0:
+        raise ConfigError(
+            f"{key} is {keep!r}; it must be how many periodic checkpoints to keep, or 0 for all"
+        )
 
 
 def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:

@@ -82,6 +82,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             guards=WeightGuards.from_config(cfg),
+            keep=cfg.SOLVER.CHECKPOINT_KEEP,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0

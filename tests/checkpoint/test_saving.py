@@ -1,10 +1,12 @@
 """Runs that are killed, or whose disk is full, while they save."""
 
+import logging
 import shutil
 import subprocess
 
 import pytest
 import torch
+from detectron2.checkpoint import PeriodicCheckpointer
 from helpers import run_script
 from iopath.common.file_io import PathHandler
 
@@ -64,7 +66,7 @@ import random, signal, time
 
 def train(directory, pipe):
     model = Model()
-    checkpointer = make_checkpointer(directory, model=model)
+    checkpointer = make_checkpointer(directory, model=model, keep=2)
     iteration = checkpointer.resume_or_load("", resume=True).get("iteration", -1)
     os.write(pipe, b"%d\\n" % iteration)
     while True:
@@ -133,7 +135,8 @@ def refused(path, earlier="model_0000000.pth", reason="No space left on device")
     except CheckpointError as error:
         expected = (
             f"run/{path} could not be written: {reason}. The earlier checkpoint run/{earlier} is "
-            "intact. Free space there, and continue with --resume"
+            "intact. Free space there, or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy "
+            "configs train.checkpointer.max_to_keep), and continue with --resume"
         )
         assert str(error) == expected, error
     else:
@@ -210,6 +213,14 @@ leave(whole)
 refused("last_checkpoint")
 filler.unlink()
 works_again()
+
+# Keeping fewer checkpoints makes room.
+(directory / "model_final.pth").rename(directory / "model_0000001.pth")
+(directory / "last_checkpoint").write_text("model_0000001.pth")
+leave(whole - 1)
+make_checkpointer(directory, model=model, keep=1).save("model_0000002", iteration=1)
+assert read(directory) == 1
+assert [path.name for path in directory.glob("*.pth")] == ["model_0000002.pth"]
 """
 
 
@@ -256,6 +267,35 @@ def test_left_overs_of_killed_runs_alone_are_removed(tmp_path):
     assert names(tmp_path) == {*others, "model_0000000.pth", "last_checkpoint"}
 
 
+def test_the_newest_checkpoints_are_kept_across_a_resume(tmp_path):
+    others = {"model_best.pth", "model_0000001_copy.pth", "other_0000001.pth", "model_final.pth"}
+    for name in others | {"model_0000099.pth"}:  # the last one is of a later iteration
+        (tmp_path / name).touch()
+
+    def train(start, stop):
+        checkpointer = PeriodicCheckpointer(make_checkpointer(tmp_path, keep=2), period=2)
+        for iteration in range(start, stop):
+            checkpointer.step(iteration)
+        last = names(tmp_path) - others - {"model_0000099.pth"}
+        assert (tmp_path / "last_checkpoint").read_text() in last
+        return last - {"last_checkpoint"}
+
+    assert train(0, 2) == {"model_0000001.pth"}
+    assert train(2, 8) == {"model_0000005.pth", "model_0000007.pth"}
+    assert train(8, 10) == {"model_0000007.pth", "model_0000009.pth"}
+    assert others < names(tmp_path)
+    make_checkpointer(tmp_path, keep=2).save("model_best")
+    make_checkpointer(tmp_path).save("model_0000011")
+    assert len(list(tmp_path.glob("model_00000??.pth"))) == 4
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_said(tmp_path, caplog):
+    (tmp_path / "model_0000001.pth").mkdir()
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        make_checkpointer(tmp_path, keep=1).save("model_0000003")
+    assert "old checkpoints in" in caplog.text and "model_0000001.pth" in caplog.text
+
+
 class MemoryHandler(PathHandler):
     """``memory://`` is a directory."""
 
@@ -269,18 +309,23 @@ class MemoryHandler(PathHandler):
     def _open(self, path, mode="r", buffering=-1, **kwargs):
         return open(self._local(path), mode)
 
+    def _ls(self, path, **kwargs):
+        return [p.name for p in self._local(path).iterdir()]
+
+    def _rm(self, path, **kwargs):
+        self._local(path).unlink()
+
     def _local(self, path):
         return self.root / path.removeprefix("memory://run").lstrip("/")
 
 
 def test_a_directory_of_a_path_handler(tmp_path):
-    checkpointer = make_checkpointer("memory://run")
+    checkpointer = make_checkpointer("memory://run", keep=1)
     checkpointer.path_manager = type(checkpointer.path_manager)()
     checkpointer.path_manager.register_handler(MemoryHandler(tmp_path))
     for name in ("model_0000000", "model_0000001", "model_final"):
         checkpointer.save(name)
-    files = {"model_0000000.pth", "model_0000001.pth", "model_final.pth", "last_checkpoint"}
-    assert names(tmp_path) == files
+    assert names(tmp_path) == {"model_0000001.pth", "model_final.pth", "last_checkpoint"}
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert torch.load(tmp_path / "model_final.pth")["origin"]["input_format"] == "BGR"
 

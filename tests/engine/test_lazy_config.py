@@ -78,6 +78,8 @@ def test_no_file():
         (["train.accumulate_steps=0"], "train.accumulate_steps is 0"),
         (["train.accumulate_steps=4"], "total_batch_size is 2, .* a multiple of 4"),
         (["dataloader.train.total_batch_size=0"], "total_batch_size is 0"),
+        (["train.checkpointer.max_to_keep=-1"], "max_to_keep is -1; .* or 0 for all"),
+        (["train.checkpointer.max_to_keep=1.5"], "max_to_keep is 1.5; "),
         (["train.amp.dtype=fp16"], "train.amp.dtype is 'fp16'; known: float16, bfloat16"),
         (
             ["train.init_checkpoint=absent.pth"],

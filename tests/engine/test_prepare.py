@@ -119,6 +119,7 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
             "IMS_PER_BATCH is 3.*multiple of 2: the processes",
         ),
         (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
+        (["SOLVER.CHECKPOINT_KEEP", -1], {}, "CHECKPOINT_KEEP is -1; .* or 0 for all"),
     ],
 )
 def test_what_cannot_run_is_refused(own_data, opts, kwargs, message):

@@ -30,7 +30,8 @@ model.proposal_generator.post_nms_topk = (50, 20)
 model.roi_heads.num_classes = 2
 model.roi_heads.box_predictor.test_score_thresh = 0.0
 train.log_period = 1
-train.checkpointer.period = 2
+train.checkpointer.period = 1
+train.checkpointer.max_to_keep = 2
 """
 
 
@@ -60,7 +61,10 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
     run = tmp_path / "run"
     first = train_net("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
     assert "Starting training from iteration 0" in first.stdout
-    assert {p.name for p in run.glob("*.pth")} == {"model_0000001.pth", "model_final.pth"}
+    final = {"model_final.pth"}
+    assert {p.name for p in run.glob("model_*")} == {
+        *("model_0000001.pth", "model_0000002.pth", *final)
+    }
     cfg = load_lazy_config(own_config)
     multiplier = instantiate(cfg.lr_multiplier)
     trained = metrics(run)
@@ -78,6 +82,9 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
         *(f"train.output_dir={run}", "train.max_iter=5"),
     )
     assert "Starting training from iteration 3" in again.stdout
+    assert {p.name for p in run.glob("model_*")} == {
+        *("model_0000003.pth", "model_0000004.pth", *final)
+    }
     resumed = metrics(run)
     assert {3, 4} <= set(resumed)
     assert resumed[3]["lr"] == pytest.approx(cfg.optimizer.lr * multiplier(3 / 5))
@@ -91,9 +98,9 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
         for line in output.splitlines()
         if re.search(r"copypaste: [\d.]+,", line)
     ]
-    final = max(resumed.items())[1]
+    ap = max(resumed.items())[1]
     assert [float(v) for v in values[:3]] == [
-        round(final[f"bbox/{name}"], 4) for name in ("AP", "AP50", "AP75")
+        round(ap[f"bbox/{name}"], 4) for name in ("AP", "AP50", "AP75")
     ]
     results = "inference/coco_instances_results.json"
     assert (run / results).read_bytes() == (tmp_path / "eval" / results).read_bytes()

@@ -78,8 +78,12 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
         *arguments,
         *("--train-json", data / "train.json", "--train-images", data / "images"),
         *(*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SOLVER.MAX_ITER", 4),
+        *("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 2),
         *("OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 0),
     )
+    assert {p.name for p in (tmp_path / "run").glob("model_*")} == {
+        *("model_0000002.pth", "model_0000003.pth", "model_final.pth"),
+    }
     trained = metrics(tmp_path / "run")
     output = train_net(
         "--eval-only",

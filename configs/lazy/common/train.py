@@ -14,6 +14,7 @@ train = dict(
     accumulate_steps=1,
     # Of DistributedDataParallel.
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    # A checkpoint every so many iterations; the newest of them are kept (0: all).
     checkpointer=dict(period=5000, max_to_keep=100),
     eval_period=0,  # iterations; 0: evaluate after the last one alone
     log_period=20,
