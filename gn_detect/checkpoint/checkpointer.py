@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from .convert import read_weights
 from .coverage import cover
 from .origin import Origin
-from .saving import remove_old_checkpoints, remove_partial_files, write_atomically
+from .saving import remove_old_checkpoints, remove_partial_files, to_safetensors, write_atomically
 from .weight_guards import WeightGuards, norms_of
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: of the checkpoints.
         guards: of the run.
         keep: how many periodic checkpoints to keep, 0 for all.
+        config: of the run, as text, for the ``.safetensors``.
         **checkpointables: of DetectionCheckpointer.
     """
 
@@ -41,11 +43,13 @@ class Checkpointer(DetectionCheckpointer):
         *,
         guards: WeightGuards,
         keep: int = 0,
+        config: str = "",
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self._guards = guards
         self._keep = keep
+        self._config = config
 
     @property
     def origin(self) -> Origin:
@@ -53,7 +57,7 @@ class Checkpointer(DetectionCheckpointer):
         return dataclasses.replace(self._guards.ours, **norms_of(self.model))
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save ``<name>.pth``, and name it in ``last_checkpoint``.
+        """Save ``<name>.pth``, and ``model_final`` also as ``.safetensors``.
 
         Raises:
             CheckpointError: the disk is full, or not writable.
@@ -76,6 +80,8 @@ class Checkpointer(DetectionCheckpointer):
         else:
             super().save(name, **kwargs)
         self._remove_old(basename)
+        if name == "model_final":
+            self.save_safetensors()
 
     def _remove_old(self, newest: str) -> None:
         remove_old_checkpoints(self.path_manager, self.save_dir, newest, self._keep)
@@ -85,6 +91,23 @@ class Checkpointer(DetectionCheckpointer):
             return super().tag_last_checkpoint(last_filename_basename)
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(path, lambda f: f.write(last_filename_basename.encode()))
+
+    def save_safetensors(self) -> None:
+        """Save the weights alone, readable without pickle, as ``model_final.safetensors`` beside
+        ``model_final.pth``; nothing where that is not the last checkpoint.
+
+        Raises:
+            CheckpointError: the disk is full, or not writable.
+        """
+        if not self.save_dir or not self.save_to_disk or not self._is_local:
+            return
+        if os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
+            return
+        origin = json.dumps(dataclasses.asdict(self.origin))
+        metadata = {"format": "pt", "gn_detect.origin": origin, "gn_detect.config": self._config}
+        content = to_safetensors(self.model.state_dict(), metadata)
+        path = os.path.join(self.save_dir, "model_final.safetensors")
+        write_atomically(path, lambda f: f.write(content))
 
     @property
     def _is_local(self) -> bool:

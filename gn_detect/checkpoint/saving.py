@@ -12,9 +12,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO
 
+import safetensors.torch
+import torch
 from iopath.common.file_io import PathManager
 
 logger = logging.getLogger(__name__)
@@ -131,3 +133,12 @@ def remove_old_checkpoints(
             path_manager.rm(os.path.join(directory, names[iteration]))
     except (OSError, NotImplementedError) as error:
         logger.warning(f"old checkpoints in {directory} could not be removed: {error}")
+
+
+def to_safetensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a ``.safetensors`` file, which knows no strides and no shared memory."""
+    plain = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(plain, metadata)

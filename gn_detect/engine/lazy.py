@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import tempfile
 
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -57,6 +59,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     Raises:
         FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
     """
+    text = _config_text(cfg)
     cfg = copy.deepcopy(cfg)  # completed in the next lines
     train = cfg.train
     cfg.dataloader.train.total_batch_size //= train.accumulate_steps
@@ -74,6 +77,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         train.output_dir,
         guards=weight_guards(cfg),
         keep=periodic.pop("max_to_keep", None) or 0,
+        config=text,
         trainer=trainer,
     )
     results = {}
@@ -93,6 +97,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    if start_iter >= train.max_iter > 0:  # finished, but perhaps on a full disk
+        checkpointer.save_safetensors()
     logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
     try:
         trainer.train(start_iter, train.max_iter)
@@ -101,6 +107,15 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         message = finite_losses.describe(trainer.iter, error, remedy)
         raise FloatingPointError(message) from None
     return results
+
+
+def _config_text(cfg: DictConfig) -> str:
+    """The text of the YAML that Detectron2 writes, with calls by name."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "config.yaml")
+        LazyConfig.save(cfg, path)
+        with open(path) as f:
+            return f.read()
 
 
 def do_test(cfg: DictConfig, model: nn.Module) -> dict:

@@ -83,6 +83,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             guards=WeightGuards.from_config(cfg),
             keep=cfg.SOLVER.CHECKPOINT_KEEP,
+            config=cfg.dump(),
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -158,6 +159,8 @@ class Trainer(DefaultTrainer):
         self._trainer._data_loader_iter  # noqa: B018
         if self._resumed_random_state:
             _set_random_state(self._resumed_random_state)
+        if self.start_iter >= self.max_iter > 0:  # finished, but perhaps on a full disk
+            self.checkpointer.save_safetensors()
 
     def run_step(self) -> None:
         """

@@ -1,18 +1,27 @@
 """Runs that are killed, or whose disk is full, while they save."""
 
+import json
 import logging
 import shutil
 import subprocess
 
 import pytest
+import safetensors
 import torch
+import yaml
 from detectron2.checkpoint import PeriodicCheckpointer
-from helpers import run_script
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from helpers import config, run_script
 from iopath.common.file_io import PathHandler
+from safetensors.torch import load_file
 
 from gn_detect.checkpoint import Checkpointer, CheckpointError, Origin, WeightGuards
 from gn_detect.checkpoint.saving import write_atomically
+from gn_detect.config import load_config
 from gn_detect.engine import sentence
+
+R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 
 
 def make_checkpointer(directory, *, model=None, **kwargs):
@@ -118,11 +127,12 @@ def test_a_killed_run_is_resumable_200_times_of_200(tmp_path):
 
 # Two checkpoints, then a last one for which there is no room.
 FULL_DISK = """
+import safetensors.torch
 from gn_detect.checkpoint import CheckpointError
 
 directory = Path("run")
 model = Model()
-checkpointer = make_checkpointer(directory, model=model)
+checkpointer = make_checkpointer(directory, model=model, config="x" * 100_000)
 
 def save(iteration, name):
     model.fill(iteration)
@@ -145,11 +155,16 @@ def refused(path, earlier="model_0000000.pth", reason="No space left on device")
     assert (directory / "last_checkpoint").read_text() == earlier
     assert read(directory) == (earlier == "model_final.pth")
     assert (directory / "model_final.pth").exists() == (path != "model_final.pth")
+    assert not (directory / "model_final.safetensors").exists()
     (directory / "model_final.pth").unlink(missing_ok=True)
+    if earlier == "model_final.pth":
+        (directory / "last_checkpoint").write_text("model_0000000.pth")
 
 def works_again():
     save(1, "model_final")
     assert read(directory) == 1 and not partial_files(directory)
+    weights = safetensors.torch.load_file("run/model_final.safetensors")
+    assert all((v == 1).all() for v in weights.values()) and len(weights) == 5
 """
 
 # The sizes of files are limited, which any user may do: a write beyond is refused.
@@ -163,7 +178,9 @@ directory.mkdir()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save(0, "model_final")
 whole = (directory / "model_final.pth").stat().st_size
-(directory / "model_final.pth").unlink()
+assert whole < (directory / "model_final.safetensors").stat().st_size  # 100 kB of config
+for name in ("model_final.pth", "model_final.safetensors"):
+    (directory / name).unlink()
 save(0, "model_0000000")
 
 sizes = [0, 1, 100, 5000, *range(whole // 7, whole, whole // 7)]
@@ -171,6 +188,7 @@ for size in [*sizes, *(whole - back for back in (5000, 1000, 300, 100, 22, 2, 1)
     limit(size)
     refused("model_final.pth", reason="File too large")
 limit(whole)
+refused("model_final.safetensors", "model_final.pth", "File too large")
 tag = checkpointer.tag_last_checkpoint
 checkpointer.tag_last_checkpoint = lambda name: (limit(5), tag(name))
 refused("last_checkpoint", reason="File too large")
@@ -211,10 +229,14 @@ for pages in [0, 1, 2, *range(whole // 9, whole, whole // 9), whole - 2, whole -
     refused("model_final.pth")
 leave(whole)
 refused("last_checkpoint")
+for pages in (1, 2, whole // 2, whole):  # beside the checkpoint and a second last_checkpoint
+    leave(whole + pages)
+    refused("model_final.safetensors", "model_final.pth")
 filler.unlink()
 works_again()
 
 # Keeping fewer checkpoints makes room.
+(directory / "model_final.safetensors").unlink()
 (directory / "model_final.pth").rename(directory / "model_0000001.pth")
 (directory / "last_checkpoint").write_text("model_0000001.pth")
 leave(whole - 1)
@@ -330,7 +352,57 @@ def test_a_directory_of_a_path_handler(tmp_path):
     assert torch.load(tmp_path / "model_final.pth")["origin"]["input_format"] == "BGR"
 
 
+def as_yaml(cfg):
+    """What YAML can hold of a config: tuples in tuples become lists."""
+    return yaml.safe_load(cfg.dump())
+
+
+def test_final_weights_as_safetensors(tmp_path):
+    cfg = config(R18, "SOLVER.CHECKPOINT_KEEP", 3, "SOLVER.ACCUMULATE_STEPS", "auto")
+    guards = WeightGuards.from_config(cfg)
+    checkpointer = Checkpointer(
+        build_model(cfg), str(tmp_path), guards=guards, config=cfg.dump(), keep=3
+    )
+    checkpointer.save("model_0000000")
+    checkpointer.save_safetensors()  # the last checkpoint is not the final one
+    assert names(tmp_path) == {"model_0000000.pth", "last_checkpoint"}
+    checkpointer.save("model_final", iteration=0)
+
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    checkpoint = torch.load(tmp_path / "model_final.pth")
+    weights = load_file(tmp_path / "model_final.safetensors")
+    assert weights.keys() == checkpoint["model"].keys()
+    for key, value in checkpoint["model"].items():
+        assert torch.equal(weights[key], value) and weights[key].dtype == value.dtype, key
+
+    with safetensors.safe_open(tmp_path / "model_final.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert Origin.from_dict(checkpoint["origin"]) == guards.ours
+    assert json.loads(metadata["gn_detect.origin"]) == json.loads(json.dumps(checkpoint["origin"]))
+    fresh = load_config()
+    assert as_yaml(fresh) != as_yaml(cfg)
+    fresh.merge_from_other_cfg(CfgNode.load_cfg(metadata["gn_detect.config"]))
+    assert as_yaml(fresh) == as_yaml(cfg)
+
+
+def test_safetensors_of_tied_transposed_and_half_weights(tmp_path):
+    model = torch.nn.Module()
+    model.first = torch.nn.Parameter(torch.randn(4, 6))
+    model.tied = model.first
+    model.register_buffer("across", torch.randn(5, 3).T)
+    model.register_buffer("row", model.first.data[1])
+    model.register_buffer("bfloat16_", torch.randn(3).to(torch.bfloat16))
+    model.register_buffer("count", torch.tensor(7))
+    make_checkpointer(tmp_path, model=model).save("model_final")
+    weights = load_file(tmp_path / "model_final.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(weights[key], value) and weights[key].dtype == value.dtype, key
+
+
 def test_only_the_first_process_saves(tmp_path):
     checkpointer = make_checkpointer(tmp_path, save_to_disk=False)
     checkpointer.save("model_final")
+    checkpointer.save_safetensors()
     assert not names(tmp_path)

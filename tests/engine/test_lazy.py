@@ -22,6 +22,10 @@ def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path):
     results = do_train(cfg)
     assert OmegaConf.to_yaml(cfg) == before
     assert {"bbox", "segm"} == set(results)
+    weights = tmp_path / "model_final.safetensors"
+    weights.unlink()  # as if the disk had been full
+    assert do_train(cfg, resume=True).keys() == results.keys()
+    assert weights.exists()
 
 
 def test_accumulation_shares_the_images_of_an_iteration(lazy_data, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEv
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from helpers import TINY, config
+from safetensors.torch import load_file
 
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import register_coco_json
@@ -388,12 +389,17 @@ def test_metrics_and_results_are_written(train, tmp_path):
     assert results and {"image_id", "bbox", "score", "segmentation"} <= results[0].keys()
 
 
-def test_resuming_beyond_the_end(train):
+def test_resuming_beyond_the_end(train, tmp_path):
     train("run", *TWO_IMAGES).train()
     with pytest.raises(ConfigError, match="6 iterations of 2 images .*MAX_ITER 6 iterations"):
         train("run", *ONE_IMAGE, "SOLVER.MAX_ITER", 6, resume=True)
     finished = train("run", *ONE_IMAGE, resume=True)  # nothing is left to do
     assert finished.start_iter == finished.max_iter == 12
+    file = tmp_path / "run" / "model_final.safetensors"
+    file.unlink()  # but to write what a full disk has refused
+    finished.train()
+    saved = load_file(file)
+    assert all(torch.equal(saved[key], value) for key, value in weights(finished).items())
 
 
 def test_without_a_test_set_nothing_is_evaluated(train):

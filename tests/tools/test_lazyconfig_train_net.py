@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import safetensors
 import torch
 from detectron2.config import LazyConfig, instantiate
 from helpers import run_tool
@@ -61,10 +62,12 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
     run = tmp_path / "run"
     first = train_net("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
     assert "Starting training from iteration 0" in first.stdout
-    final = {"model_final.pth"}
+    final = {"model_final.pth", "model_final.safetensors"}
     assert {p.name for p in run.glob("model_*")} == {
         *("model_0000001.pth", "model_0000002.pth", *final)
     }
+    with safetensors.safe_open(run / "model_final.safetensors", "pt") as file:
+        assert file.metadata()["gn_detect.config"] == (run / "config.yaml").read_text()
     cfg = load_lazy_config(own_config)
     multiplier = instantiate(cfg.lr_multiplier)
     trained = metrics(run)

@@ -82,7 +82,7 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
         *("OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 0),
     )
     assert {p.name for p in (tmp_path / "run").glob("model_*")} == {
-        *("model_0000002.pth", "model_0000003.pth", "model_final.pth"),
+        *("model_0000002.pth", "model_0000003.pth", "model_final.pth", "model_final.safetensors"),
     }
     trained = metrics(tmp_path / "run")
     output = train_net(
