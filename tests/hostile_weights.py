@@ -201,9 +201,11 @@ def archives(canary: Path) -> dict[str, bytes]:
     end = good.rindex(b"PK\5\6")
     encrypted = bytearray(archive(empty))
     encrypted[encrypted.index(b"PK\1\2") + 8] |= 1
-    overlapping = bytearray(archive(empty, {"weights/data/0": b"x" * 8}))
+    inner = archive(empty, {"weights/data/1": bytes(8)})
+    inner = inner[inner.index(b"PK\3\4", inner.index(b"3\n")) :][:52]  # data/1 with its header
+    overlapping = bytearray(archive(empty, {"weights/data/0": inner, "weights/data/1": bytes(8)}))
     entry = overlapping.rindex(b"PK\1\2")
-    overlapping[entry + 42 : entry + 46] = bytes(4)  # at the header of data.pkl
+    overlapping[entry + 42 : entry + 46] = struct.pack("<I", overlapping.index(inner))
     files = {
         "parent.pth": {"weights/../../x": b"x"},
         "parent_of_root.pth": {"../x": b"x"},
@@ -334,6 +336,9 @@ def tensors(canary: Path) -> dict[str, bytes]:
         "no_keys_legacy.pth": legacy(in_dict(tensor(legacy=True)), keys=()),
         "key_twice_legacy.pth": legacy(in_dict(tensor(legacy=True)), keys=("0", "0")),
         "other_key_legacy.pth": legacy(in_dict(tensor(legacy=True)), keys=("1",)),
+        "storage_huge_twice_legacy.pth": legacy(
+            in_dict(tensor(numel=HUGE, legacy=True)), numel=HUGE
+        ),
         "other_size_legacy.pth": legacy(in_dict(tensor(legacy=True)), numel=HUGE),
     }
 

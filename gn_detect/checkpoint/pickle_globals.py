@@ -60,13 +60,10 @@ _PLAIN = "?bBhHiIlLqQefdgFDG"
 _PLAIN_DTYPES = list({type(np.dtype(code)) for code in _PLAIN})
 
 _OPAQUE = [
-    *("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.logging.message_hub.MessageHub"),
-    *("mmcv.runner.log_buffer.LogBuffer", "mmcv.runner.hooks.logger.base.LoggerHook"),
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.logging.message_hub.MessageHub",
 ]
-_DICTS = [
-    *("mmengine.config.config.ConfigDict", "mmengine.config.ConfigDict"),
-    *("mmcv.utils.config.ConfigDict", "addict.addict.Dict"),
-]
+_DICTS = ["mmengine.config.config.ConfigDict"]  # which pickles itself as a call with a dict
 
 # What torch.load gets beyond its own list, as torch.serialization.safe_globals takes it.
 SAFE_GLOBALS = [
@@ -225,10 +222,11 @@ def _new_scalar(machine: PickleMachine, dtype: Any, data: Any) -> np.generic:
 
 def _build_ordered_dict(machine: PickleMachine, instance: OrderedDict, state: Any) -> None:
     """A module's ``state_dict`` has the versions of its layers as an attribute."""
-    if type(state) is not dict or list(state) != ["_metadata"]:
+    versions = state.get("_metadata") if type(state) is dict and len(state) == 1 else None
+    if not isinstance(versions, dict):
         raise Refusal("it sets attributes of an OrderedDict")
     machine.hold(instance, [state])
-    instance.__dict__.update(state)
+    instance._metadata = versions
 
 
 def _build_namespace(machine: PickleMachine, instance: argparse.Namespace, state: Any) -> None:

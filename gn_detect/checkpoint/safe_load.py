@@ -23,7 +23,7 @@ from .untrusted import Damage, Refusal, Window
 
 _TRUST = "if you trust it, load it with the code that wrote it and save its tensors as .safetensors"
 _AGAIN = "download or copy it again"
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_HEADER = 10_000_000  # bytes: some 100,000 tensors
 
 
 class WeightsError(ConfigError):

@@ -235,16 +235,27 @@ def test_logs_of_openmmlab_are_opaque(tmp_path, monkeypatch):
         def __setstate__(self, state):
             raise AssertionError("its code ran")
 
+    class ConfigDict(dict):
+        def __reduce_ex__(self, protocol):
+            return type(self), (dict(self),)
+
     HistoryBuffer.__module__, HistoryBuffer.__qualname__ = name, "HistoryBuffer"
     HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = name, "HistoryBuffer.mean"
-    modules = {"mmengine": types.ModuleType("mmengine"), name: types.ModuleType(name)}
+    ConfigDict.__module__, ConfigDict.__qualname__ = "mmengine.config.config", "ConfigDict"
+    modules = {key: types.ModuleType(key) for key in ("mmengine", name, ConfigDict.__module__)}
     modules[name].HistoryBuffer = HistoryBuffer
+    modules[ConfigDict.__module__].ConfigDict = ConfigDict
     for key, module in modules.items():
         monkeypatch.setitem(sys.modules, key, module)
-    content = {"state_dict": {"a": torch.ones(2)}, "logs": {"loss": HistoryBuffer()}}
+    content = {
+        "state_dict": {"a": torch.ones(2)},
+        "logs": {"loss": HistoryBuffer()},
+        "meta": ConfigDict(a=ConfigDict(b=[1])),
+    }
     for is_legacy in (False, True):
         ours = load_bytes(tmp_path / "weights.pth", saved(content, legacy=is_legacy))
         assert_same(ours["state_dict"], content["state_dict"])
+        assert_same(ours["meta"], {"a": {"b": [1]}})
         buffer = ours["logs"]["loss"]
         assert type(buffer) is Opaque and buffer.state["log"].tolist() == [0, 1, 2]
 
