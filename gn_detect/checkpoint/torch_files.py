@@ -64,8 +64,6 @@ def load_legacy(file: BinaryIO, size: int) -> Any:
     storages: dict[str, _Storage] = {}
 
     def load_persistent(identity: Any) -> _Storage:
-        if isinstance(identity, tuple) and identity[:1] == ("module",):
-            raise Refusal("it holds a module with its code, not only weights")
         _, storage = _read_identity(identity, 6, storages)
         if identity[5] is not None:
             raise Refusal("it has views of storages as PyTorch before 0.4 wrote them")
