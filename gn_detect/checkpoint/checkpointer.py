@@ -12,8 +12,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from .convert import read_weights
-from .coverage import cover
+from .convert import Weights, read_weights
+from .coverage import Coverage, cover
 from .origin import Origin
 from .saving import remove_old_checkpoints, remove_partial_files, to_safetensors, write_atomically
 from .weight_guards import WeightGuards, norms_of
@@ -125,11 +125,27 @@ class Checkpointer(DetectionCheckpointer):
             the rest of the file.
 
         Raises:
-            ConfigError: the weights cannot be found, read or trusted, or are not what the model
-                needs. Nothing of them is applied then.
+            ConfigError: as :meth:`read`. Nothing is applied then.
         """
         if not path:
             return super().load(path, checkpointables)
+        weights, coverage = self.read(path)
+        self.model.load_state_dict(coverage.loaded, strict=False)
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in weights.rest:
+                self.checkpointables[key].load_state_dict(weights.rest.pop(key))
+        return weights.rest
+
+    def read(self, path: str) -> tuple[Weights, Coverage]:
+        """Read weights, log what they give to the model, and hold them to the guards of the run.
+
+        Args:
+            path: as of :meth:`load`.
+
+        Raises:
+            ConfigError: the weights cannot be found, read or trusted, or are not what the model
+                needs.
+        """
         if origin := Origin.of_name(path):
             self._guards.check_origin(origin, path)  # before a download
         logger.info(f"Loading weights from {path}")
@@ -139,8 +155,4 @@ class Checkpointer(DetectionCheckpointer):
             self._guards.check(weights, coverage, self.model, path)
         finally:
             logger.info(f"{path} has the names of {weights.format}; it gives\n{coverage}")
-        self.model.load_state_dict(coverage.loaded, strict=False)
-        for key in self.checkpointables if checkpointables is None else checkpointables:
-            if key in weights.rest:
-                self.checkpointables[key].load_state_dict(weights.rest.pop(key))
-        return weights.rest
+        return weights, coverage

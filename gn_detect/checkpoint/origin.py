@@ -32,9 +32,10 @@ class Origin:
 
     @classmethod
     def from_dict(cls, values: dict) -> Origin:
-        """Of a checkpoint; what another version may have added is left out."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        """Of a checkpoint, also as JSON; what another version may have added is left out."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name in fields}
+        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
 
     def completed_by(self, other: Origin | None) -> Origin:
         """With the fields of ``other`` where this one's are not known."""

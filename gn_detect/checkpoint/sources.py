@@ -68,7 +68,7 @@ def locate(name: str) -> Source:
         url, origin = _timm(address.removeprefix("timm://"))
     elif address.startswith("detectron://"):
         url = _detectron(address.removeprefix("detectron://"))
-        origin = Origin.of_name(url)
+        origin = origin or Origin.of_name(url)
     path = _download(url, name) if "://" in url else url
     if not os.path.isfile(path):
         raise WeightsError(f"{name}: there is no file {path}")

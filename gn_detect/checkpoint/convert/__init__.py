@@ -60,9 +60,9 @@ def convert(content: Any, name: str) -> Weights:
         return resnetv2.convert(state)
     backbone = "stem.conv1.weight" in names
     if backbone or any(n.startswith(_DETECTORS) for n in names):
-        partial = backbone or bool(rest.pop("matching_heuristics", False))
-        origin = _own_origin(rest)
-        return Weights("Detectron2", state, partial, origin, rest=rest)
+        known = _known(rest, name)
+        partial = backbone or bool(known["matching_heuristics"])
+        return Weights("Detectron2", state, partial, Origin.from_dict(known["origin"]), rest=rest)
     raise WeightsError(
         f"{name}: its names ({', '.join(list(names)[:3])}, ...) are not those of a ResNet or an "
         "R-CNN of Detectron2, Detectron, mmdetection, torchvision or timm"
@@ -92,9 +92,17 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
     return state, rest
 
 
-def _own_origin(rest: dict[str, Any]) -> Origin:
-    """What Checkpointer has saved of the origin: beside the model, or as JSON in safetensors."""
-    origin = rest.pop("origin", None) or {}
-    if "metadata" in rest:
-        origin = json.loads(rest.pop("metadata").get("gn_detect.origin", "{}"))
-    return Origin.from_dict(origin)
+def _known(rest: dict[str, Any], name: str) -> dict[str, Any]:
+    """What is saved with weights of Detectron2's names: beside them, or in the metadata of
+    safetensors, as JSON."""
+    known = {"origin": {}, "matching_heuristics": False}
+    known |= {key: rest.pop(key) for key in known if rest.get(key)}
+    metadata = rest.pop("metadata", {})
+    try:
+        known |= {
+            k: json.loads(metadata[f"gn_detect.{k}"]) for k in known if f"gn_detect.{k}" in metadata
+        }
+        Origin.from_dict(known["origin"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{name}: the origin of its weights cannot be read ({error})") from None
+    return known

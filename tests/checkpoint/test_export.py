@@ -1,0 +1,142 @@
+"""Backbones that leave Detectron2, against the classifiers of timm and torchvision."""
+
+import functools
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone import build_resnet_backbone
+from helpers import config, randomize
+
+from gn_detect.checkpoint import Origin, Weights, WeightsError, read_weights
+from gn_detect.checkpoint.convert import convert
+from gn_detect.checkpoint.export import export_backbone, write_weights
+from gn_detect.checkpoint.origin import DETECTRON, IMAGENET
+from gn_detect.modeling.resnet import build_gn_resnet_backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"
+NORM = functools.partial(torch.nn.GroupNorm, 32)
+STAGES = ["res2", "res3", "res4", "res5"]
+CLASSIFIERS = {
+    "timm": lambda: timm.create_model("resnet50_gn", num_classes=0),
+    "torchvision": lambda: without_classifier(torchvision.models.resnet50(norm_layer=NORM)),
+}
+
+
+def without_classifier(model):
+    model.fc = torch.nn.Identity()
+    return model.eval()
+
+
+@pytest.mark.parametrize("extension", [".pth", ".safetensors"])
+@pytest.mark.parametrize("layout", CLASSIFIERS)
+def test_round_trip_is_bit_equal(layout, extension, tmp_path):
+    """From the classifier to us, back into a file for it, and to us again."""
+    torch.manual_seed(0)
+    classifier = randomize(CLASSIFIERS[layout]())
+    ours = convert(classifier.state_dict(), layout)
+    path = str(tmp_path / f"backbone{extension}")
+    write_weights(path, export_backbone(ours, "ours"))
+    again = read_weights(path)
+    assert again.state.keys() == ours.state.keys() and again.origin == ours.origin
+    assert all(torch.equal(tensor, ours.state[name]) for name, tensor in again.state.items())
+    left = CLASSIFIERS[layout]()
+    load = torch.load if extension == ".pth" else safetensors.torch.load_file
+    left.load_state_dict(load(path))  # strict: all of it, and nothing else
+    pairs = zip(left.parameters(), classifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", [R18, C4], ids=["FPN", "C4"])
+def test_backbone_of_a_detector(name):
+    """Also where the last stage is in the RoI heads."""
+    model = randomize(build_model(config(name)))
+    origin = Origin(**IMAGENET, stride_in_1x1=False)
+    exported = export_backbone(Weights("Detectron2", model.state_dict(), False, origin), "file")
+    classifier = torchvision.models.resnet50 if name == C4 else torchvision.models.resnet18
+    classifier = without_classifier(classifier(norm_layer=NORM))
+    classifier.load_state_dict(exported)
+    convs = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    last = classifier.layer4[-1].conv2.weight
+    assert any(torch.equal(last, conv) for conv in convs if last.shape == conv.shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["", "authors", "timm"])
+def test_another_input_and_weight_standardization_are_folded_in(variant):
+    """A backbone for BGR pixels that are not divided, in a classifier for RGB ones that are."""
+    torch.manual_seed(0)
+    cfg = config(
+        *(C4, "MODEL.RESNETS.OUT_FEATURES", STAGES, "MODEL.GN.WEIGHT_STANDARDIZATION", variant)
+    )
+    ours = randomize(build_gn_resnet_backbone(cfg, ShapeSpec(channels=3))).double().eval()
+    origin = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization=variant)
+    exported = export_backbone(Weights("Detectron2", ours.state_dict(), True, origin), "file")
+    classifier = without_classifier(torchvision.models.resnet50(norm_layer=NORM)).double()
+    classifier.load_state_dict(exported)
+    rgb = 255 * torch.rand(1, 3, 65, 96).double()
+    bgr = rgb.flip(1)
+
+    def normalized(image, values):
+        mean, std = (torch.tensor(values[f"pixel_{k}"]).double() for k in ("mean", "std"))
+        return (image - mean[:, None, None]) / std[:, None, None]
+
+    outputs = []
+    for layer in (classifier.layer1, classifier.layer4):
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    classifier(normalized(rgb, IMAGENET))
+    expected = ours(normalized(bgr, DETECTRON))
+    # Deviations are kept in float32.
+    torch.testing.assert_close(outputs[0], expected["res2"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs[1], expected["res5"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "origin, message",
+    [
+        (Origin(), "does not say what input .* --config-file"),
+        (Origin(**IMAGENET), "does not say .* where its blocks stride"),
+        (Origin(**IMAGENET, stride_in_1x1=True), "strides in 1x1 convolutions"),
+        (
+            Origin("RGB", (127.5,) * 3, (127.5,) * 3, False),
+            r"file was trained with the pixel mean \[127.5, 127.5, 127.5\]",
+        ),
+    ],
+)
+def test_what_a_classifier_cannot_compute_is_refused(origin, message):
+    backbone = build_resnet_backbone(config(C4), ShapeSpec(channels=3))
+    with pytest.raises(WeightsError, match=message):
+        export_backbone(Weights("Detectron2", backbone.state_dict(), True, origin), "file")
+
+
+def test_no_resnet_is_refused():
+    state = {"backbone.stages.0.weight": torch.zeros(1)}
+    with pytest.raises(WeightsError, match="there is no ResNet in it"):
+        export_backbone(Weights("Detectron2", state, False), "file")
+
+
+def test_layers_that_a_classifier_does_not_have_are_refused():
+    state = dict(build_resnet_backbone(config(C4), ShapeSpec(channels=3)).state_dict())
+    state["res3.0.conv2_offset.weight"] = torch.zeros(18, 128, 3, 3)
+    with pytest.raises(WeightsError, match="res3.0.conv2_offset.weight has no place"):
+        export_backbone(Weights("Detectron2", state, True, Origin(**IMAGENET)), "file")
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    origin = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization="timm", num_groups=8)
+    state = {"fpn_lateral2.weight": torch.rand(3, 4, 1, 1), "backbone.x": torch.rand(2).half()}
+    for name in ("a.pth", "a.safetensors"):
+        path = str(tmp_path / name)
+        write_weights(path, state, origin, partial=True)
+        weights = read_weights(path)
+        assert weights.origin == origin and weights.partial
+        assert all(torch.equal(weights.state[n], t) for n, t in state.items())
+    with pytest.raises(WeightsError, match=r"a.pkl: weights are written as .pth or .safetensors"):
+        write_weights(str(tmp_path / "a.pkl"), state)

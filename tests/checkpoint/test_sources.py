@@ -1,0 +1,171 @@
+import hashlib
+import http.server
+import os
+import sys
+import threading
+
+import pytest
+import timm
+from iopath.common.file_io import HTTPURLHandler
+
+from gn_detect.checkpoint import WeightsError, sources
+from gn_detect.checkpoint.sources import locate
+
+CONTENT = b"content of a file"
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Of Detectron2's downloads, empty at first."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    for handler in sources.PathManager._path_handlers.values():
+        if isinstance(handler, HTTPURLHandler):
+            handler.cache_map.clear()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(tmp_path, cache):
+    """A web server of this machine, with the names that it was asked for."""
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www/weights.pkl").write_bytes(CONTENT)
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "www"))
+
+        def log_request(self, *args):
+            asked.append(self.path)
+
+        def log_error(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}", asked
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+@pytest.fixture
+def put(cache):
+    """Puts a file where a download would be cached."""
+
+    def put(path):
+        file = cache / path
+        file.parent.mkdir(parents=True)
+        file.write_bytes(CONTENT)
+        return str(file)
+
+    return put
+
+
+def test_a_path(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(CONTENT)
+    source = locate(str(path))
+    assert (source.path, source.origin, source.matching_heuristics) == (str(path), None, False)
+    assert locate(f"{path}?matching_heuristics=True").matching_heuristics
+    with pytest.raises(WeightsError, match="there is no file .*absent.pth"):
+        locate(str(tmp_path / "absent.pth"))
+
+
+def test_the_digest_is_checked(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(CONTENT)
+    assert locate(f"{path}#sha256={DIGEST.upper()}").path == str(path)
+    with pytest.raises(WeightsError, match=f"{path} has the SHA-256 {DIGEST}, not 00"):
+        locate(f"{path}#sha256={'0' * 64}")
+    with pytest.raises(WeightsError, match="takes the 64 hexadecimal digits"):
+        locate(f"{path}#sha256=abc")
+
+
+def test_a_url_is_downloaded_once(server, cache):
+    url, asked = server
+    path = locate(f"{url}/weights.pkl#sha256={DIGEST}").path
+    assert path == str(cache / "weights.pkl") == locate(f"{url}/weights.pkl").path
+    assert asked == ["/weights.pkl"]
+    with open(path, "rb") as f:
+        assert f.read() == CONTENT
+
+
+def test_a_failed_download_says_what_to_do(server, cache):
+    url, _ = server
+    with pytest.raises(WeightsError) as error:
+        locate(f"{url}/folder/absent.pth")
+    message = str(error.value)
+    assert f"{url}/folder/absent.pth cannot be downloaded: HTTP Error 404" in message
+    assert f"Download it elsewhere, then name the file, or put it at {cache}/folder/absent.pth" in (
+        message
+    )
+    (cache / "folder").mkdir(exist_ok=True, parents=True)
+    (cache / "folder/absent.pth").write_bytes(CONTENT)  # as it says
+    assert locate(f"{url}/folder/absent.pth").path == str(cache / "folder/absent.pth")
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("detectron://R-50-GN", "detectron/ImageNetPretrained/47261647/R-50-GN.pkl"),
+        ("detectron://R-101-GN", "detectron/ImageNetPretrained/47592356/R-101-GN.pkl"),
+        (
+            "detectron://e2e_mask_rcnn_R-101-FPN_3x_gn",
+            "detectron/GN/48734779/04_2018_gn_baselines/"
+            "e2e_mask_rcnn_R-101-FPN_3x_gn_0417.09_55_23.HMtcR8wg/output/train/"
+            "coco_2014_train%3Acoco_2014_valminusminival/generalized_rcnn/model_final.pkl",
+        ),
+        (
+            "detectron2://Misc/mask_rcnn_R_50_FPN_3x_gn/138602888/model_final_dc5d9e.pkl",
+            "detectron2/Misc/mask_rcnn_R_50_FPN_3x_gn/138602888/model_final_dc5d9e.pkl",
+        ),
+        (
+            "catalog://ImageNetPretrained/FAIR/R-50-GN",
+            "detectron/ImageNetPretrained/47261647/R-50-GN.pkl",
+        ),
+    ],
+)
+def test_names_of_detectron(name, path, put, monkeypatch):
+    """A file that is in the cache is not downloaded; the error without it names that place."""
+    file = put(path)
+    source = locate(name)
+    assert source.path == file
+    assert source.origin.input_format == "BGR" and source.origin.stride_in_1x1 is False
+    assert f"put it at {file}" in _error_without_network(name, file, monkeypatch)
+
+
+def _error_without_network(name, cached, monkeypatch):
+    os.remove(cached)
+
+    def refuse(url, *args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("iopath.common.file_io.download", refuse)
+    with pytest.raises(WeightsError, match="cannot be downloaded: no network") as error:
+        locate(name)
+    return str(error.value)
+
+
+def test_names_of_timm(put, monkeypatch):
+    file = put("timm/resnet50_gn.a1h_in1k/resolve/main/model.safetensors")
+    source = locate("timm://resnet50_gn.a1h_in1k")
+    assert source.path == file
+    published = timm.create_model("resnet50_gn").pretrained_cfg
+    assert source.origin.pixel_mean == pytest.approx([255 * v for v in published["mean"]])
+    assert source.origin.pixel_std == pytest.approx([255 * v for v in published["std"]])
+    message = _error_without_network("timm://resnet50_gn.a1h_in1k", file, monkeypatch)
+    assert "https://huggingface.co/timm/resnet50_gn.a1h_in1k/resolve/main/" in message
+    assert f"put it at {file}" in message
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(WeightsError, match="has no weights 'resnet50_gm.a1h'; similar: resnet50_g"):
+        locate("timm://resnet50_gm.a1h")
+    with pytest.raises(WeightsError, match="detectron://R-18 is unknown.*R-50-GN"):
+        locate("detectron://R-18")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(WeightsError, match="pip install timm, or download model.safetensors"):
+        locate("timm://resnet50_gn.a1h_in1k")

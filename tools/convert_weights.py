@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Convert weights of any source to Detectron2's names, or a trained backbone to a classifier's.
+
+IN is all that MODEL.WEIGHTS takes: a path, a URL, timm://MODEL, detectron://MODEL,
+detectron2://..., each with #sha256=... if it is to be checked. OUT ends in .pth or .safetensors.
+
+With --config-file, what the weights give to that model is shown as a table, they are held to the
+same checks as in training, and OUT has the full names of the model.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+
+from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
+from gn_detect.checkpoint.export import export_backbone, write_weights
+from gn_detect.config import load_config
+from gn_detect.engine import sentence
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", metavar="IN")
+    parser.add_argument("output", metavar="OUT")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes of the config")
+    parser.add_argument("--config-file", metavar="F", help="of the model that is to load them")
+    parser.add_argument(
+        "--allow-bn-conv-only",
+        action="store_true",
+        help="of BN weights for a model with GN, take the convolutions",
+    )
+    parser.add_argument(
+        "--export", choices=("timm", "torchvision"), help="write the backbone in their names"
+    )
+    args = parser.parse_intermixed_args()
+    if not args.config_file and (args.allow_bn_conv_only or args.opts):
+        parser.error("--allow-bn-conv-only and KEY VALUE need --config-file")
+    return args
+
+
+def main(args):
+    if not args.config_file:
+        weights = read_weights(args.weights)
+        print(f"{args.weights} has the names of {weights.format}, {len(weights.state)} tensors")
+    else:
+        cfg = load_config(args.config_file, args.opts)
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.GUARDS.BN_WEIGHTS_INTO_GN &= not args.allow_bn_conv_only
+        # A config that leaves the classes to the data says nothing of those of the weights.
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80
+        cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES or 80
+        checkpointer = Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg))
+        weights, coverage = checkpointer.read(args.weights)
+        weights = dataclasses.replace(
+            weights,
+            state=coverage.loaded,
+            partial=False,
+            origin=weights.origin.completed_by(checkpointer.origin),
+        )
+    if args.export:
+        write_weights(args.output, export_backbone(weights, args.weights))
+    else:
+        write_weights(args.output, weights.state, weights.origin, weights.partial)
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    setup_logger(name="gn_detect")
+    try:
+        main(args)
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        sys.exit(f"error: {message}")
