@@ -14,8 +14,8 @@ from hostile_weights import archive, in_dict, legacy, saved, tensor
 from safetensors.torch import save_file
 from torch import nn
 
-from gn_detect.checkpoint.pickle_globals import Opaque
 from gn_detect.checkpoint.safe_load import WeightsError, check_finite, load_file
+from gn_detect.checkpoint.safe_load.pickle_globals import Opaque
 from gn_detect.engine.prepare import sentence
 from gn_detect.engine.trainer import _get_random_state
 

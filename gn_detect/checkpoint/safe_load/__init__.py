@@ -40,7 +40,7 @@ def load_file(path: str | os.PathLike) -> Any:
     Returns:
         The content: plain containers, numbers and strings, tensors on the CPU, numpy's arrays and
         numbers. Python 2's strings are decoded as latin1. Of classes that are not loaded (such as
-        OpenMMLab's logs) there is an :class:`~gn_detect.checkpoint.pickle_globals.Opaque`. Of
+        OpenMMLab's logs) there is a ``pickle_globals.Opaque``. Of
         safetensors: ``{"model": {name: tensor}, "metadata": {name: str}}``.
 
     Raises:
