@@ -355,20 +355,23 @@ def test_schedule(name):
 
 @every_config
 def test_weights_and_guards(name, caplog):
-    """What is fine-tuned has weights that fit, what is not has nothing frozen; and of configs whose
-    weights must be converted first, the user is told so."""
+    """What is fine-tuned has weights that fit, what is not has nothing frozen; and where there are
+    no public weights, the user is told so."""
     cfg = as_shipped(name).clone()
     weights = cfg.MODEL.WEIGHTS
+    depth = cfg.MODEL.RESNETS.DEPTH
     from_scratch = any(word in name for word in ("scratch", "_lsj_", "table3", "quickstart"))
-    to_be_named = ("_ws_" in name and "_bit_" not in name) or name.endswith("_ln.yaml")
+    to_be_named = name.endswith("_ln.yaml")
     assert (weights == "") == (from_scratch or to_be_named)
     assert cfg.MODEL.BACKBONE.FREEZE_AT == (0 if from_scratch else 2)
     if weights.startswith("catalog://"):
         assert ModelCatalog.get(weights.removeprefix("catalog://")).startswith("https://")
     elif weights.startswith("timm://"):
         assert timm.is_model_pretrained(weights.removeprefix("timm://"))
+    elif "_ws_" in name:
+        letter = "X" if "_X_" in name else "R"
+        assert weights.endswith(f"syqiao/WeightStandardization/{letter}-{depth}-GN-WS.pth.tar")
     elif weights:
-        depth = cfg.MODEL.RESNETS.DEPTH
         assert weights == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
     assert (
         f"_R_{cfg.MODEL.RESNETS.DEPTH}" in name
@@ -384,11 +387,12 @@ def test_weights_and_guards(name, caplog):
     assert not caplog.records
 
 
-def test_the_input_of_weight_standardized_models_is_that_of_torchvision():
-    """Weights of timm are compared with timm in tests/modeling/test_resnetv2.py."""
+def test_the_input_of_weights_in_the_layout_of_torchvision_is_its_own():
+    """Other weights of timm are compared with timm in tests/modeling/test_resnetv2.py."""
     rgb = {name for name in CONFIGS if as_shipped(name).INPUT.FORMAT == "RGB"}
-    of_timm = {n for n in CONFIGS if as_shipped(n).MODEL.WEIGHTS.startswith("timm://")}
-    assert rgb == {name for name in CONFIGS if "_ws_" in name} | of_timm
+    of_timm = {n for n in CONFIGS if as_shipped(n).MODEL.WEIGHTS.startswith("timm://resnetv2")}
+    a1h = {name for name in CONFIGS if "_a1h_" in name}
+    assert rgb == {name for name in CONFIGS if "_ws_" in name} | of_timm | a1h
     for name in rgb - of_timm:
         model = as_shipped(name).MODEL
         assert model.PIXEL_MEAN == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])

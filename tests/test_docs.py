@@ -41,7 +41,7 @@ def train_net(workplace, monkeypatch):
 
 
 def test_every_guard_has_a_command():
-    assert len(GUARDS) == 9
+    assert len(GUARDS) == 11
 
 
 @pytest.mark.parametrize("switch, warns, options, before", GUARDS, ids=[g[0] for g in GUARDS])

@@ -248,15 +248,12 @@ def test_first_stages_are_frozen_unless_from_scratch(name):
     if "_heads_" in name:  # frozen BN has no parameters at all
         expected = {n for n in expected if ".norm." not in n}
     assert summary.frozen == expected
-    checkpoint = load(name).train.init_checkpoint
-    if any(part in name for part in PREACTIVATED):
-        assert checkpoint.startswith("timm://resnetv2_50")
-    elif is_from_scratch(name) or "_ws_" in name:
-        assert checkpoint == ""
-    elif "_heads_" in name:
-        assert checkpoint == f"detectron2://ImageNetPretrained/MSRA/R-{depth_of(name)}.pkl"
-    else:
-        assert checkpoint == f"catalog://ImageNetPretrained/FAIR/R-{depth_of(name)}-GN"
+
+
+@every_config
+def test_weights_are_those_of_the_yaml_config(name):
+    yaml = load_config(gn_detect.get_config_file(f"{name}.yaml"))
+    assert load(name).train.init_checkpoint == yaml.MODEL.WEIGHTS
 
 
 @every_config

@@ -2,7 +2,6 @@ from ..common.schedule import multi_step
 from ..common.ws import standardize_weights
 from .mask_rcnn_R_50_FPN_gn_3x import dataloader, model, optimizer, train
 
-# Needs the backbone of R-50-GN-WS.pth.tar (see common/ws.py)
 standardize_weights(model, dataloader, train)
 
 # The authors' 360000 iterations of 8 images with drops at 300000 and 340000, for 16 images
