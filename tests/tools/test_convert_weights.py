@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -74,8 +76,9 @@ def test_convolutions_of_batch_norm(tmp_path):
     assert run.returncode == 2 and "need --config-file" in run.stderr
 
 
-def test_backbone_of_a_trained_detector(tmp_path):
-    """Its origin says what input it expects."""
+def test_backbone_of_a_trained_detector(tmp_path, coco_files):
+    """Its origin says what input it expects; another detector is fine-tuned from it, as in the
+    README."""
     name = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
     cfg = config(name, *TINY)
     model = randomize(build_model(cfg))
@@ -89,6 +92,13 @@ def test_backbone_of_a_trained_detector(tmp_path):
     assert len(ours) == 59 and all(torch.equal(t, state[n]) for n, t in ours.items())
     conv = state["backbone.bottom_up.stem.conv1.weight"].flip(1)
     torch.testing.assert_close(flipped / conv, (flipped / conv)[:1].expand(conv.shape))
+    args = ["--config-file", gn_detect.get_config_file(name), *coco_files.arguments("train")]
+    opts = [*TINY, *RGB, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 1e-9, "OUTPUT_DIR", tmp_path / "out"]
+    shown = run_tool("train_net.py", *args, *opts, "MODEL.WEIGHTS", out).stdout
+    assert re.search(r"\| backbone +\| +11,176,512 \| +100.00 %", shown)
+    trained = read_weights(str(tmp_path / "out/model_final.safetensors")).state
+    for name in ours:  # it has made a step, but hardly moved
+        torch.testing.assert_close(trained[name], ours[name])
 
 
 def test_errors_are_sentences(tmp_path):
