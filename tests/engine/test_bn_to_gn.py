@@ -1,0 +1,393 @@
+"""Weights of BN networks, and the GN networks that are made of them."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from helpers import ROOT, TINY, config, run_tool
+from PIL import Image
+
+from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import DataError
+from gn_detect.engine.bn_to_gn import convert, read_images, save
+
+PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
+NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+IN = ("MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 1)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def gn_config(*opts, name=PHOTOS):
+    return config(name, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2, *opts)
+
+
+def all_norms(norm):
+    return [word for key in NORMS for word in (f"MODEL.{key}.NORM", norm)]
+
+
+def bn_config(*opts, norm="BN", name=PHOTOS):
+    return gn_config(*all_norms(norm), *opts, name=name)
+
+
+def bn_model(cfg):
+    """As if trained: statistics, gamma and beta are anything, gamma also negative."""
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "running_mean"):
+                module.running_mean.normal_(0, 0.2, generator=rng)
+                module.running_var.uniform_(0.5, 2, generator=rng)
+                module.weight.uniform_(-1, 1.5, generator=rng)
+                module.bias.normal_(0, 0.5, generator=rng)
+            elif getattr(module, "bias", None) is not None:
+                module.bias.normal_(0, 0.5, generator=rng)
+    return model
+
+
+def weights_of(model, tmp_path):
+    DetectionCheckpointer(model, str(tmp_path)).save("bn")
+    return str(tmp_path / "bn.pth")
+
+
+def smooth_images(count, size=64, seed=0):
+    """Blots of color, of other contrast and brightness in each image: (3, size, size)."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        blots = rng.uniform(0, 255, (6, 6, 3)) * rng.uniform(0.3, 1)
+        image = Image.fromarray(blots.astype(np.uint8)).resize((size, size), Image.BICUBIC)
+        yield torch.as_tensor(np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy())
+
+
+@pytest.fixture
+def image_dir(tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i, image in enumerate(smooth_images(4, size=80)):
+        pixels = image.numpy().transpose(1, 2, 0).astype(np.uint8)
+        Image.fromarray(pixels).save(directory / f"{i}.png")
+    return directory
+
+
+def loaded(cfg, weights):
+    """The GN network with the result, of which nothing is lacking."""
+    model = build_model(cfg).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def plain_norm(module, x):
+    """A norm layer on a float64 array (N, C, *) by its formula."""
+    gamma, beta = (p.detach().numpy() for p in (module.weight, module.bias))
+    if isinstance(module, torch.nn.GroupNorm):
+        groups = x.reshape(len(x), module.num_groups, -1)
+        mean, var = groups.mean(-1, keepdims=True), groups.var(-1, keepdims=True)
+        x = ((groups - mean) / np.sqrt(var + module.eps)).reshape(x.shape)
+        mean, var = np.zeros_like(gamma), np.ones_like(gamma) - module.eps
+    else:
+        mean, var = module.running_mean.numpy(), module.running_var.numpy()
+    shape = (-1, *[1] * (x.ndim - 2))
+    scale = gamma / np.sqrt(var + module.eps)
+    return (x - mean.reshape(shape)) * scale.reshape(shape) + beta.reshape(shape)
+
+
+def moments(model, images, proposals):
+    """Mean and variance of each channel behind each norm, in float64."""
+    found = {}
+
+    def record(name):
+        def hook(module, inputs, output):
+            out = plain_norm(module, inputs[0].detach().numpy())
+            out = np.moveaxis(out, 1, 0).reshape(out.shape[1], -1)
+            found[name] = out.mean(1), out.var(1)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(record(name))
+    heads, boxes = model.roi_heads, [p.proposal_boxes for p in proposals]
+    with torch.no_grad():
+        features = model.backbone(images)
+        heads.box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
+        heads.mask_head.layers(
+            heads.mask_pooler([features[f] for f in heads.mask_in_features], boxes)
+        )
+    return found
+
+
+def test_moments_of_every_layer_are_those_of_bn(tmp_path):
+    source = bn_model(bn_config())
+    with torch.no_grad():
+        source.backbone.bottom_up.stem.conv1.weight[5] = 0  # a channel that is a constant
+    images = list(smooth_images(4))
+    result = convert(gn_config(), weights_of(source, tmp_path), images)
+    assert result.num_images == (3, 1) and result.fresh == []
+
+    batch = source.preprocess_image([{"image": image} for image in images[:3]])
+    with torch.no_grad():
+        proposals, _ = source.proposal_generator(batch, source.backbone(batch.tensor), None)
+    for p in proposals:
+        p.proposal_boxes.tensor = p.proposal_boxes.tensor.double()
+    target = loaded(gn_config(), result.weights)
+    expected = moments(source.double(), batch.tensor.double(), proposals)
+    found = moments(target.double(), batch.tensor.double(), proposals)
+    assert len(expected) == 36 and expected.keys() == found.keys() == set(result.calibrated)
+    for layer, (mean, variance) in expected.items():
+        np.testing.assert_allclose(found[layer][0], mean, rtol=1e-4, atol=1e-4, err_msg=layer)
+        np.testing.assert_allclose(found[layer][1], variance, rtol=1e-4, atol=1e-4, err_msg=layer)
+    assert target.backbone.bottom_up.stem.conv1.norm.weight[5] == 0
+
+
+@pytest.mark.parametrize("fpn_norm", ["BN", ""])
+def test_one_image_and_one_channel_per_group_is_exact(fpn_norm, tmp_path):
+    """GN is then an affine function of each channel, as BN is; also of an FPN with biases."""
+    source = bn_model(bn_config("MODEL.FPN.NORM", fpn_norm))
+    (image,) = smooth_images(1)
+    weights = weights_of(source, tmp_path)
+    result = convert(gn_config(*IN), weights, [image, image.clone()])
+    assert set(result.errors["plain"]) == {
+        "res2",
+        "res3",
+        "res4",
+        "res5",
+        *(f"p{i}" for i in range(2, 7)),
+    }
+    assert max(result.errors["calibrated"].values()) < 1e-4
+    assert min(result.errors["plain"].values()) > 0.1
+    assert min(result.errors["copied"].values()) > 0.1
+    batch = source.preprocess_image([{"image": image}]).tensor
+    with torch.no_grad():
+        expected = source.backbone(batch)
+        features = loaded(gn_config(*IN), result.weights).backbone(batch)
+    for name, x in expected.items():
+        torch.testing.assert_close(features[name], x, rtol=1e-3, atol=1e-3)
+
+
+def test_error_on_other_images_and_methods(tmp_path):
+    source = bn_model(bn_config())
+    weights, images = weights_of(source, tmp_path), list(smooth_images(8))
+    results = {
+        m: convert(gn_config(), weights, images, m) for m in ("calibrated", "copied", "plain")
+    }
+    errors = results["calibrated"].errors
+    assert results["plain"].num_images == (6, 2) and results["plain"].errors == errors
+    for output in errors["plain"]:
+        assert errors["calibrated"][output] < 0.5 * errors["plain"][output], output
+    # What is reported is of the network that is written.
+    held_out = source.preprocess_image([{"image": images[i]} for i in (3, 7)]).tensor
+    for method, result in results.items():
+        with torch.no_grad():
+            expected = source.backbone(held_out)["p3"]
+            found = loaded(gn_config(), result.weights).backbone(held_out)["p3"]
+        error = ((found - expected).norm() / expected.norm()).item()
+        assert error == pytest.approx(errors[method]["p3"], rel=1e-4)
+    norms = results["calibrated"].calibrated
+    known = source.state_dict()
+    for layer in norms:
+        for name, plain in ((f"{layer}.weight", 1), (f"{layer}.bias", 0)):
+            assert (results["plain"].weights[name] == plain).all()
+            assert torch.equal(results["copied"].weights[name], known[name])
+    others = {n for n in known if n.rpartition(".")[0] not in norms}
+    for result in results.values():
+        assert all(torch.equal(result.weights[name], known[name]) for name in others)
+
+
+def test_frozen_bn_is_bn(tmp_path):
+    source = bn_model(bn_config())
+    images = list(smooth_images(2))
+    state = source.state_dict()
+    weights = weights_of(source, tmp_path)
+    expected = convert(gn_config(), weights, images).weights
+    state = {f"module.{k}": v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save({"model": state}, weights)
+    found = convert(gn_config(), weights, images).weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_heads_of_another_kind_start_afresh(tmp_path):
+    """As in Detectron2's zoo: BN in the ResNet alone, and a box head without convolutions."""
+    box = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 0, "MODEL.ROI_BOX_HEAD.NUM_FC", 2)
+    source = bn_model(bn_config("MODEL.RESNETS.NORM", "FrozenBN", *box, norm=""))
+    result = convert(gn_config(), weights_of(source, tmp_path), list(smooth_images(2)))
+    assert result.fresh == ["box head"]
+    assert not any(name.startswith("roi_heads.box_") for name in result.weights)
+    assert len(result.calibrated) == 20 + 8 + 4  # ResNet, FPN, mask head
+    assert "backbone.fpn_lateral2.bias" not in result.weights
+    missing, unexpected = build_model(gn_config()).load_state_dict(result.weights, strict=False)
+    assert all(name.startswith("roi_heads.box_") for name in missing) and not unexpected
+
+
+def test_backbone_alone(tmp_path):
+    """ImageNet weights as Detectron2's converter writes them, without prefix; any classes."""
+    source = bn_model(bn_config()).backbone.bottom_up
+    content = {"model": {k: v.numpy() for k, v in source.state_dict().items()}}
+    content |= {"__author__": "torchvision", "matching_heuristics": True}
+    weights = tmp_path / "bn.pkl"
+    weights.write_bytes(pickle.dumps(content))
+    cfg = gn_config("MODEL.ROI_HEADS.NUM_CLASSES", None)
+    result = convert(cfg, str(weights), list(smooth_images(2)))
+    assert result.fresh == ["FPN", "box head", "mask head"]
+    assert len(result.calibrated) == 20 and set(result.errors["plain"]) == {
+        f"res{i}" for i in range(2, 6)
+    }
+    assert all(name.startswith("backbone.bottom_up.") for name in result.weights)
+
+
+def test_gn_heads_are_kept(tmp_path):
+    source = bn_model(bn_config("MODEL.RESNETS.NORM", "BN", norm="GN"))
+    result = convert(gn_config(), weights_of(source, tmp_path), list(smooth_images(2)))
+    assert len(result.calibrated) == 20 and result.fresh == []
+    loaded(gn_config(), result.weights)
+    for name, value in source.state_dict().items():
+        if not name.startswith("backbone.bottom_up."):
+            assert torch.equal(result.weights[name], value), name
+
+
+def test_classes_follow_the_weights(tmp_path):
+    weights = weights_of(bn_model(bn_config()), tmp_path)
+    cfg = gn_config("MODEL.ROI_HEADS.NUM_CLASSES", None)
+    result = convert(cfg, weights, list(smooth_images(2)))
+    assert len(result.weights["roi_heads.box_predictor.cls_score.weight"]) == 3
+
+
+def test_c4(tmp_path):
+    opts = (
+        *("MODEL.RPN.POST_NMS_TOPK_TEST", 5, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 32),
+    )
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_2x.yaml"
+    source = bn_model(bn_config(*opts, name=name))
+    cfg = gn_config(*opts, name=name)
+    result = convert(cfg, weights_of(source, tmp_path), list(smooth_images(2)))
+    assert len(result.calibrated) == 53 and set(result.errors["plain"]) == {"res4"}
+    assert "roi_heads.res5.2.conv3.norm" in result.calibrated
+    loaded(cfg, result.weights)
+
+
+def test_retinanet_head_starts_afresh(tmp_path):
+    name = "COCO-Detection/retinanet_R_50_FPN_gn_1x.yaml"
+    opts = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+    no_head = ("MODEL.RETINANET.NORM", "")
+    source = bn_model(bn_config(*opts, *no_head, "MODEL.RETINANET.NUM_CLASSES", 2, name=name))
+    cfg = gn_config(*opts, "MODEL.RETINANET.NUM_CLASSES", None, name=name)
+    result = convert(cfg, weights_of(source, tmp_path), list(smooth_images(2)))
+    assert result.fresh == ["RetinaNet head"] and "p7" in result.errors["plain"]
+    assert len(result.calibrated) == 20 + 6
+    assert "backbone.top_block.p6.weight" in result.weights
+    assert not any(name.startswith("head.") for name in result.weights)
+
+
+def test_training_starts_from_the_result(tmp_path, image_dir, coco_files):
+    bn = bn_config()
+    Checkpointer(bn_model(bn), str(tmp_path), guards=WeightGuards.from_config(bn)).save("bn")
+    config_file = ("--config-file", ROOT / "configs" / PHOTOS)
+    done = run_tool(
+        "bn_to_gn.py",
+        *(*config_file, "--weights", tmp_path / "bn.pth", "--images", image_dir),
+        *("--output", tmp_path / "new/gn.pth", *TINY),
+    )
+    assert "36 layers calibrated on 3 images of 64x64 pixels" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[3:6]] == [
+        *("plain", "copied", "calibrated")
+    ]
+    trained = run_tool(
+        "train_net.py",
+        *(*config_file, *coco_files.arguments("train"), *TINY, "SOLVER.MAX_ITER", 1),
+        *("MODEL.WEIGHTS", tmp_path / "new/gn.pth", "OUTPUT_DIR", tmp_path / "out"),
+    )
+    log = trained.stdout + trained.stderr
+    assert "not found in the checkpoint" not in log and "Skip loading" not in log
+    # Learning had begun at the weights: one step of warm-up moves them little.
+    written = torch.load(tmp_path / "new/gn.pth")["model"]
+    final = torch.load(tmp_path / "out/model_final.pth")["model"]
+    assert written.keys() == final.keys()
+    for name, value in written.items():
+        torch.testing.assert_close(final[name], value, rtol=0.1, atol=0.1)
+
+
+def remove(content):
+    for name in [n for n in content["model"] if ".res4." in n]:
+        del content["model"][name]
+
+
+def reshape(content):
+    content["model"]["backbone.fpn_output3.weight"] = torch.zeros(8, 8, 3, 3)
+
+
+def other_input(content):
+    values = {"input_format": "RGB", "pixel_mean": None, "pixel_std": None, "stride_in_1x1": None}
+    content["origin"] = values
+
+
+WS = ("MODEL.GN.WEIGHT_STANDARDIZATION", "authors")
+REFUSED = {
+    "no BN": ({"norm": ""}, (), None, "bn.pth has no BN in any layer that is GN here"),
+    "GN": ({"norm": "GN"}, (), None, "bn.pth has GN already"),
+    "Weight Standardization": ({}, WS, None, "WEIGHT_STANDARDIZATION is 'authors'"),
+    "no GN": ({}, all_norms("BN"), None, "no norm of the config is GN"),
+    "another backbone": ({}, (), remove, r"lacks \d+ tensors of the backbone, .*bottom_up.res4.0"),
+    "another shape": ({}, (), reshape, r"fpn_output3.weight has the shape \[8, 8, 3, 3\] .* \[32"),
+    "another input": ({}, (), other_input, "INPUT.FORMAT is BGR, the weights' is RGB"),
+}
+
+
+@pytest.mark.parametrize("source, opts, change, message", REFUSED.values(), ids=REFUSED)
+def test_refused_weights(source, opts, change, message, tmp_path):
+    weights = weights_of(bn_model(bn_config(**source)), tmp_path)
+    if change:
+        content = torch.load(weights)
+        change(content)
+        torch.save(content, weights)
+    with pytest.raises(ConfigError, match=message):
+        convert(gn_config(*opts), weights, list(smooth_images(2)))
+
+
+def test_refused_names(tmp_path):
+    with pytest.raises(ConfigError, match="--weights: there is no file nowhere.pth"):
+        convert(gn_config(), "nowhere.pth", list(smooth_images(2)))
+    result = run_tool(
+        "bn_to_gn.py",
+        *("--config-file", ROOT / "configs" / PHOTOS, "--weights", "bn.pth", "--images", "x"),
+        *("--output", "gn.pkl"),
+        check=False,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: --output is gn.pkl: give a name that ends in .pth" in result.stderr
+
+
+def test_refused_images(image_dir):
+    cfg = gn_config()
+    with pytest.raises(ConfigError, match="--num-images is 1: one image is held out"):
+        read_images(str(image_dir), 1, cfg)
+    with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TEST is 16"):
+        read_images(str(image_dir), 4, gn_config("INPUT.MIN_SIZE_TEST", 16))
+    with pytest.raises(DataError, match="there is no directory .*nowhere"):
+        read_images(str(image_dir / "nowhere"), 4, cfg)
+    (image_dir / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"cannot read the image .*1.png \(UnidentifiedImageError"):
+        read_images(str(image_dir), 4, cfg)
+    for i in (1, 2, 3):
+        (image_dir / f"{i}.png").unlink()
+    with pytest.raises(DataError, match="images holds 1 images .*at least 2"):
+        read_images(str(image_dir), 4, cfg)
+
+
+def test_images(image_dir):
+    """Scaled on the short side, the middle of the long one, in the channel order of the config."""
+    stripes = np.zeros((80, 160, 3), dtype=np.uint8)
+    stripes[:, 40:120] = (200, 100, 50)
+    for i in range(4):
+        Image.fromarray(stripes).save(image_dir / f"{i}.png")
+    images = read_images(str(image_dir), 3, gn_config("INPUT.MIN_SIZE_TEST", 70))
+    assert len(images) == 3
+    for image in images:
+        assert image.shape == (3, 64, 64) and image.dtype == torch.float32
+        assert (image == torch.tensor([50.0, 100.0, 200.0]).view(3, 1, 1)).all()
