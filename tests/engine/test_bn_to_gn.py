@@ -13,7 +13,7 @@ from PIL import Image
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
-from gn_detect.engine.bn_to_gn import convert, read_images, save
+from gn_detect.engine.bn_to_gn import convert, read_images
 
 PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
