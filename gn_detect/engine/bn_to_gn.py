@@ -22,12 +22,12 @@ from gn_detect.checkpoint import WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
 
-from .bn_match import load_pair
+from .bn_match import Pair, load_pair
 from .prepare import check_weights, usable_device
 
 METHODS = ("calibrated", "copied", "plain")
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_MASKED = 100  # proposals of an image, the best, for mask and keypoint heads
+_BEST = 100  # proposals of an image, for mask and keypoint heads where nothing is detected
 _MIN_VARIANCE = 1e-10  # of a channel of normalized values; below it the channel is a constant
 
 
@@ -112,7 +112,8 @@ def convert(
     and variance V in a channel, over the batch and all positions, and the normalized values of GN
     have m and v, gamma is sqrt(V / v), with the sign of BN's gamma, and beta M - gamma m. One pass
     is enough: each layer is given its gamma and beta while it runs, so that those behind it see
-    what they will. RoI heads see the BN network's proposals.
+    what they will. The box head sees the BN network's proposals, mask and keypoint heads its
+    detections (where the weights have none to give, its best proposals).
 
     BN's statistics are of the training set, GN's of each image and group, so this is not the same
     function, except where a group is one channel and the batch one image.
@@ -142,7 +143,7 @@ def convert(
     for name, of_method in (
         ("plain", lambda: {layer: (1.0, 0.0) for layer in layers}),
         ("copied", lambda: {layer: _affine(source.get_submodule(layer)) for layer in layers}),
-        ("calibrated", lambda: _calibrate(source, target, layers, batch)),
+        ("calibrated", lambda: _calibrate(pair, batch)),
     ):
         values[name] = of_method()
         _set_affine(target, values[name])
@@ -179,9 +180,10 @@ def check_output(path: str) -> None:
 
 
 def _calibrate(
-    source: nn.Module, target: nn.Module, layers: list[str], batch: list[torch.Tensor]
+    pair: Pair, batch: list[torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The gamma and beta of :func:`convert`; those of ``target`` are lost."""
+    """The gamma and beta of :func:`convert`; those of the GN network are lost."""
+    source, target, layers = pair.source, pair.target, pair.layers
     images = source.preprocess_image([{"image": image} for image in batch])
     expected, values = {}, {}
 
@@ -203,35 +205,51 @@ def _calibrate(
         features = source.backbone(images.tensor)
         if heads:
             proposals, _ = source.proposal_generator(images, features, None)
-            _run_heads(source, features, proposals)
+            if not any(map(len, proposals)):
+                raise DataError(
+                    "the BN network proposes no object in the images, so that no RoI head can be "
+                    "calibrated; give other images"
+                )
+            boxes = _box_head(source, features, proposals)
+            trained = any(name.startswith("roi_heads.box_predictor") for name in pair.kept)
+            if not (trained and any(map(len, boxes))):
+                boxes = _best(proposals)
+            _other_heads(source, features, boxes)
     _set_affine(target, {layer: (1.0, 0.0) for layer in layers})
     with _hooks(target, layers, adjust):
         features = target.backbone(images.tensor)
         if heads:
-            _run_heads(target, features, proposals)
+            _box_head(target, features, proposals)
+            _other_heads(target, features, boxes)
     return values
 
 
-def _run_heads(model: nn.Module, features: dict, proposals: list[Instances]) -> None:
-    """Box head on all proposals; mask and keypoint heads on the best of each image."""
-    if not any(len(p) for p in proposals):
-        raise DataError(
-            "the BN network proposes no object in the images, so that no RoI head can be "
-            "calibrated; give other images"
-        )
+def _box_head(model: nn.Module, features: dict, proposals: list[Instances]) -> list[Instances]:
+    """Run it on the proposals, and return the detections; with C4, run res5."""
     heads = model.roi_heads
     if isinstance(heads, Res5ROIHeads):
         maps = [features[name] for name in heads.in_features]
         heads._shared_roi_transform(maps, [p.proposal_boxes for p in proposals])
-        return
-    given = []
-    for best in (p[:_MASKED] for p in proposals):
-        classes = torch.zeros(len(best), dtype=torch.int64, device=best.objectness_logits.device)
-        given.append(
-            Instances(best.image_size, pred_boxes=best.proposal_boxes, pred_classes=classes)
+        return []
+    return heads._forward_box(features, proposals)
+
+
+def _other_heads(model: nn.Module, features: dict, boxes: list[Instances]) -> None:
+    if not isinstance(model.roi_heads, Res5ROIHeads):  # which has run all that has norms
+        model.roi_heads.forward_with_given_boxes(features, boxes)
+
+
+def _best(proposals: list[Instances]) -> list[Instances]:
+    """The best of each image as boxes of the first class."""
+    best = [p[:_BEST] for p in proposals]
+    return [
+        Instances(
+            p.image_size,
+            pred_boxes=p.proposal_boxes,
+            pred_classes=torch.zeros_like(p.objectness_logits, dtype=torch.int64),
         )
-    heads._forward_box(features, proposals)
-    heads.forward_with_given_boxes(features, given)
+        for p in best
+    ]
 
 
 @contextlib.contextmanager

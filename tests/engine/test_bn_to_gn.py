@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from helpers import ROOT, TINY, config, run_tool
 from PIL import Image
 
@@ -97,7 +98,7 @@ def plain_norm(module, x):
     return (x - mean.reshape(shape)) * scale.reshape(shape) + beta.reshape(shape)
 
 
-def moments(model, images, proposals):
+def moments(model, images, proposals, boxes):
     """Mean and variance of each channel behind each norm, in float64."""
     found = {}
 
@@ -112,32 +113,37 @@ def moments(model, images, proposals):
     for name, module in model.named_modules():
         if name.endswith("norm"):
             module.register_forward_hook(record(name))
-    heads, boxes = model.roi_heads, [p.proposal_boxes for p in proposals]
+    heads = model.roi_heads
     with torch.no_grad():
         features = model.backbone(images)
-        heads.box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
+        heads.box_head(heads.box_pooler([features[f] for f in heads.box_in_features], proposals))
         heads.mask_head.layers(
             heads.mask_pooler([features[f] for f in heads.mask_in_features], boxes)
         )
     return found
 
 
-def test_moments_of_every_layer_are_those_of_bn(tmp_path):
-    source = bn_model(bn_config())
+@pytest.mark.parametrize("threshold, detected", [(0.05, True), (1.1, False)])
+def test_moments_of_every_layer_are_those_of_bn(threshold, detected, tmp_path):
+    source = bn_model(bn_config("MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold))
     with torch.no_grad():
         source.backbone.bottom_up.stem.conv1.weight[4:8] = 0  # a group that is a constant
     images = list(smooth_images(4))
-    result = convert(gn_config(), weights_of(source, tmp_path), images)
+    cfg = gn_config("MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold)
+    result = convert(cfg, weights_of(source, tmp_path), images)
     assert result.num_images == (3, 1) and result.fresh == []
 
     batch = source.preprocess_image([{"image": image} for image in images[:3]])
     with torch.no_grad():
-        proposals, _ = source.proposal_generator(batch, source.backbone(batch.tensor), None)
-    for p in proposals:
-        p.proposal_boxes.tensor = p.proposal_boxes.tensor.double()
-    target = loaded(gn_config(), result.weights)
-    expected = moments(source.double(), batch.tensor.double(), proposals)
-    found = moments(target.double(), batch.tensor.double(), proposals)
+        features = source.backbone(batch.tensor)
+        proposals, _ = source.proposal_generator(batch, features, None)
+        detections = source.roi_heads._forward_box(features, proposals)
+    assert any(len(d) for d in detections) == detected
+    proposals = [Boxes(p.proposal_boxes.tensor.double()) for p in proposals]
+    boxes = [Boxes(d.pred_boxes.tensor.double()) for d in detections] if detected else proposals
+    target = loaded(cfg, result.weights)
+    expected = moments(source.double(), batch.tensor.double(), proposals, boxes)
+    found = moments(target.double(), batch.tensor.double(), proposals, boxes)
     assert len(expected) == 36 and expected.keys() == found.keys() == set(result.calibrated)
     for layer, (mean, variance) in expected.items():
         np.testing.assert_allclose(found[layer][0], mean, rtol=1e-4, atol=1e-4, err_msg=layer)
