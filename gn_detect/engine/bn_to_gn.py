@@ -127,6 +127,7 @@ def convert(
 
     Raises:
         ConfigError: the weights are not of this network with BN, or the config is not of GN.
+        DataError: nothing is proposed in the images, on which RoI heads are to be calibrated.
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE, 1)
