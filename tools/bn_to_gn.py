@@ -13,9 +13,10 @@ import sys
 
 from tabulate import tabulate
 
+from gn_detect.checkpoint.export import check_extension, write_weights
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
-from gn_detect.engine.bn_to_gn import METHODS, check_output, convert, read_images, save
+from gn_detect.engine.bn_to_gn import METHODS, convert, read_images
 
 
 def parse_args(argv):
@@ -37,11 +38,11 @@ def parse_args(argv):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        check_output(args.output)
+        check_extension(args.output)
         cfg = load_config(args.config_file, args.opts)
         images = read_images(args.images, args.num_images, cfg)
         result = convert(cfg, args.weights, images, args.method)
-        save(result, cfg, args.output)
+        write_weights(args.output, result.weights, result.origin)
     except Exception as error:
         message = sentence(error)
         if message is None:

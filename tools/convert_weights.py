@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
-from gn_detect.checkpoint.export import export_backbone, write_weights
+from gn_detect.checkpoint.export import check_extension, export_backbone, write_weights
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
 
@@ -44,6 +44,7 @@ def parse_args():
 
 
 def main(args):
+    check_extension(args.output)
     if not args.config_file:
         weights = read_weights(args.weights)
         print(f"{args.weights} has the names of {weights.format}, {len(weights.state)} tensors")

@@ -42,18 +42,26 @@ def write_weights(
         WeightsError: ``path`` has another end.
         CheckpointError: the file cannot be written.
     """
-    extension = os.path.splitext(path)[1]
+    check_extension(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     known = {"origin": dataclasses.asdict(origin)} if origin else {}
     if partial:
         known["matching_heuristics"] = True
-    if extension == ".pth":
+    if path.endswith(".pth"):
         content = {"model": state, **known} if origin else state
         write_atomically(path, lambda f: torch.save(content, f))
-    elif extension == ".safetensors":
+    else:
         metadata = {f"gn_detect.{key}": json.dumps(value) for key, value in known.items()}
         data = to_safetensors(state, {"format": "pt", **metadata})
         write_atomically(path, lambda f: f.write(data))
-    else:
+
+
+def check_extension(path: str) -> None:
+    """
+    Raises:
+        WeightsError: :func:`write_weights` does not write files of this name.
+    """
+    if not path.endswith((".pth", ".safetensors")):
         raise WeightsError(f"{path}: weights are written as .pth or .safetensors; name it so")
 
 

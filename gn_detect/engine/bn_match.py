@@ -9,7 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.checkpoint import WeightGuards, Weights, read_weights
+from gn_detect.checkpoint.coverage import Coverage, cover
 from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError, locate
 from gn_detect.modeling.norm import weight_standardization_from_config
@@ -80,22 +81,22 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
 
     Args:
         cfg: of the GN network; ``NUM_CLASSES`` may be None and then follows the weights.
-        weights: in any form that Detectron2 reads.
+        weights: any name of weights that ``sources.locate`` knows.
 
     Raises:
         ConfigError: the weights are not of this network with BN, or the config is not of GN.
     """
     _check_config(cfg)
     cfg = cfg.clone()
-    file = _Reader(nn.Module(), guards=WeightGuards.from_config(cfg))
-    file.load(weights)
-    _set_num_classes(cfg, file.shapes)
+    loaded = read_weights(weights)
+    _set_num_classes(cfg, loaded)
     target = build_model(cfg).eval()
-    source_cfg = _source_config(cfg, target, file.shapes, weights)
+    source_cfg = _source_config(cfg, target, loaded, weights)
+    WeightGuards.from_config(source_cfg).check_origin(loaded.origin, weights)
     source = build_model(source_cfg).eval()
-    loader = _Loader(source, guards=WeightGuards.from_config(source_cfg))
-    loader.load(weights)
-    absent = _absent(loader.incompatible, weights)
+    coverage = cover(loaded, source)
+    absent = _absent(coverage, weights)
+    source.load_state_dict(coverage.loaded, strict=False)
     layers, fresh = _match(source, target, absent)
     known, norms = source.state_dict(), set(layers)
     kept = {
@@ -123,24 +124,6 @@ def _check_config(cfg: CfgNode) -> None:
         )
 
 
-class _Reader(Checkpointer):
-    """Reads the names and shapes in a file, and loads nothing."""
-
-    def _load_model(self, checkpoint: dict) -> None:
-        self.shapes = {
-            name.removeprefix("module."): tuple(value.shape)  # of a wrapper for training
-            for name, value in checkpoint["model"].items()
-        }
-
-
-class _Loader(Checkpointer):
-    """Remembers what did not fit."""
-
-    def _load_model(self, checkpoint: dict):
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
-
-
 def _part_of(name: str) -> str:
     return next((part for part, p in _PARTS.items() if re.match(p.names, name)), "")
 
@@ -154,14 +137,14 @@ def _value(cfg: CfgNode, key: str) -> str:
     return node[name]
 
 
-def _set_num_classes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]]) -> None:
+def _set_num_classes(cfg: CfgNode, weights: Weights) -> None:
     """Take the classes from the predictor in the weights where ``cfg`` leaves them open."""
     retinanet = is_retinanet(cfg)
     section = cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
     if section.NUM_CLASSES is not None:
         return
     pattern = r"head\.cls_score\.weight" if retinanet else r".*box_predictor\..*cls_score\.weight"
-    rows = next((s[0] for name, s in shapes.items() if re.fullmatch(pattern, name)), None)
+    rows = next((len(t) for name, t in weights.state.items() if re.fullmatch(pattern, name)), None)
     anchors = cfg.MODEL.ANCHOR_GENERATOR
     if rows is None:
         section.NUM_CLASSES = 1  # of a predictor that is not written
@@ -171,12 +154,10 @@ def _set_num_classes(cfg: CfgNode, shapes: dict[str, tuple[int, ...]]) -> None:
         section.NUM_CLASSES = rows - 1  # the last is the background
 
 
-def _source_config(
-    cfg: CfgNode, target: nn.Module, shapes: dict[str, tuple[int, ...]], weights: str
-) -> CfgNode:
+def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str) -> CfgNode:
     """``cfg`` with the norms that the weights have, part by part."""
-    bn = set(bn_into_gn(shapes, target))
-    gammas = [name for name, shape in shapes.items() if len(shape) == 1]
+    bn = set(bn_into_gn(weights.batch_norms, target))
+    gammas = [name for name, tensor in weights.state.items() if tensor.dim() == 1]
     gn = {
         layer
         for layer in _group_norms(target)
@@ -184,12 +165,12 @@ def _source_config(
     }
     if not bn:
         raise ConfigError(
-            f"{weights} has GN already: load it with MODEL.WEIGHTS of tools/train_net.py"
+            f"{file} has GN already: load it with MODEL.WEIGHTS of tools/train_net.py"
             if gn
-            else f"{weights} has no BN in any layer that is GN here: there is nothing to convert"
+            else f"{file} has no BN in any layer that is GN here: there is nothing to convert"
         )
     # BN that was frozen while training does not count its batches.
-    tracked = any(name.endswith("num_batches_tracked") for name in shapes)
+    tracked = any(name.endswith("num_batches_tracked") for name in weights.state)
     source = cfg.clone()
     for name, part in _PARTS.items():
         layers = {layer for layer in _group_norms(target) if _part_of(layer) == name}
@@ -206,26 +187,25 @@ def _group_norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)]
 
 
-def _absent(incompatible, weights: str) -> list[str]:
-    """The names that the BN network has and the weights lack, of what fvcore says did not fit.
+def _absent(coverage: Coverage, weights: str) -> list[str]:
+    """The parameters of the BN network that the weights lack.
 
     Raises:
         ConfigError: the weights are of another network.
     """
-    for name, theirs, ours in incompatible.incorrect_shapes:
+    for name, theirs in coverage.mismatched.items():
         if _part_of(name) != "RetinaNet head":  # which starts afresh
             raise ConfigError(
-                f"{name} has the shape {list(theirs)} in {weights}, {list(ours)} in the config's "
-                "network. Give the config the sizes of the weights; leave NUM_CLASSES out, and it "
-                "follows them"
+                f"{name} has the shape {list(theirs)} in {weights}, {list(coverage.shapes[name])} "
+                "in the config's network. Give the config the sizes of the weights; leave "
+                "NUM_CLASSES out, and it follows them"
             )
-    absent = [n for n in incompatible.missing_keys if not n.endswith("num_batches_tracked")]
-    if backbone := [name for name in absent if _part_of(name) == "ResNet"]:
+    if backbone := [name for name in coverage.missing if _part_of(name) == "ResNet"]:
         raise ConfigError(
             f"{weights} lacks {len(backbone)} tensors of the backbone, such as {backbone[0]}: it "
             "is of another network than the config's (MODEL.RESNETS)"
         )
-    return absent
+    return [*coverage.missing, *coverage.mismatched]
 
 
 def _match(source: nn.Module, target: nn.Module, absent: list[str]) -> tuple[list[str], list[str]]:

@@ -18,12 +18,13 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Instances
 from torch import nn
 
-from gn_detect.checkpoint import WeightGuards
+from gn_detect.checkpoint import Origin, WeightGuards
+from gn_detect.checkpoint.weight_guards import norms_of
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
 
 from .bn_match import Pair, load_pair
-from .prepare import check_weights, usable_device
+from .prepare import usable_device
 
 METHODS = ("calibrated", "copied", "plain")
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -38,6 +39,7 @@ class Conversion:
     Attributes:
         weights: name -> tensor on the CPU, for the model of the GN config. What the BN weights do
             not hold is left out, so that it starts afresh.
+        origin: of these weights.
         errors: method -> output of the backbone -> relative L2 error, |GN - BN| / |BN|, on the
             images that were held out.
         calibrated: the names of the GN layers that were BN, or had no norm.
@@ -46,6 +48,7 @@ class Conversion:
     """
 
     weights: dict[str, torch.Tensor]
+    origin: Origin
     errors: dict[str, dict[str, float]]
     calibrated: list[str]
     fresh: list[str]
@@ -120,7 +123,7 @@ def convert(
 
     Args:
         cfg: of the GN network; ``NUM_CLASSES`` may be None and then follows the weights.
-        weights: in any form that Detectron2 reads.
+        weights: any name of weights that ``MODEL.WEIGHTS`` takes.
         images: at least 2, of one size, as :func:`read_images` gives them.
         method: gamma and beta of the result: ``"calibrated"``; ``"copied"`` from BN; or
             ``"plain"``, 1 and 0.
@@ -131,7 +134,6 @@ def convert(
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE, 1)
-    check_weights("--weights", weights, "", eval_only=False, resume=False)
     pair = load_pair(cfg, weights)
     source, target, layers = pair.source, pair.target, pair.layers
 
@@ -156,28 +158,8 @@ def convert(
     state = target.state_dict()
     affine = {f"{layer}.{name}" for layer in layers for name in ("weight", "bias")}
     state = {name: state[name].cpu() for name in state if name in pair.kept or name in affine}
-    return Conversion(state, errors, layers, pair.fresh, (len(batch), len(held_out)))
-
-
-def save(conversion: Conversion, cfg: CfgNode, path: str) -> None:
-    """Write a checkpoint for the network of ``cfg``, in the form of :class:`Checkpointer`.
-
-    Raises:
-        ConfigError: the name does not end in .pth.
-    """
-    check_output(path)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    origin = dataclasses.asdict(WeightGuards.from_config(cfg).ours)
-    torch.save({"model": conversion.weights, "origin": origin}, path)
-
-
-def check_output(path: str) -> None:
-    """
-    Raises:
-        ConfigError: the name does not end in .pth, by which Detectron2 knows the format.
-    """
-    if Path(path).suffix != ".pth":
-        raise ConfigError(f"--output is {path}: give a name that ends in .pth")
+    origin = dataclasses.replace(WeightGuards.from_config(cfg).ours, **norms_of(target))
+    return Conversion(state, origin, errors, layers, pair.fresh, (len(batch), len(held_out)))
 
 
 def _calibrate(

@@ -367,7 +367,7 @@ def test_refused_weights(source, opts, change, message, tmp_path):
 
 
 def test_refused_names(tmp_path):
-    with pytest.raises(ConfigError, match="--weights: there is no file nowhere.pth"):
+    with pytest.raises(ConfigError, match="there is no file nowhere.pth"):
         convert(gn_config(), "nowhere.pth", list(smooth_images(2)))
     result = run_tool(
         "bn_to_gn.py",
@@ -376,7 +376,7 @@ def test_refused_names(tmp_path):
         check=False,
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "error: --output is gn.pkl: give a name that ends in .pth" in result.stderr
+    assert "error: gn.pkl: weights are written as .pth or .safetensors" in result.stderr
 
 
 def test_refused_without_proposals(tmp_path):
