@@ -19,6 +19,7 @@ from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
 from gn_detect.checkpoint.export import check_extension, export_backbone, write_weights
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
+from gn_detect.engine.prepare import classes_from_weights
 
 
 def parse_args():
@@ -52,11 +53,10 @@ def main(args):
         cfg = load_config(args.config_file, args.opts)
         cfg.MODEL.DEVICE = "cpu"
         cfg.GUARDS.BN_WEIGHTS_INTO_GN &= not args.allow_bn_conv_only
-        # A config that leaves the classes to the data says nothing of those of the weights.
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80
-        cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES or 80
+        weights = read_weights(args.weights)
+        classes_from_weights(cfg, weights)
         checkpointer = Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg))
-        weights, coverage = checkpointer.read(args.weights)
+        coverage = checkpointer.check(weights, args.weights)
         weights = dataclasses.replace(
             weights,
             state=coverage.loaded,

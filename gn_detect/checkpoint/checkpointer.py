@@ -125,34 +125,42 @@ class Checkpointer(DetectionCheckpointer):
             the rest of the file.
 
         Raises:
-            ConfigError: as :meth:`read`. Nothing is applied then.
+            ConfigError: the weights cannot be found, read or trusted, or are not what the model
+                needs. Nothing of them is applied then.
         """
         if not path:
             return super().load(path, checkpointables)
-        weights, coverage = self.read(path)
+        if origin := Origin.of_name(path):
+            self._guards.check_origin(origin, path)  # before a download
+        logger.info(f"Loading weights from {path}")
+        weights = read_weights(path, self.model.state_dict())
+        coverage = self.check(weights, path)
         self.model.load_state_dict(coverage.loaded, strict=False)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:
                 self.checkpointables[key].load_state_dict(weights.rest.pop(key))
         return weights.rest
 
-    def read(self, path: str) -> tuple[Weights, Coverage]:
-        """Read weights, log what they give to the model, and hold them to the guards of the run.
+    def check(self, weights: Weights, name: str) -> Coverage:
+        """Log what weights give to the model, and hold them to the guards of the run.
 
         Args:
-            path: as of :meth:`load`.
+            weights: nothing of them is applied.
+            name: of their file.
 
         Raises:
-            ConfigError: the weights cannot be found, read or trusted, or are not what the model
-                needs.
+            ConfigError: they are not what the model needs.
         """
-        if origin := Origin.of_name(path):
-            self._guards.check_origin(origin, path)  # before a download
-        logger.info(f"Loading weights from {path}")
-        weights = read_weights(path)
         coverage = cover(weights, self.model)
         try:
-            self._guards.check(weights, coverage, self.model, path)
+            self._guards.check(weights, coverage, self.model, name)
         finally:
-            logger.info(f"{path} has the names of {weights.format}; it gives\n{coverage}")
-        return weights, coverage
+            logger.info(f"{name} has the names of {weights.format}; it gives\n{coverage}")
+        unknown = [k for k, v in dataclasses.asdict(weights.origin).items() if v is None]
+        unknown = [k for k in unknown if getattr(self.origin, k) not in (None, "")]
+        if unknown:
+            logger.warning(
+                f"{name} does not say with which {', '.join(unknown)} it was trained; what the "
+                "config says is taken to be right"
+            )
+        return coverage

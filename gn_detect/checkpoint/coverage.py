@@ -39,6 +39,7 @@ class Coverage:
         mismatched: parameter of the model -> its shape in the file.
         unexpected: names in the file that the model does not have.
         shapes: of all parameters of the model.
+        batch_norms: layers of the model that are BN in the file.
     """
 
     loaded: dict[str, torch.Tensor]
@@ -46,6 +47,7 @@ class Coverage:
     mismatched: dict[str, tuple[int, ...]]
     unexpected: list[str]
     shapes: dict[str, tuple[int, ...]]
+    batch_norms: set[str]
 
     def lacking(self, component: str) -> list[str]:
         """The parameters of ``component`` that are not loaded."""
@@ -63,7 +65,8 @@ class Coverage:
             row[3] += name in self.missing
             row[4] += name in self.mismatched
         rows = [
-            (component, f"{total:,}", f"{100 * loaded / max(total, 1):.2f} %", *counts)
+            # Rounded down: 100 % is all.
+            (component, f"{total:,}", f"{10000 * loaded // max(total, 1) / 100:.2f} %", *counts)
             for component, (total, loaded, *counts) in sizes.items()
         ]
         table = tabulate(
@@ -77,9 +80,12 @@ class Coverage:
             f"{name}: {list(theirs)} in the file, {list(self.shapes[name])} in the model"
             for name, theirs in self.mismatched.items()
         ]
-        details = {"other shape": lines, "missing": self.missing, "unexpected": self.unexpected}
-        shown = [f"{what}: {_shorten(names)}" for what, names in details.items() if names]
-        return "\n".join([table, *shown])
+        details = {
+            "other shape": "; ".join(lines),
+            "missing": _shorten(self.missing),
+            "unexpected": _shorten(self.unexpected),
+        }
+        return "\n".join([table, *(f"{what}: {names}" for what, names in details.items() if names)])
 
 
 def cover(weights: Weights, model: nn.Module) -> Coverage:
@@ -89,7 +95,8 @@ def cover(weights: Weights, model: nn.Module) -> Coverage:
     with it; if the model has several (the stages of a cascade), it is left out.
     """
     theirs = {n: t for n, t in weights.state.items() if not re.fullmatch(_CONSTANTS, n)}
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    ours = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     places = {name: name for name in theirs.keys() & ours.keys()}
     if weights.partial:
         candidates = defaultdict(list)
@@ -107,6 +114,11 @@ def cover(weights: Weights, model: nn.Module) -> Coverage:
         mismatched={name: mismatched[name] for name in ours if name in mismatched},
         unexpected=[name for name in theirs if name not in places],
         shapes=trained,
+        batch_norms={
+            place.rpartition(".")[0]
+            for name, place in places.items()
+            if name.rpartition(".")[0] in weights.batch_norms
+        },
     )
 
 

@@ -32,10 +32,23 @@ class Origin:
 
     @classmethod
     def from_dict(cls, values: dict) -> Origin:
-        """Of a checkpoint, also as JSON; what another version may have added is left out."""
+        """Of a checkpoint, also as JSON; what another version may have added is left out.
+
+        Raises:
+            ValueError: a value is of another kind.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in fields}
-        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        known = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
+        for name, value in known.items():
+            pixels = name.startswith("pixel_")
+            kind = tuple if pixels else _KINDS.get(name, int)
+            numbers = value if pixels and isinstance(value, tuple) else ()
+            if not (value is None or isinstance(value, kind)) or not all(
+                isinstance(number, (int, float)) for number in numbers
+            ):
+                raise ValueError(f"{name} is {value!r}")
+        return cls(**known)
 
     def completed_by(self, other: Origin | None) -> Origin:
         """With the fields of ``other`` where this one's are not known."""
@@ -47,6 +60,9 @@ class Origin:
         """Of public weights, by the end of their name or URL; None for unknown ones."""
         name = re.sub(r"(\.pkl|\.pth(\.tar)?)?([?#].*)?$", "", weights)
         return next((o for pattern, o in _KNOWN.items() if re.search(f"{pattern}$", name)), None)
+
+
+_KINDS = {"input_format": str, "stride_in_1x1": bool, "weight_standardization": str}
 
 
 def same(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -140,5 +140,6 @@ def to_safetensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
     plain = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)  # not the extra state that a module may have
     }
     return safetensors.torch.save(plain, metadata)

@@ -24,6 +24,8 @@ _DETECTRON_GN = {
     "e2e_mask_rcnn_R-50-FPN_3x_gn": "48734751 _0417.09_54_59.nwCTtPVk",
     "e2e_mask_rcnn_R-101-FPN_3x_gn": "48734779 _0417.09_55_23.HMtcR8wg",
 }
+# timm's ResNets without parts that leave no trace in the names of weights, such as anti-aliasing.
+_TIMM = r"(tv_)?(resnet\d+(_gn)?|resnext\d+_\d+x\d+d|wide_resnet\d+_2|resnetv2_\w+)\..+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,28 +62,38 @@ def locate(name: str) -> Source:
     Raises:
         WeightsError: there is no such file, it cannot be downloaded, or it has another digest.
     """
-    address, digest = _split_digest(name)
-    address, query, _ = address.partition("?matching_heuristics=True")
+    address, heuristics, digest = split_name(name)
     origin = Origin.of_name(address)
     url = address
     if address.startswith("timm://"):
-        url, origin = _timm(address.removeprefix("timm://"))
+        url, published = _timm(address.removeprefix("timm://"))
+        origin = published.completed_by(origin)
     elif address.startswith("detectron://"):
         url = _detectron(address.removeprefix("detectron://"))
         origin = origin or Origin.of_name(url)
     path = _download(url, name) if "://" in url else url
     if not os.path.isfile(path):
-        raise WeightsError(f"{name}: there is no file {path}")
+        known = (
+            " (nor does Detectron2 know such an address)" if path == url and "://" in url else ""
+        )
+        raise WeightsError(f"{name}: there is no file {path}{known}")
     if digest:
         _check_digest(path, digest)
-    return Source(path, origin, bool(query))
+    return Source(path, origin, heuristics)
 
 
-def _split_digest(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, bool, str]:
+    """Take a name of weights apart: path or URL, whether it has Detectron2's query
+    ``?matching_heuristics=True``, and the SHA-256 behind it or "".
+
+    Raises:
+        WeightsError: that is none.
+    """
     address, found, digest = name.partition("#sha256=")
     if found and not re.fullmatch("[0-9a-fA-F]{64}", digest):
         raise WeightsError(f"{name}: #sha256= takes the 64 hexadecimal digits of the file's digest")
-    return address, digest.lower()
+    address, query, _ = address.partition("?matching_heuristics=True")
+    return address, bool(query), digest.lower()
 
 
 def _check_digest(path: str, digest: str) -> None:
@@ -102,13 +114,16 @@ def _timm(model: str) -> tuple[str, Origin]:
         import timm
     except ImportError:
         raise WeightsError(
-            f"timm://{model}: timm knows where its weights are; pip install timm, or download "
-            f"model.safetensors of https://huggingface.co/timm/{model} and name that file"
+            f"timm://{model}: timm knows where its weights are: pip install timm"
         ) from None
-    available = timm.list_pretrained()
+    available = [name for name in timm.list_pretrained() if re.fullmatch(_TIMM, name)]
     if model not in available:
-        similar = difflib.get_close_matches(model, available, n=5, cutoff=0.3)
-        raise WeightsError(f"timm has no weights {model!r}; similar: {', '.join(similar)}")
+        similar = [name for name in available if name.startswith(f"{model}.")]
+        similar += difflib.get_close_matches(model, available, n=5, cutoff=0)
+        raise WeightsError(
+            f"timm has no weights {model!r} of a ResNet that Detectron2 has, too; similar: "
+            f"{', '.join(dict.fromkeys(similar))}"
+        )
     published = timm.get_pretrained_cfg(model)
     origin = Origin(
         input_format="RGB",
@@ -140,17 +155,23 @@ def _download(url: str, name: str) -> str:
     except Exception as error:  # of urllib, of the catalogs, and of handlers that users register
         reason = str(error).strip().splitlines()
         wanted = f"{name} ({url})" if url != name else name
-        raise WeightsError(
-            f"{wanted} cannot be downloaded: {reason[0] if reason else type(error).__name__}. "
-            f"Download it elsewhere, then name the file, or put it at {_cached(url)}"
-        ) from None
+        message = f"{wanted} cannot be downloaded: {reason[0] if reason else type(error).__name__}"
+        if cached := _cached(url):
+            # Named by its path, it would not be known for what it is.
+            message += f". Download it elsewhere and put it at {cached}; the name stays the same"
+        raise WeightsError(message) from None
 
 
 def _cached(url: str) -> str:
-    """Where iopath's HTTPURLHandler keeps ``url``."""
+    """Where iopath's HTTPURLHandler keeps ``url``; "" for what it does not know."""
     if url.startswith("catalog://"):
-        url = ModelCatalog.get(url.removeprefix("catalog://"))
+        try:
+            url = ModelCatalog.get(url.removeprefix("catalog://"))
+        except (KeyError, RuntimeError):
+            return ""
     elif url.startswith("detectron2://"):
         url = "https://dl.fbaipublicfiles.com/" + url.replace("://", "/")
+    if not url.startswith(("http://", "https://")):
+        return ""
     path = urlparse(url).path.lstrip("/")
     return os.path.join(get_cache_dir(), os.path.dirname(path), url.split("/")[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -107,17 +107,18 @@ class WeightGuards:
             ConfigError: names what does not fit, and the switch.
         """
         self.check_origin(weights.origin, name)
-        layers = bn_into_gn(weights.batch_norms, model)
+        layers = bn_into_gn(coverage, model)
         self._check_batch_norms(layers, name)
-        parameters = {f"{layer}.{p}" for layer in layers for p in ("weight", "bias")}
-        for parameter in parameters & coverage.loaded.keys():
-            del coverage.loaded[parameter]
-            coverage.missing.append(parameter)
+        parameters = [f"{layer}.{p}" for layer in layers for p in ("weight", "bias")]
+        for parameter in parameters:
+            if coverage.loaded.pop(parameter, None) is not None:
+                coverage.missing.append(parameter)
         if layers:
             logger.warning(
                 f"{name}: gamma and beta of {len(layers)} layers of BN that are GN here are left "
                 "out; the convolutions are loaded"
             )
+        self._check_statistics(coverage, model, name)
         self._check_norms(weights.origin, coverage, model, name)
         self._check_backbone(coverage, parameters, name)
 
@@ -126,10 +127,27 @@ class WeightGuards:
         if on and layers:
             raise ConfigError(
                 f"{name} was trained with BN in {len(layers)} layers that are GN here, such as "
-                f"{layers[0]}. BN's convolutions are of little use with GN's statistics, though "
-                "all names fit. Use weights trained with GN (detectron://R-50-GN, "
-                "timm://resnet50_gn.a1h_in1k), tools/bn_to_gn.py, or a norm of BN in these layers; "
-                f"to load the convolutions alone all the same, set {switch} False"
+                f"{layers[0]}. The names fit, GN's features do not. Use weights trained "
+                "with GN (detectron://R-50-GN, timm://resnet50_gn.a1h_in1k), turn these into such "
+                "with tools/bn_to_gn.py (docs/bn_to_gn.md), or set the norm of these layers to BN; "
+                f"to load the convolutions alone, set {switch} False"
+            )
+
+    def _check_statistics(self, coverage: Coverage, model: nn.Module, name: str) -> None:
+        switch, on = self.switches["WEIGHTS_NORM"]
+        layers = [
+            n
+            for n, m in model.named_modules()
+            if getattr(m, "running_mean", None) is not None
+            and f"{n}.weight" in coverage.loaded
+            and n not in coverage.batch_norms
+        ]
+        if on and layers:
+            raise ConfigError(
+                f"{name} was trained without BN in {len(layers)} layers that are "
+                f"{type(model.get_submodule(layers[0])).__name__} here, such as {layers[0]}: it "
+                "has no mean and variance for them. Set the norm of these layers to GN, or use "
+                f"weights that were trained with BN; to go on all the same, set {switch} False"
             )
 
     def _check_norms(self, origin: Origin, coverage: Coverage, model: nn.Module, name: str) -> None:
@@ -156,7 +174,7 @@ class WeightGuards:
                     f"all the same, set {switch} False"
                 )
 
-    def _check_backbone(self, coverage: Coverage, exempt: set[str], name: str) -> None:
+    def _check_backbone(self, coverage: Coverage, exempt: list[str], name: str) -> None:
         switch, on = self.switches["WEIGHTS_COVERAGE"]
         lacking = [n for n in coverage.lacking(BACKBONE) if n not in exempt]
         # A deeper network has further blocks in the stages; a classifier at its end is no matter.
@@ -175,14 +193,10 @@ class WeightGuards:
         )
 
 
-def bn_into_gn(batch_norms: Iterable[str], model: nn.Module) -> list[str]:
-    """The GN layers of ``model`` for which weights have a BN.
-
-    Args:
-        batch_norms: names of their BN layers, with or without what they begin with in a detector.
-    """
+def bn_into_gn(coverage: Coverage, model: nn.Module) -> list[str]:
+    """The GN layers of ``model`` that are BN in the weights of ``coverage``."""
     group_norms = [n for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)]
-    return [n for n in group_norms if any(f".{n}".endswith(f".{bn}") for bn in batch_norms)]
+    return [name for name in group_norms if name in coverage.batch_norms]
 
 
 def norms_of(model: nn.Module) -> dict[str, str | int | None]:

@@ -15,7 +15,8 @@ from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError, locate
 from gn_detect.modeling.norm import weight_standardization_from_config
 
-from .guards import is_retinanet, norm_keys
+from .guards import norm_keys
+from .prepare import classes_from_weights
 
 _GN_KINDS = ("GN", "LN", "IN")
 
@@ -89,7 +90,7 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
     _check_config(cfg)
     cfg = cfg.clone()
     loaded = read_weights(weights)
-    _set_num_classes(cfg, loaded)
+    classes_from_weights(cfg, loaded)
     target = build_model(cfg).eval()
     source_cfg = _source_config(cfg, target, loaded, weights)
     WeightGuards.from_config(source_cfg).check_origin(loaded.origin, weights)
@@ -137,26 +138,9 @@ def _value(cfg: CfgNode, key: str) -> str:
     return node[name]
 
 
-def _set_num_classes(cfg: CfgNode, weights: Weights) -> None:
-    """Take the classes from the predictor in the weights where ``cfg`` leaves them open."""
-    retinanet = is_retinanet(cfg)
-    section = cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
-    if section.NUM_CLASSES is not None:
-        return
-    pattern = r"head\.cls_score\.weight" if retinanet else r".*box_predictor\..*cls_score\.weight"
-    rows = next((len(t) for name, t in weights.state.items() if re.fullmatch(pattern, name)), None)
-    anchors = cfg.MODEL.ANCHOR_GENERATOR
-    if rows is None:
-        section.NUM_CLASSES = 1  # of a predictor that is not written
-    elif retinanet:
-        section.NUM_CLASSES = rows // (len(anchors.SIZES[0]) * len(anchors.ASPECT_RATIOS[0]))
-    else:
-        section.NUM_CLASSES = rows - 1  # the last is the background
-
-
 def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str) -> CfgNode:
     """``cfg`` with the norms that the weights have, part by part."""
-    bn = set(bn_into_gn(weights.batch_norms, target))
+    bn = set(bn_into_gn(cover(weights, target), target))
     gammas = [name for name, tensor in weights.state.items() if tensor.dim() == 1]
     gn = {
         layer

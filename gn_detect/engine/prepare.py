@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from gn_detect.checkpoint import CheckpointError, WeightsError
+from gn_detect.checkpoint import CheckpointError, Weights, WeightsError
+from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
 from gn_detect.solver import resolve_schedule
@@ -175,7 +177,7 @@ def check_weights(key: str, weights: str, output_dir: str, eval_only: bool, resu
         logger.warning(f"--resume: no checkpoint in {output_dir}, starting at iteration 0")
     if not weights and eval_only:
         raise ConfigError(f"{key} is empty: with --eval-only, name the weights to evaluate")
-    path = weights.split("?")[0]  # Detectron2 takes ?matching_heuristics=True
+    path, _, _ = split_name(weights)
     if weights and "://" not in weights and not os.path.isfile(path):
         raise ConfigError(f"{key}: there is no file {path}")
 
@@ -262,3 +264,21 @@ def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:
     cfg.MODEL[section].NUM_CLASSES = count
     names = ", ".join(map(str, summary.classes.values()))
     logger.info(f"{key} = {count}, from the dataset {first}: {names}")
+
+
+def classes_from_weights(cfg: CfgNode, weights: Weights) -> None:
+    """Set the number of classes from the predictor in ``weights`` where ``cfg`` leaves it open; to
+    1 where they have none."""
+    retinanet = is_retinanet(cfg)
+    section = cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
+    if section.NUM_CLASSES is not None:
+        return
+    pattern = r"head\.cls_score\.weight" if retinanet else r".*box_predictor\..*cls_score\.weight"
+    rows = next((len(t) for name, t in weights.state.items() if re.fullmatch(pattern, name)), None)
+    anchors = cfg.MODEL.ANCHOR_GENERATOR
+    if rows is None:
+        section.NUM_CLASSES = 1
+    elif retinanet:
+        section.NUM_CLASSES = rows // (len(anchors.SIZES[0]) * len(anchors.ASPECT_RATIOS[0]))
+    else:
+        section.NUM_CLASSES = rows - 1  # the last is the background

@@ -3,7 +3,9 @@
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
@@ -259,3 +261,116 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         ConfigError, match="'backbone.fpn_lateral2.weight' has elements that are NaN"
     ):
         load(config(R18), weights)
+
+
+def test_names_without_their_beginning(tmp_path):
+    """Detectron2's query; without it, such names are of another model."""
+    cfg = config(R18)
+    model = build_model(cfg)
+    state = {k.removeprefix("backbone.bottom_up."): v for k, v in model.state_dict().items()}
+    state = {f"stages.{k}": v for k, v in state.items() if k.startswith("res")}
+    path = str(tmp_path / "weights.pth")
+    torch.save({k.removeprefix("stages."): torch.rand_like(v) for k, v in state.items()}, path)
+    cfg.GUARDS.WEIGHTS_COVERAGE = False  # the stem is not in it
+    with pytest.raises(ConfigError, match="are not those of a ResNet"):
+        load(cfg, path)
+    Checkpointer(model, guards=guards_of(cfg)).load(f"{path}?matching_heuristics=True")
+    for name, value in torch.load(path).items():
+        assert torch.equal(model.state_dict()[f"backbone.bottom_up.{name}"], value)
+
+
+class Encoder(torch.nn.Module):
+    """No detector, and with a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Linear(3, 3)
+
+    def get_extra_state(self):
+        return {"calls": 7}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("content", ["checkpoint", "state dict", "compiled"])
+def test_a_model_of_any_names_goes_on(content, tmp_path):
+    saved, ours = Encoder(), Encoder()
+    Checkpointer(saved, str(tmp_path), guards=guards_of(config(R18))).save("model_final")
+    state = saved.state_dict()
+    if content == "state dict":
+        torch.save(state, tmp_path / "model_final.pth")
+    elif content == "compiled":
+        compiled = {f"_orig_mod.{name}": value for name, value in state.items()}
+        torch.save(compiled, tmp_path / "model_final.pth")
+    checkpointer = Checkpointer(ours, str(tmp_path), guards=guards_of(config(R18)))
+    checkpointer.resume_or_load("", resume=True)
+    assert torch.equal(ours.encoder.weight, saved.encoder.weight)
+
+
+def test_pycls_and_folded_batch_norm(tmp_path):
+    """Two of Detectron2's own formats: names are matched by their ends, and the layers of MSRA's
+    networks have no statistics (but here the model's own, 0 and 1)."""
+    cfg = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
+    model, theirs = build_model(cfg), build_model(cfg)
+    backbone = dict(theirs.backbone.bottom_up.state_dict())
+    torch.save({"model_state": backbone}, tmp_path / "weights.pyth")
+    Checkpointer(model, guards=guards_of(cfg)).load(str(tmp_path / "weights.pyth"))
+    pairs = zip(
+        model.backbone.bottom_up.buffers(), theirs.backbone.bottom_up.buffers(), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weights_of_gn_for_batch_norm_are_refused(tmp_path):
+    """Their gamma and beta would fit, with statistics of no data."""
+    weights = own(config(R18), tmp_path)
+    frozen = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
+    with pytest.raises(ConfigError, match="without BN in 20 layers that are FrozenBatchNorm2d"):
+        load(frozen, weights)
+    frozen.GUARDS.WEIGHTS_NORM = False
+    load(frozen, weights)
+
+
+@pytest.mark.parametrize(
+    "beside, message",
+    [
+        ({"metadata": None, "origin": "coco"}, None),
+        ({"metadata": [1]}, None),
+        ({"origin": {"pixel_mean": 3}}, "origin of its weights is wrong .pixel_mean is 3"),
+        ({"origin": {"pixel_mean": ["a", 1, 2]}}, "pixel_mean is .'a', 1, 2"),
+        ({"origin": {"num_groups": "32"}}, "num_groups is '32'"),
+    ],
+)
+def test_what_is_beside_the_weights(beside, message, tmp_path):
+    weights = save(config(R18), tmp_path)
+    torch.save({**torch.load(weights), **beside}, weights)
+    if message is None:
+        load(config(R18), weights)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            load(config(R18), weights)
+
+
+def test_the_origin_of_a_name_goes_before_that_of_a_format(tmp_path, monkeypatch):
+    """timm has a ResNet of torchvision's layout that was trained with another mean."""
+    cfg = config(R18, "GUARDS.BN_WEIGHTS_INTO_GN", False)
+    path = tmp_path / "cache/timm/resnet34.ra4_e3600_r224_in1k/resolve/main/model.safetensors"
+    path.parent.mkdir(parents=True)
+    safetensors.torch.save_file(torchvision.models.resnet18().state_dict(), path)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    name = "timm://resnet34.ra4_e3600_r224_in1k"
+    with pytest.raises(ConfigError, match=r"the weights' is \[127.5, 127.5, 127.5\]"):
+        load(cfg, name)
+    with pytest.raises(ConfigError, match=r"the weights' is \[123.675, 116.28, 103.53\]"):
+        load(cfg, str(path))
+
+
+def test_an_unknown_origin_is_said(tmp_path, caplog):
+    load(config(R18), save(config(R18), tmp_path))
+    assert (
+        "does not say with which input_format, pixel_mean, pixel_std, num_groups it" in caplog.text
+    )
+    caplog.clear()
+    load(config(R18), own(config(R18), tmp_path))
+    assert not caplog.records

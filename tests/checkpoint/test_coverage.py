@@ -68,6 +68,18 @@ def test_names_of_a_backbone_end_those_of_the_detector(name, tmp_path):
     assert all(torch.equal(model.state_dict()[n], t) for n, t in coverage.loaded.items())
 
 
+def test_less_than_all_is_not_100_percent(model, state):
+    del state["backbone.bottom_up.res2.0.conv1.norm.bias"]
+    row = str(cover(convert({"model": state}, "file"), model)).splitlines()[3]
+    assert row.startswith("| backbone") and "99.99 %" in row
+
+
+def test_statistics_are_not_trained():
+    model = build_model(config(R18, "MODEL.RESNETS.NORM", "BN"))
+    state = {n: t for n, t in model.state_dict().items() if "running" not in n}
+    assert cover(convert({"model": state}, "file"), model).missing == []
+
+
 def test_one_name_for_several_layers_is_left_out():
     """The three heads of a cascade; Detectron2 raises an error there."""
     model = build_model(config("COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml"))

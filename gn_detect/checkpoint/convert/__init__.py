@@ -6,7 +6,8 @@ The format is told by the names in a file, not by its name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,30 +21,46 @@ from .weights import Weights
 
 __all__ = ["Weights", "convert", "read_weights"]
 
-_DETECTORS = ("backbone.", "proposal_generator.", "roi_heads.", "head.", "sem_seg_head.")
+logger = logging.getLogger(__name__)
+
+_DETECTORS = ("backbone.", "proposal_generator.", "roi_heads.")
+_WRAPPERS = ("module.", "_orig_mod.")  # for training on several GPUs, of torch.compile
+# What only Detectron2 and this project save beside a model.
+_CHECKPOINT = ("__author__", "iteration", "matching_heuristics", "origin", "trainer")
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, model_names: Collection[str] = ()) -> Weights:
     """Weights by a name that ``sources.locate`` knows.
+
+    Args:
+        name: of the weights.
+        model_names: of the parameters that they are for. Weights of a layout that is not known are
+            taken as they are where one of their names is among these.
 
     Raises:
         WeightsError: they cannot be found, read, trusted or recognized.
     """
     source = locate(name)
-    weights = convert(load_file(source.path), name)
+    weights = convert(load_file(source.path), name, model_names, source.matching_heuristics)
     check_finite(weights.state, name)
-    weights.origin = weights.origin.completed_by(source.origin)
-    weights.partial |= source.matching_heuristics
+    if source.origin and weights.format != "Detectron2":  # whose file states its origin
+        weights.origin = source.origin.completed_by(weights.origin)
+    else:
+        weights.origin = weights.origin.completed_by(source.origin)
     return weights
 
 
-def convert(content: Any, name: str) -> Weights:
+def convert(
+    content: Any, name: str, model_names: Collection[str] = (), partial: bool = False
+) -> Weights:
     """Weights from the content of a file.
 
     Args:
         content: a mapping of names to tensors or arrays, or one that has it under ``model``,
-            ``state_dict`` or ``blobs``.
+            ``model_state``, ``state_dict`` or ``blobs``.
         name: of the file, for messages.
+        model_names: of :func:`read_weights`.
+        partial: of :class:`Weights`, as far as it is known already.
 
     Raises:
         WeightsError: no network of a known layout is in it.
@@ -59,10 +76,12 @@ def convert(content: Any, name: str) -> Weights:
     if resnetv2.recognizes(names):
         return resnetv2.convert(state)
     backbone = "stem.conv1.weight" in names
-    if backbone or any(n.startswith(_DETECTORS) for n in names):
-        known = _known(rest, name)
-        partial = backbone or bool(known["matching_heuristics"])
-        return Weights("Detectron2", state, partial, Origin.from_dict(known["origin"]), rest=rest)
+    detector = backbone or any(n.startswith(_DETECTORS) for n in names)
+    checkpoint = partial or any(key in rest for key in _CHECKPOINT)
+    if detector or checkpoint or not names.isdisjoint(model_names):
+        partial |= backbone or bool(rest.pop("matching_heuristics", False))
+        origin = _pop_origin(rest, name)
+        return Weights("Detectron2", state, partial, origin, rest=rest)
     raise WeightsError(
         f"{name}: its names ({', '.join(list(names)[:3])}, ...) are not those of a ResNet or an "
         "R-CNN of Detectron2, Detectron, mmdetection, torchvision or timm"
@@ -72,37 +91,46 @@ def convert(content: Any, name: str) -> Weights:
 def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The names and tensors in the content of a file, and the rest of it."""
     rest = {}
-    for key in ("model", "state_dict", "blobs"):
+    for key in ("model", "model_state", "state_dict", "blobs"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             rest = {k: v for k, v in content.items() if k != key}
             content = content[key]
             break
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{name}: there are no weights in it: no mapping of names to tensors")
-    wrapped = all(str(key).startswith("module.") for key in content)  # for training
+    if key == "model_state":  # of pycls, whose names Detectron2 matches by their ends
+        rest["matching_heuristics"] = True
+    wrapper = next((w for w in _WRAPPERS if all(str(n).startswith(w) for n in content)), "")
     state = {}
     for key, value in content.items():
         value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if str(key).endswith("_extra_state"):  # of a module that saves more than tensors
+            logger.warning(f"{name}: {key} is no tensor, and is left out")
+            continue
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise WeightsError(
                 f"{name}: {key!r} in it is a {type(value).__name__}, not a tensor; weights are a "
-                "mapping of names to tensors, alone or under model, state_dict or blobs"
+                "mapping of names to tensors, alone or under model, model_state, state_dict or "
+                "blobs"
             )
-        state[key.removeprefix("module.") if wrapped else key] = value
+        state[key.removeprefix(wrapper)] = value
+    # Where metadata is that of safetensors.
+    metadata = rest.get("metadata")
+    if isinstance(metadata, Mapping) and "gn_detect.origin" in metadata:
+        rest["origin"] = metadata["gn_detect.origin"]
+        rest["matching_heuristics"] = metadata.get("gn_detect.matching_heuristics") == "true"
     return state, rest
 
 
-def _known(rest: dict[str, Any], name: str) -> dict[str, Any]:
-    """What is saved with weights of Detectron2's names: beside them, or in the metadata of
-    safetensors, as JSON."""
-    known = {"origin": {}, "matching_heuristics": False}
-    known |= {key: rest.pop(key) for key in known if rest.get(key)}
-    metadata = rest.pop("metadata", {})
+def _pop_origin(rest: dict[str, Any], name: str) -> Origin:
+    """What Checkpointer has saved of the origin: beside the model, or as JSON in safetensors."""
+    origin = rest.pop("origin", None)
     try:
-        known |= {
-            k: json.loads(metadata[f"gn_detect.{k}"]) for k in known if f"gn_detect.{k}" in metadata
-        }
-        Origin.from_dict(known["origin"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{name}: the origin of its weights cannot be read ({error})") from None
-    return known
+        if isinstance(origin, str) and isinstance(rest.get("metadata"), Mapping):
+            origin = json.loads(origin)
+        return Origin.from_dict(origin) if isinstance(origin, Mapping) else Origin()
+    except ValueError as error:
+        raise WeightsError(
+            f"{name}: what it says of the origin of its weights is wrong ({error}); leave out "
+            '"origin" beside its weights'
+        ) from None

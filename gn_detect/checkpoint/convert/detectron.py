@@ -30,11 +30,14 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     # BN is folded into a scale and a bias in most files, and then has the names of GN.
     folded = convert_basic_c2_names([name for name in kept if "_bn_" in name])
     group_norm = any(name.endswith("_gn_s") for name in kept)
+    # Detectron folds the statistics of BN. Where they are, others have trained with Caffe2, whose
+    # pixels may be divided (Detectron2's ImageNetPretrained/FAIR/X-101-32x8d.pkl).
+    others = any(".norm.running_mean" in name for name in folded)
     return Weights(
         "Detectron",
         {name: t for name, t in renamed.items() if not name.startswith(_CLASSIFIER)},
         origin=Origin(
-            **DETECTRON,
+            **{**DETECTRON, "pixel_std": None if others else DETECTRON["pixel_std"]},
             # MSRA's networks stride in the 1x1 convolution; those that Detectron trained with
             # GN do not (its configs/04_2018_gn_baselines).
             stride_in_1x1=False if group_norm else None,

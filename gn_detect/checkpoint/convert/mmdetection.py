@@ -19,8 +19,9 @@ Version 1 has the background as class 0 in all heads, which is put right here. I
 in the middle of a cell, rounded to whole pixels, and RoIAlign of 2 x 2 samples without the half
 pixel. Detectron2 computes that, but for the rounding, with ``MODEL.ANCHOR_GENERATOR.OFFSET`` 0.5,
 and ``POOLER_TYPE`` "ROIAlign" and ``POOLER_SAMPLING_RATIO`` 2 of both RoI heads; with its defaults
-such a detector is worth less until it is fine-tuned (docs/compatibility.md has up to 1 AP). Boxes
-are the same: a version 1 box of whole pixels, width x2 - x1 + 1, ends at x2 + 1 of a later one.
+such a detector is worth less until it is fine-tuned (its docs/compatibility.md has up to 1 AP).
+Boxes are the same: a version 1 box of whole pixels, width x2 - x1 + 1, ends at x2 + 1 of a later
+one.
 
 Classes have the order of the categories in the annotations that mmdetection was trained with
 (mmdet/datasets/coco.py), Detectron2's that of their ids. For COCO the two are one.
@@ -135,9 +136,9 @@ def _classes_in_order(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """The class weights with Detectron2's names and classes.
 
     They are the C classes, then the background, in ``cls_score``; the C classes, or 1 for all, in
-    ``bbox_pred`` and the mask predictor. So they are in version 2 (docs/compatibility.md). Version
-    1, without ``roi_head.``, has the background as the first of C + 1 classes in all three
-    (mmdet/models/bbox_heads/bbox_head.py, mmdet/models/mask_heads/fcn_mask_head.py there).
+    ``bbox_pred`` and the mask predictor. So they are in version 2 (docs/compatibility.md
+    there). Version 1, without ``roi_head.``, has the background as the first of C + 1 classes in
+    all three (mmdet/models/bbox_heads/bbox_head.py and mmdet/models/mask_heads/fcn_mask_head.py).
     """
     result = {}
     for name, value in state.items():

@@ -1,7 +1,7 @@
 """ResNets in torchvision's layout, which most classifiers have: torchvision's own with
 ``norm_layer=partial(GroupNorm, 32)``, timm's ``resnet50_gn``, those of the authors of Weight
-Standardization (github.com/joe-siyuan-qiao/pytorch-classification), and the backbones of
-mmdetection, where norms are called ``gn1`` in place of ``bn1``."""
+Standardization (github.com/joe-siyuan-qiao/pytorch-classification), the backbones of mmdetection,
+where norms are called ``gn1`` in place of ``bn1``, and those in torchvision's own detectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..origin import IMAGENET, Origin
 from ..safe_load import WeightsError
 from .weights import Weights
 
-_CLASSIFIERS = ("fc.", "head.", "classifier.", "last_linear.")
+_NOT_RESNET = ("fc.", "head.", "classifier.", "last_linear.")
 
 # In torchvision, and in Detectron2, where conv and norm of a layer share a name. {s}, {b} and {c}
 # are the numbers of stage (one more in Detectron2), block and convolution, {p} the parameter.
@@ -40,7 +40,14 @@ def _translate(name: str, old: int, new: int) -> str | None:
 
 
 def recognizes(names: Collection[str]) -> bool:
-    return "layer1.0.conv1.weight" in names
+    return _prefix(names) is not None
+
+
+def _prefix(names: Collection[str]) -> str | None:
+    """What the names of the ResNet begin with: nothing, or as in mmpretrain, or as in torchvision's
+    detectors."""
+    prefixes = ("", "backbone.", "backbone.body.")
+    return next((p for p in prefixes if f"{p}layer1.0.conv1.weight" in names), None)
 
 
 def rename(name: str) -> str | None:
@@ -59,9 +66,12 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     Raises:
         WeightsError: a variant of the ResNet that Detectron2 does not have.
     """
+    prefix = _prefix(state)
+    others = [name for name in state if not name.startswith(prefix)]
+    state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     renamed = {name: rename(name) for name in state}
     left_out = [name for name, new in renamed.items() if new is None]
-    if foreign := [name for name in left_out if not name.startswith(_CLASSIFIERS)]:
+    if foreign := [name for name in left_out if not name.startswith(_NOT_RESNET)]:
         raise WeightsError(
             f"{foreign[0]} has no place in Detectron2's ResNet: of the variants of this layout, "
             "only the original one is supported (no deep stem, average pooling or attention)"
@@ -73,5 +83,5 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
         "torchvision",
         {new: state[name] for name, new in renamed.items() if new},
         origin=Origin(**known, stride_in_1x1=False if bottleneck else None),
-        left_out=left_out,
+        left_out=[*(prefix + name for name in left_out), *others],
     )

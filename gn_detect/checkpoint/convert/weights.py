@@ -15,7 +15,8 @@ class Weights:
     """Weights in Detectron2's names.
 
     Args:
-        format: whose names the file had: ``"Detectron2"``, ``"Detectron"``, ``"torchvision"``, ...
+        format: whose names the file had: ``"Detectron2"``, ``"Detectron"``, ``"torchvision"``,
+            ``"mmdetection"`` or ``"timm"``.
         state: name -> tensor.
         partial: the names lack the beginning that they have in a detector, such as
             ``backbone.bottom_up.`` of ``stem.conv1.weight``.

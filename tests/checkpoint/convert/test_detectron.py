@@ -216,3 +216,24 @@ def test_names_of_folded_batch_norm():
     weights = convert(content, "R-50.pkl")
     assert len(weights.batch_norms) == 53 and "res2.0.conv1.norm" in weights.batch_norms
     assert weights.origin.stride_in_1x1 is None  # True in MSRA's, False in others
+    assert weights.origin.pixel_std == (1.0, 1.0, 1.0)
+
+
+def test_batch_norm_with_statistics():
+    """As in Detectron2's copy of FAIR/X-101-32x8d, whose pixels were divided."""
+    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
+    content |= {f"{k[:-2]}_rm": v for k, v in content.items() if k.endswith("_bn_s")}
+    weights = convert(content, "X-101-32x8d.pkl")
+    assert len(weights.batch_norms) == 53 and weights.origin.pixel_std is None
+
+
+def test_folded_batch_norm_for_frozen_batch_norm(tmp_path):
+    """Whose statistics are 0 and 1 then: the scale and bias do it all."""
+    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
+    cfg = config(MASK_RCNN, "MODEL.RESNETS.NORM", "FrozenBN")
+    model = build_model(cfg)
+    path = save(content, tmp_path / "R-50.pkl")
+    Checkpointer(model, guards=WeightGuards.from_config(cfg)).load(path)
+    norm = model.backbone.bottom_up.res5[2].conv3.norm
+    assert norm.weight.tolist() == content["res5_2_branch2c_bn_s"].tolist()
+    assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()

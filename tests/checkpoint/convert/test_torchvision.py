@@ -116,6 +116,21 @@ def test_backbone_of_mmdetection():
     assert weights.origin.input_format is None and expected.origin.input_format == "RGB"
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.body."])
+def test_backbones_of_mmpretrain_and_of_torchvisions_detectors(prefix):
+    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
+    others = {"head.fc.weight": torch.zeros(1), "rpn.x": torch.zeros(1)}
+    weights = convert({**{f"{prefix}{k}": v for k, v in state.items()}, **others}, "file")
+    assert weights.state.keys() == convert(state, "torchvision").state.keys()
+    assert set(weights.left_out) >= {"head.fc.weight"}
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "vit_tiny_patch16_224"])
+def test_other_networks_are_refused(name):
+    with pytest.raises(WeightsError, match="are not those of a ResNet"):
+        convert(timm.create_model(name).state_dict(), name)
+
+
 def test_training_checkpoint_of_torchvision():
     """references/classification/train.py"""
     state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
