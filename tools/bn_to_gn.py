@@ -13,7 +13,8 @@ import sys
 
 from tabulate import tabulate
 
-from gn_detect.checkpoint.export import check_extension, write_weights
+from gn_detect.checkpoint import Weights
+from gn_detect.checkpoint.export import check_output, write_weights
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
 from gn_detect.engine.bn_to_gn import METHODS, convert, read_images
@@ -38,11 +39,11 @@ def parse_args(argv):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        check_extension(args.output)
+        check_output(args.output)
         cfg = load_config(args.config_file, args.opts)
         images = read_images(args.images, args.num_images, cfg)
         result = convert(cfg, args.weights, images, args.method)
-        write_weights(args.output, result.weights, result.origin)
+        write_weights(args.output, Weights("Detectron2", result.weights, False, result.origin))
     except Exception as error:
         message = sentence(error)
         if message is None:

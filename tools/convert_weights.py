@@ -16,7 +16,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
-from gn_detect.checkpoint.export import check_extension, export_backbone, write_weights
+from gn_detect.checkpoint.export import (
+    check_output,
+    export_backbone,
+    write_state_dict,
+    write_weights,
+)
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
 from gn_detect.engine.prepare import classes_from_weights
@@ -41,11 +46,13 @@ def parse_args():
     args = parser.parse_intermixed_args()
     if not args.config_file and (args.allow_bn_conv_only or args.opts):
         parser.error("--allow-bn-conv-only and KEY VALUE need --config-file")
+    if args.allow_bn_conv_only and args.export:
+        parser.error("--allow-bn-conv-only leaves out what --export needs")
     return args
 
 
 def main(args):
-    check_extension(args.output)
+    check_output(args.output)
     if not args.config_file:
         weights = read_weights(args.weights)
         print(f"{args.weights} has the names of {weights.format}, {len(weights.state)} tensors")
@@ -55,18 +62,22 @@ def main(args):
         cfg.GUARDS.BN_WEIGHTS_INTO_GN &= not args.allow_bn_conv_only
         weights = read_weights(args.weights)
         classes_from_weights(cfg, weights)
-        checkpointer = Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg))
+        guards = WeightGuards.from_config(cfg)
+        checkpointer = Checkpointer(build_model(cfg), guards=guards)
         coverage = checkpointer.check(weights, args.weights)
         weights = dataclasses.replace(
             weights,
             state=coverage.loaded,
             partial=False,
-            origin=weights.origin.completed_by(checkpointer.origin),
+            batch_norms=coverage.batch_norms,
+            origin=weights.origin.completed_by(
+                guards.ours if weights.batch_norms else checkpointer.origin
+            ),
         )
     if args.export:
-        write_weights(args.output, export_backbone(weights, args.weights))
+        write_state_dict(args.output, export_backbone(weights, args.weights))
     else:
-        write_weights(args.output, weights.state, weights.origin, weights.partial)
+        write_weights(args.output, weights)
     print(f"written: {args.output}")
 
 

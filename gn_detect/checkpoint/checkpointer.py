@@ -15,7 +15,13 @@ from torch import nn
 from .convert import Weights, read_weights
 from .coverage import Coverage, cover
 from .origin import Origin
-from .saving import remove_old_checkpoints, remove_partial_files, to_safetensors, write_atomically
+from .saving import (
+    periodic_checkpoints,
+    remove_checkpoints,
+    remove_partial_files,
+    to_safetensors,
+    write_atomically,
+)
 from .weight_guards import WeightGuards, norms_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +37,7 @@ class Checkpointer(DetectionCheckpointer):
         model: also wrapped for distributed training.
         save_dir: of the checkpoints.
         guards: of the run.
-        keep: how many periodic checkpoints to keep, 0 for all.
+        keep: how many periodic checkpoints to keep of this run and of what it resumes, 0 for all.
         config: of the run, as text, for the ``.safetensors``.
         **checkpointables: of DetectionCheckpointer.
     """
@@ -49,6 +55,7 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self._guards = guards
         self._keep = keep
+        self._saved: list[str] = []  # periodic checkpoints of this run, oldest first
         self._config = config
 
     @property
@@ -67,7 +74,7 @@ class Checkpointer(DetectionCheckpointer):
         kwargs["origin"] = dataclasses.asdict(self.origin)
         basename = f"{name}.pth"
         # Fewer are to be kept than before, perhaps because there is no room for another one.
-        self._remove_old(os.path.basename(self.get_checkpoint_file()))
+        self._remove_old()
         if self._is_local:
             data = {"model": self.model.state_dict()}
             data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
@@ -79,12 +86,16 @@ class Checkpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(basename)
         else:
             super().save(name, **kwargs)
-        self._remove_old(basename)
+        if periodic_checkpoints(self.path_manager, self.save_dir, basename):
+            self._saved = [*(n for n in self._saved if n != basename), basename]
+            self._remove_old()
         if name == "model_final":
             self.save_safetensors()
 
-    def _remove_old(self, newest: str) -> None:
-        remove_old_checkpoints(self.path_manager, self.save_dir, newest, self._keep)
+    def _remove_old(self) -> None:
+        if self._keep:
+            old, self._saved = self._saved[: -self._keep], self._saved[-self._keep :]
+            remove_checkpoints(self.path_manager, self.save_dir, old)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if not self._is_local:
@@ -136,6 +147,9 @@ class Checkpointer(DetectionCheckpointer):
         weights = read_weights(path, self.model.state_dict())
         coverage = self.check(weights, path)
         self.model.load_state_dict(coverage.loaded, strict=False)
+        if self.save_dir and path == self.get_checkpoint_file():  # the run goes on
+            last = os.path.basename(path)
+            self._saved = periodic_checkpoints(self.path_manager, self.save_dir, last)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:
                 self.checkpointables[key].load_state_dict(weights.rest.pop(key))

@@ -23,46 +23,55 @@ from .saving import to_safetensors, write_atomically
 logger = logging.getLogger(__name__)
 
 
-def write_weights(
-    path: str,
-    state: Mapping[str, torch.Tensor],
-    origin: Origin | None = None,
-    partial: bool = False,
-) -> None:
-    """Write weights as ``.pth`` or ``.safetensors``, by the end of ``path``.
+def write_weights(path: str, weights: Weights) -> None:
+    """Write weights as ``.pth`` or ``.safetensors``, by the end of ``path``, and what is known of
+    them.
 
     Args:
         path: of the file, which is replaced if it exists.
-        state: name -> tensor.
-        origin: saved with them; None for weights that are to leave Detectron2, which are saved as
-            a bare state dict.
-        partial: of :class:`Weights`; Detectron2 calls it ``matching_heuristics``.
+        weights: in Detectron2's names.
 
     Raises:
-        WeightsError: ``path`` has another end.
-        CheckpointError: the file cannot be written.
+        WeightsError, CheckpointError: the file cannot be written.
     """
-    check_extension(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    known = {"origin": dataclasses.asdict(origin)} if origin else {}
-    if partial:
+    known = {"origin": dataclasses.asdict(weights.origin)}
+    if weights.partial:
         known["matching_heuristics"] = True
+    if weights.batch_norms:  # which folded BN does not show, nor convolutions alone
+        known["batch_norms"] = sorted(weights.batch_norms)
+    metadata = {f"gn_detect.{key}": json.dumps(value) for key, value in known.items()}
+    _write(path, {"model": weights.state, **known}, weights.state, metadata)
+
+
+def write_state_dict(path: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Write a state dict alone, for other libraries; otherwise as :func:`write_weights`."""
+    _write(path, state, state, {})
+
+
+def _write(path: str, content: Mapping, state: Mapping, metadata: dict[str, str]) -> None:
+    check_output(path)
     if path.endswith(".pth"):
-        content = {"model": state, **known} if origin else state
         write_atomically(path, lambda f: torch.save(content, f))
     else:
-        metadata = {f"gn_detect.{key}": json.dumps(value) for key, value in known.items()}
         data = to_safetensors(state, {"format": "pt", **metadata})
         write_atomically(path, lambda f: f.write(data))
 
 
-def check_extension(path: str) -> None:
-    """
+def check_output(path: str) -> None:
+    """Make the folder of ``path``, if there is none.
+
     Raises:
-        WeightsError: :func:`write_weights` does not write files of this name.
+        WeightsError: no weights can be written there.
     """
+    folder = os.path.dirname(path) or "."
     if not path.endswith((".pth", ".safetensors")):
         raise WeightsError(f"{path}: weights are written as .pth or .safetensors; name it so")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: there is no folder {folder} ({error.strerror})") from None
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise WeightsError(f"{path} cannot be written: it is a folder, or in one that is read-only")
 
 
 def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
@@ -86,8 +95,12 @@ def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
         if component_of(n) == BACKBONE and re.search(r"\b(stem|res\d)\.", n)
     }
     exported = {torchvision.original_name(n): tensor for n, tensor in backbone.items()}
-    if "conv1.weight" not in exported:
-        raise WeightsError(f"{name}: there is no ResNet in it whose stem is stem.conv1")
+    needed = ["conv1.weight", *(f"layer{stage}.0.conv1.weight" for stage in range(1, 5))]
+    if lacking := [n for n in needed if n not in exported]:
+        raise WeightsError(
+            f"{name}: there is no whole ResNet in it (stem.conv1, res2 to res5), as "
+            f"{', '.join(lacking)} would be lacking"
+        )
     if None in exported:
         foreign = next(n for n in backbone if torchvision.original_name(n) is None)
         raise WeightsError(f"{name}: {foreign} has no place in torchvision's ResNet")
@@ -109,11 +122,22 @@ def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
         convs = [n for n, tensor in exported.items() if tensor.ndim == 4]
         exported.update({n: standardize_weight(exported[n], variant) for n in convs})
         logger.info(f"{len(convs)} convolutions are exported standardized ({variant})")
-    groups = origin.num_groups
-    if groups not in (None, 32):
-        logger.warning(f"it has {groups} groups: build norm_layer=partial(GroupNorm, {groups})")
+    if not any(n.endswith("running_mean") for n in exported):
+        _say_groups(origin)
     exported["conv1.weight"] = _for_imagenet_input(exported["conv1.weight"], weights, name)
     return exported
+
+
+def _say_groups(origin: Origin) -> None:
+    """Warn where the groups are not the 32 that are usual."""
+    count, channels = origin.num_groups, origin.channels_per_group
+    if channels:
+        norm = f"lambda channels: GroupNorm(channels // {channels}, channels)"
+        logger.warning(f"it has {channels} channels per group: build norm_layer={norm}")
+    elif count is None:
+        logger.warning("it does not say its groups: build norm_layer with those of its config")
+    elif count != 32:
+        logger.warning(f"it has {count} groups: build norm_layer=partial(GroupNorm, {count})")
 
 
 def _for_imagenet_input(conv: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import IO
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"(.+\.(pth|safetensors)|last_checkpoint)\.[0-9a-f]{8}\.partial")
 _PERIODIC = re.compile(r"model_(\d{7,})\.pth")  # of fvcore's PeriodicCheckpointer
+_OF_A_RUN = re.compile(r"model_\w+\.(pth|safetensors)|last_checkpoint")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -81,18 +83,21 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 def _describe(path: str, reason: OSError) -> str:
-    directory = os.path.dirname(path)
+    message = f"{path} could not be written: {reason.strerror or reason}. "
+    directory, name = os.path.split(path)
+    full = reason.errno in _FULL
+    if not _OF_A_RUN.fullmatch(name):
+        return message + ("Free space there" if full else "Mend that") + ", and start again"
     remedy = "Mend that"
-    if reason.errno in _FULL:
+    if full:
         remedy = (
             "Free space there, or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy configs "
             "train.checkpointer.max_to_keep)"
         )
-    message = f"{path} could not be written: {reason.strerror or reason}. "
     with contextlib.suppress(OSError):
         with open(os.path.join(directory, "last_checkpoint")) as f:
             earlier = os.path.join(directory, f.read().strip())
-        if os.path.isfile(earlier):
+        if zipfile.is_zipfile(earlier):
             message += f"The earlier checkpoint {earlier} is intact. "
             return f"{message}{remedy}, and continue with --resume"
     return f"{message}There is no earlier checkpoint. {remedy}, and start again"
@@ -110,29 +115,31 @@ def remove_partial_files(directory: str) -> None:
                 os.remove(os.path.join(directory, name))
 
 
-def remove_old_checkpoints(
-    path_manager: PathManager, directory: str, newest: str, keep: int
-) -> None:
-    """Remove periodic checkpoints (``model_0000123.pth``), but for the last ones.
-
-    Those of later iterations than ``newest`` are of another run, and stay.
-
-    Args:
-        path_manager: of the directory.
-        directory: of the checkpoints.
-        newest: name of the one that ``last_checkpoint`` names; if it is not a periodic one, all
-            stay.
-        keep: how many of them stay, with ``newest``; 0: all.
-    """
-    if not keep or not (match := _PERIODIC.fullmatch(newest)):
-        return
-    last = int(match[1])
+def periodic_checkpoints(path_manager: PathManager, directory: str, last: str) -> list[str]:
+    """The names of the periodic checkpoints (``model_0000123.pth``) in a directory up to that of
+    name ``last``, oldest first; none if that is not a periodic one."""
+    if not (newest := _PERIODIC.fullmatch(last)):
+        return []
     try:
-        names = {int(m[1]): m[0] for m in map(_PERIODIC.fullmatch, path_manager.ls(directory)) if m}
-        for iteration in sorted(i for i in names if i <= last)[:-keep]:
-            path_manager.rm(os.path.join(directory, names[iteration]))
-    except (OSError, NotImplementedError) as error:
-        logger.warning(f"old checkpoints in {directory} could not be removed: {error}")
+        matches = filter(None, map(_PERIODIC.fullmatch, path_manager.ls(directory)))
+    except (OSError, NotImplementedError):
+        return [last]
+    return [m[0] for m in sorted(matches, key=_iteration) if _iteration(m) <= _iteration(newest)]
+
+
+def _iteration(match: re.Match) -> int:
+    return int(match[1])
+
+
+def remove_checkpoints(path_manager: PathManager, directory: str, names: list[str]) -> None:
+    """Remove checkpoints that are there, and only warn of those that cannot be removed."""
+    for name in names:
+        try:
+            path_manager.rm(os.path.join(directory, name))
+        except FileNotFoundError:
+            pass
+        except (OSError, NotImplementedError) as error:
+            logger.warning(f"{name} in {directory}, an old checkpoint, cannot be removed: {error}")
 
 
 def to_safetensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:

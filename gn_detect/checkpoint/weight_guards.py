@@ -109,6 +109,8 @@ class WeightGuards:
         self.check_origin(weights.origin, name)
         layers = bn_into_gn(coverage, model)
         self._check_batch_norms(layers, name)
+        # Of BN weights whose convolutions alone are in the file, on purpose.
+        layers += sorted(weights.batch_norms - {n.rpartition(".")[0] for n in weights.state})
         parameters = [f"{layer}.{p}" for layer in layers for p in ("weight", "bias")]
         for parameter in parameters:
             if coverage.loaded.pop(parameter, None) is not None:

@@ -1,6 +1,7 @@
 """Backbones that leave Detectron2, against the classifiers of timm and torchvision."""
 
 import functools
+import re
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ from helpers import config, randomize
 
 from gn_detect.checkpoint import Origin, Weights, WeightsError, read_weights
 from gn_detect.checkpoint.convert import convert
-from gn_detect.checkpoint.export import export_backbone, write_weights
+from gn_detect.checkpoint.export import export_backbone, write_state_dict, write_weights
 from gn_detect.checkpoint.origin import DETECTRON, IMAGENET
 from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
@@ -24,6 +25,7 @@ R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"
 NORM = functools.partial(torch.nn.GroupNorm, 32)
 STAGES = ["res2", "res3", "res4", "res5"]
+RESNET_50 = config(C4, "MODEL.RESNETS.OUT_FEATURES", STAGES)
 CLASSIFIERS = {
     "timm": lambda: timm.create_model("resnet50_gn", num_classes=0),
     "torchvision": lambda: without_classifier(torchvision.models.resnet50(norm_layer=NORM)),
@@ -43,7 +45,7 @@ def test_round_trip_is_bit_equal(layout, extension, tmp_path):
     classifier = randomize(CLASSIFIERS[layout]())
     ours = convert(classifier.state_dict(), layout)
     path = str(tmp_path / f"backbone{extension}")
-    write_weights(path, export_backbone(ours, "ours"))
+    write_state_dict(path, export_backbone(ours, "ours"))
     again = read_weights(path)
     assert again.state.keys() == ours.state.keys() and again.origin == ours.origin
     assert all(torch.equal(tensor, ours.state[name]) for name, tensor in again.state.items())
@@ -63,9 +65,8 @@ def test_backbone_of_a_detector(name):
     classifier = torchvision.models.resnet50 if name == C4 else torchvision.models.resnet18
     classifier = without_classifier(classifier(norm_layer=NORM))
     classifier.load_state_dict(exported)
-    convs = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    last = classifier.layer4[-1].conv2.weight
-    assert any(torch.equal(last, conv) for conv in convs if last.shape == conv.shape)
+    stages = model.roi_heads if name == C4 else model.backbone.bottom_up
+    assert torch.equal(classifier.layer4[-1].conv2.weight, stages.res5[-1].conv2.weight)
 
 
 @torch.no_grad()
@@ -111,32 +112,77 @@ def test_another_input_and_weight_standardization_are_folded_in(variant):
     ],
 )
 def test_what_a_classifier_cannot_compute_is_refused(origin, message):
-    backbone = build_resnet_backbone(config(C4), ShapeSpec(channels=3))
+    backbone = build_resnet_backbone(RESNET_50, ShapeSpec(channels=3))
     with pytest.raises(WeightsError, match=message):
         export_backbone(Weights("Detectron2", backbone.state_dict(), True, origin), "file")
 
 
 def test_no_resnet_is_refused():
     state = {"backbone.stages.0.weight": torch.zeros(1)}
-    with pytest.raises(WeightsError, match="there is no ResNet in it"):
+    with pytest.raises(WeightsError, match="there is no whole ResNet in it"):
         export_backbone(Weights("Detectron2", state, False), "file")
 
 
 def test_layers_that_a_classifier_does_not_have_are_refused():
-    state = dict(build_resnet_backbone(config(C4), ShapeSpec(channels=3)).state_dict())
+    state = dict(build_resnet_backbone(RESNET_50, ShapeSpec(channels=3)).state_dict())
     state["res3.0.conv2_offset.weight"] = torch.zeros(18, 128, 3, 3)
     with pytest.raises(WeightsError, match="res3.0.conv2_offset.weight has no place"):
         export_backbone(Weights("Detectron2", state, True, Origin(**IMAGENET)), "file")
 
 
-def test_what_is_written_is_read_again(tmp_path):
+@pytest.mark.parametrize("name", ["a.pth", "new folder/a.safetensors"])
+def test_what_is_written_is_read_again(name, tmp_path):
     origin = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization="timm", num_groups=8)
     state = {"fpn_lateral2.weight": torch.rand(3, 4, 1, 1), "backbone.x": torch.rand(2).half()}
-    for name in ("a.pth", "a.safetensors"):
-        path = str(tmp_path / name)
-        write_weights(path, state, origin, partial=True)
-        weights = read_weights(path)
-        assert weights.origin == origin and weights.partial
-        assert all(torch.equal(weights.state[n], t) for n, t in state.items())
-    with pytest.raises(WeightsError, match=r"a.pkl: weights are written as .pth or .safetensors"):
-        write_weights(str(tmp_path / "a.pkl"), state)
+    path = str(tmp_path / name)
+    write_weights(path, Weights("Detectron2", state, True, origin, {"res2.0.conv1.norm"}))
+    weights = read_weights(path)
+    assert weights.origin == origin and weights.partial
+    assert weights.batch_norms == {"res2.0.conv1.norm"} and not weights.rest.get("origin")
+    assert all(torch.equal(weights.state[n], t) for n, t in state.items())
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.pth").mkdir()
+    for name, message in (
+        ("a.pkl", "weights are written as .pth or .safetensors"),
+        ("file/a.pth", "there is no folder .*file"),
+        ("folder.pth", "cannot be written: it is a folder"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            write_state_dict(str(tmp_path / name), {"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("key", ["origin", "matching_heuristics"])
+def test_metadata_that_cannot_be_read(key, tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    metadata = {f"gn_detect.{key}": "[" * 100_000}
+    safetensors.torch.save_file({"backbone.x": torch.zeros(1)}, path, metadata)
+    with pytest.raises(WeightsError, match=f"gn_detect.{key} in its metadata is no JSON"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "origin, message",
+    [
+        (dict(num_groups=16), "has 16 groups: build norm_layer=partial.GroupNorm, 16"),
+        (dict(channels_per_group=8), "has 8 channels per group: build norm_layer=lambda"),
+        ({}, "does not say its groups"),
+        (dict(num_groups=32), None),
+    ],
+)
+def test_the_groups_are_said(origin, message, caplog):
+    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
+    weights = convert(state, "resnet18")
+    weights.origin = Origin(**IMAGENET, **origin)
+    export_backbone(weights, "file")
+    assert re.search(message, caplog.text) if message else not caplog.records
+
+
+def test_half_a_resnet_is_refused():
+    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
+    weights = convert(state, "resnet18")
+    weights.state = {n: t for n, t in weights.state.items() if "res5" not in n}
+    with pytest.raises(WeightsError, match="no whole ResNet .* layer4.0.conv1.weight would be lac"):
+        export_backbone(weights, "file")

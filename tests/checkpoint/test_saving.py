@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from gn_detect.checkpoint import Checkpointer, CheckpointError, Origin, WeightGuards
 from gn_detect.checkpoint.saving import write_atomically
+from gn_detect.checkpoint.weight_guards import SWITCHES
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
 
@@ -25,11 +26,10 @@ R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 
 
 def make_checkpointer(directory, *, model=None, **kwargs):
-    names = ("WEIGHTS_INPUT", "WEIGHTS_STRIDE", "BN_WEIGHTS_INTO_GN")
     guards = WeightGuards(
         Origin("BGR", (1.0, 2.0, 3.0), (1.0, 1.0, 1.0), None),
         {"input_format": "", "pixel_mean": "", "pixel_std": "", "stride_in_1x1": ""},
-        {name: (name, True) for name in names},
+        {name: (name, True) for name in SWITCHES},
     )
     model = torch.nn.Linear(3, 2) if model is None else model
     return Checkpointer(model, str(directory), guards=guards, **kwargs)
@@ -240,7 +240,9 @@ works_again()
 (directory / "model_final.pth").rename(directory / "model_0000001.pth")
 (directory / "last_checkpoint").write_text("model_0000001.pth")
 leave(whole - 1)
-make_checkpointer(directory, model=model, keep=1).save("model_0000002", iteration=1)
+checkpointer = make_checkpointer(directory, model=model, keep=1)
+checkpointer.resume_or_load("", resume=True)
+checkpointer.save("model_0000002", iteration=1)
 assert read(directory) == 1
 assert [path.name for path in directory.glob("*.pth")] == ["model_0000002.pth"]
 """
@@ -295,7 +297,9 @@ def test_the_newest_checkpoints_are_kept_across_a_resume(tmp_path):
         (tmp_path / name).touch()
 
     def train(start, stop):
-        checkpointer = PeriodicCheckpointer(make_checkpointer(tmp_path, keep=2), period=2)
+        checkpointer = make_checkpointer(tmp_path, keep=2)
+        checkpointer.resume_or_load("", resume=True)
+        checkpointer = PeriodicCheckpointer(checkpointer, period=2)
         for iteration in range(start, stop):
             checkpointer.step(iteration)
         last = names(tmp_path) - others - {"model_0000099.pth"}
@@ -312,10 +316,23 @@ def test_the_newest_checkpoints_are_kept_across_a_resume(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_said(tmp_path, caplog):
+    checkpointer = make_checkpointer(tmp_path, keep=1)
+    checkpointer.save("model_0000001")
+    (tmp_path / "model_0000001.pth").unlink()
     (tmp_path / "model_0000001.pth").mkdir()
     with caplog.at_level(logging.WARNING, "gn_detect"):
-        make_checkpointer(tmp_path, keep=1).save("model_0000003")
-    assert "old checkpoints in" in caplog.text and "model_0000001.pth" in caplog.text
+        checkpointer.save("model_0000003")
+    assert "model_0000001.pth in" in caplog.text and "cannot be removed" in caplog.text
+
+
+def test_checkpoints_of_another_run_stay(tmp_path):
+    """One that was not resumed, though its iterations are earlier."""
+    make_checkpointer(tmp_path).save("model_0000099")
+    checkpointer = make_checkpointer(tmp_path, keep=1)
+    checkpointer.save("model_0000149")
+    checkpointer.save("model_0000199")
+    periodic = {"model_0000099.pth", "model_0000199.pth"}
+    assert names(tmp_path) == {*periodic, "last_checkpoint"}
 
 
 class MemoryHandler(PathHandler):
@@ -378,7 +395,7 @@ def test_final_weights_as_safetensors(tmp_path):
     with safetensors.safe_open(tmp_path / "model_final.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert Origin.from_dict(checkpoint["origin"]) == guards.ours
+    assert Origin.from_dict(checkpoint["origin"]) == checkpointer.origin
     assert json.loads(metadata["gn_detect.origin"]) == json.loads(json.dumps(checkpoint["origin"]))
     fresh = load_config()
     assert as_yaml(fresh) != as_yaml(cfg)

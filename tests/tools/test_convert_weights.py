@@ -72,6 +72,10 @@ def test_convolutions_of_batch_norm(tmp_path):
     assert "gamma and beta of 53 layers of BN that are GN here are left out" in shown
     state = read_weights(str(tmp_path / "out.pth")).state
     assert len(state) == 53 and not any("norm" in name for name in state)
+    # What was let pass once is in order afterwards.
+    again = [tmp_path / "out.pth", tmp_path / "again.pth", "--config-file", R50]
+    shown = run_tool("convert_weights.py", *again, *RGB).stdout
+    assert "gamma and beta of 53 layers of BN that are GN here are left out" in shown
     run = run_tool("convert_weights.py", *args[:2], "--allow-bn-conv-only", check=False)
     assert run.returncode == 2 and "need --config-file" in run.stderr
 

@@ -80,8 +80,9 @@ def convert(
     checkpoint = partial or any(key in rest for key in _CHECKPOINT)
     if detector or checkpoint or not names.isdisjoint(model_names):
         partial |= backbone or bool(rest.pop("matching_heuristics", False))
+        batch_norms = {n for n in rest.pop("batch_norms", None) or () if isinstance(n, str)}
         origin = _pop_origin(rest, name)
-        return Weights("Detectron2", state, partial, origin, rest=rest)
+        return Weights("Detectron2", state, partial, origin, batch_norms, rest=rest)
     raise WeightsError(
         f"{name}: its names ({', '.join(list(names)[:3])}, ...) are not those of a ResNet or an "
         "R-CNN of Detectron2, Detectron, mmdetection, torchvision or timm"
@@ -114,23 +115,23 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
                 "blobs"
             )
         state[key.removeprefix(wrapper)] = value
-    # Where metadata is that of safetensors.
+    # Where metadata is that of safetensors, it has as JSON what is beside the model in a .pth.
     metadata = rest.get("metadata")
-    if isinstance(metadata, Mapping) and "gn_detect.origin" in metadata:
-        rest["origin"] = metadata["gn_detect.origin"]
-        rest["matching_heuristics"] = metadata.get("gn_detect.matching_heuristics") == "true"
+    for key in ("origin", "matching_heuristics", "batch_norms"):
+        if isinstance(metadata, Mapping) and f"gn_detect.{key}" in metadata:
+            try:
+                rest[key] = json.loads(metadata[f"gn_detect.{key}"])
+            except (ValueError, RecursionError):
+                raise WeightsError(f"{name}: gn_detect.{key} in its metadata is no JSON") from None
     return state, rest
 
 
 def _pop_origin(rest: dict[str, Any], name: str) -> Origin:
-    """What Checkpointer has saved of the origin: beside the model, or as JSON in safetensors."""
+    """What Checkpointer has saved of the origin."""
     origin = rest.pop("origin", None)
     try:
-        if isinstance(origin, str) and isinstance(rest.get("metadata"), Mapping):
-            origin = json.loads(origin)
         return Origin.from_dict(origin) if isinstance(origin, Mapping) else Origin()
     except ValueError as error:
         raise WeightsError(
-            f"{name}: what it says of the origin of its weights is wrong ({error}); leave out "
-            '"origin" beside its weights'
+            f"{name}: what it says of the origin of its weights is wrong ({error}); leave that out"
         ) from None

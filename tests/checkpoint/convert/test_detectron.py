@@ -13,6 +13,7 @@ from helpers import config
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.coverage import cover
+from gn_detect.checkpoint.export import write_weights
 from gn_detect.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,6 +218,16 @@ def test_names_of_folded_batch_norm():
     assert len(weights.batch_norms) == 53 and "res2.0.conv1.norm" in weights.batch_norms
     assert weights.origin.stride_in_1x1 is None  # True in MSRA's, False in others
     assert weights.origin.pixel_std == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["R-50.pth", "R-50.safetensors"])
+def test_folded_batch_norm_is_told_once_it_is_converted(name, tmp_path):
+    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
+    path = str(tmp_path / name)
+    write_weights(path, convert(content, "R-50.pkl"))
+    cfg = config(MASK_RCNN)
+    with pytest.raises(ConfigError, match="was trained with BN in 53 layers that are GN"):
+        Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg)).load(path)
 
 
 def test_batch_norm_with_statistics():
