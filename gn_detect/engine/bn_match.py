@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from gn_detect.checkpoint import WeightGuards, Weights, read_weights
-from gn_detect.checkpoint.coverage import Coverage, cover
+from gn_detect.checkpoint.coverage import BACKBONE, Coverage, component_of, cover
 from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError, locate
 from gn_detect.modeling.norm import weight_standardization_from_config
@@ -26,29 +25,29 @@ class _Part:
     """A part of a detector, which is converted as a whole or starts afresh as a whole.
 
     Args:
-        names: a pattern of how the names of its parameters begin.
         keys: of its norms.
         calibrated: whether each of its norms is called once per image or RoI. RPN, RetinaNet's
             head and the semantic head share one norm among levels, or are not run here.
+        of_rois: whether it is calibrated on what FPN and RPN give it.
     """
 
-    names: str
     keys: tuple[str, ...]
     calibrated: bool = True
+    of_rois: bool = False
 
 
-# A parameter is of the first that matches its name.
+# By their names in coverage.component_of.
 _PARTS = {
-    "FPN": _Part(r"backbone\.(fpn_|top_block\.)", ("MODEL.FPN.NORM",)),
-    "ResNet": _Part(r"backbone\.|roi_heads\.res5\.", ("MODEL.RESNETS.NORM",)),
-    "RPN": _Part(r"proposal_generator\.", ("MODEL.RPN.NORM",), calibrated=False),
-    "box head": _Part(r"roi_heads\.box_", ("MODEL.ROI_BOX_HEAD.NORM",)),
+    "FPN": _Part(("MODEL.FPN.NORM",)),
+    BACKBONE: _Part(("MODEL.RESNETS.NORM",)),
+    "RPN": _Part(("MODEL.RPN.NORM",), calibrated=False),
+    "box head": _Part(("MODEL.ROI_BOX_HEAD.NORM",), of_rois=True),
     "mask head": _Part(
-        r"roi_heads\.mask_", ("MODEL.ROI_MASK_HEAD.NORM", "MODEL.ROI_MASK_HEAD.DECONV_NORM")
+        ("MODEL.ROI_MASK_HEAD.NORM", "MODEL.ROI_MASK_HEAD.DECONV_NORM"), of_rois=True
     ),
-    "keypoint head": _Part(r"roi_heads\.keypoint_", ("MODEL.ROI_KEYPOINT_HEAD.NORM",)),
-    "RetinaNet head": _Part(r"head\.", ("MODEL.RETINANET.NORM",), calibrated=False),
-    "semantic head": _Part(r"sem_seg_head\.", ("MODEL.SEM_SEG_HEAD.NORM",), calibrated=False),
+    "keypoint head": _Part(("MODEL.ROI_KEYPOINT_HEAD.NORM",), of_rois=True),
+    "RetinaNet head": _Part(("MODEL.RETINANET.NORM",), calibrated=False),
+    "semantic head": _Part(("MODEL.SEM_SEG_HEAD.NORM",), calibrated=False),
 }
 
 
@@ -65,6 +64,7 @@ class Pair:
         kept: name -> tensor, what ``target`` has from the weights.
         fresh: the parts with GN layers that start afresh: not in the weights, or not of a kind
             that can be calibrated.
+        lacking: the parts that the weights do not hold, or not all of: random in ``source``.
     """
 
     source: nn.Module
@@ -72,6 +72,7 @@ class Pair:
     layers: list[str]
     kept: dict[str, Tensor]
     fresh: list[str]
+    lacking: set[str]
 
 
 def load_pair(cfg: CfgNode, weights: str) -> Pair:
@@ -85,20 +86,27 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
         weights: any name of weights that ``sources.locate`` knows.
 
     Raises:
-        ConfigError: the weights are not of this network with BN, or the config is not of GN.
+        ConfigError: the weights are not of this network with BN, or were trained with Weight
+            Standardization; GN that they have is of other groups; or the config is not of GN.
     """
     _check_config(cfg)
     cfg = cfg.clone()
     loaded = read_weights(weights)
+    if variant := loaded.origin.weight_standardization:
+        raise ConfigError(
+            f"{weights} was trained with Weight Standardization ({variant}), without which its "
+            "convolutions compute something else; give weights that were trained without it"
+        )
     classes_from_weights(cfg, loaded)
     target = build_model(cfg).eval()
     source_cfg = _source_config(cfg, target, loaded, weights)
-    WeightGuards.from_config(source_cfg).check_origin(loaded.origin, weights)
     source = build_model(source_cfg).eval()
     coverage = cover(loaded, source)
     absent = _absent(coverage, weights)
+    WeightGuards.from_config(source_cfg).check(loaded, coverage, source, weights)
     source.load_state_dict(coverage.loaded, strict=False)
-    layers, fresh = _match(source, target, absent)
+    lacking = {component_of(name) for name in absent}
+    layers, fresh = _match(source, target, lacking)
     known, norms = source.state_dict(), set(layers)
     kept = {
         name: known[name]
@@ -106,10 +114,10 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
         if name in known
         and name not in absent
         and name.rpartition(".")[0] not in norms
-        and _part_of(name) not in fresh
+        and component_of(name) not in fresh
     }
     target.load_state_dict(kept, strict=False)
-    return Pair(source, target, layers, kept, fresh)
+    return Pair(source, target, layers, kept, fresh, lacking)
 
 
 def _check_config(cfg: CfgNode) -> None:
@@ -125,17 +133,9 @@ def _check_config(cfg: CfgNode) -> None:
         )
 
 
-def _part_of(name: str) -> str:
-    return next((part for part, p in _PARTS.items() if re.match(p.names, name)), "")
-
-
 def _gn_keys(cfg: CfgNode) -> list[str]:
-    return [key for key in norm_keys(cfg) if _value(cfg, key) in _GN_KINDS]
-
-
-def _value(cfg: CfgNode, key: str) -> str:
-    node, name = locate(cfg, key)
-    return node[name]
+    places = {key: locate(cfg, key) for key in norm_keys(cfg)}
+    return [key for key, (node, name) in places.items() if node[name] in _GN_KINDS]
 
 
 def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str) -> CfgNode:
@@ -157,7 +157,7 @@ def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str)
     tracked = any(name.endswith("num_batches_tracked") for name in weights.state)
     source = cfg.clone()
     for name, part in _PARTS.items():
-        layers = {layer for layer in _group_norms(target) if _part_of(layer) == name}
+        layers = {layer for layer in _group_norms(target) if component_of(layer) == name}
         for key in set(part.keys) & set(_gn_keys(cfg)):
             node, last = locate(source, key)
             if layers & bn:
@@ -178,13 +178,13 @@ def _absent(coverage: Coverage, weights: str) -> list[str]:
         ConfigError: the weights are of another network.
     """
     for name, theirs in coverage.mismatched.items():
-        if _part_of(name) != "RetinaNet head":  # which starts afresh
+        if component_of(name) != "RetinaNet head":  # which starts afresh
             raise ConfigError(
                 f"{name} has the shape {list(theirs)} in {weights}, {list(coverage.shapes[name])} "
                 "in the config's network. Give the config the sizes of the weights; leave "
                 "NUM_CLASSES out, and it follows them"
             )
-    if backbone := [name for name in coverage.missing if _part_of(name) == "ResNet"]:
+    if backbone := [name for name in coverage.missing if component_of(name) == BACKBONE]:
         raise ConfigError(
             f"{weights} lacks {len(backbone)} tensors of the backbone, such as {backbone[0]}: it "
             "is of another network than the config's (MODEL.RESNETS)"
@@ -192,29 +192,27 @@ def _absent(coverage: Coverage, weights: str) -> list[str]:
     return [*coverage.missing, *coverage.mismatched]
 
 
-def _match(source: nn.Module, target: nn.Module, absent: list[str]) -> tuple[list[str], list[str]]:
+def _match(source: nn.Module, target: nn.Module, lacking: set[str]) -> tuple[list[str], list[str]]:
     """Find the GN layers to calibrate, and the parts that start afresh.
 
     Where the BN network has no norm, an identity takes its place, in ``source``.
     """
     modules = dict(source.named_modules())
-    lacking = {_part_of(name) for name in absent}
     layers, fresh = [], []
     for name, part in _PARTS.items():
         todo = [
             layer
             for layer in _group_norms(target)
-            if _part_of(layer) == name and not isinstance(modules.get(layer), nn.GroupNorm)
+            if component_of(layer) == name and not isinstance(modules.get(layer), nn.GroupNorm)
         ]
         added = [layer for layer in todo if layer not in modules]
         convs = [modules.get(layer.removesuffix(".norm")) for layer in added]
-        # RoI heads are calibrated on what FPN and RPN give them.
-        needed = {name, "FPN", "RPN"} if part.names.startswith("roi_heads") else {name}
+        needed = {name, "FPN", "RPN"} if part.of_rois else {name}
         if not todo:
             continue
         if (
             not part.calibrated
-            or needed & {*lacking, *fresh}
+            or needed & lacking
             or any(getattr(conv, "norm", "") is not None for conv in convs)
         ):
             fresh.append(name)

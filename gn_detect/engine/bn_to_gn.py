@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import FPN
 from detectron2.modeling.roi_heads import Res5ROIHeads
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from gn_detect.checkpoint import Origin, WeightGuards
@@ -97,11 +98,17 @@ def read_images(directory: str, num_images: int, cfg: CfgNode) -> list[torch.Ten
                 f"cannot read the image {file} ({type(error).__name__}: {error}); replace it, or "
                 "take it out of the directory"
             ) from error
-        image = resize.get_transform(image).apply_image(image)
-        top, left = ((n - size) // 2 for n in image.shape[:2])
-        image = image[top : top + size, left : left + size]
+        # A long and thin image would become a huge one.
+        image = _middle(image, 8 * min(image.shape[:2]))
+        image = _middle(resize.get_transform(image).apply_image(image), size)
         images.append(torch.as_tensor(image.astype("float32").transpose(2, 0, 1)))
     return images
+
+
+def _middle(image: np.ndarray, size: int) -> np.ndarray:
+    """At most ``size`` pixels of each side of (H, W, 3), in the middle."""
+    top, left = (max(n - size, 0) // 2 for n in image.shape[:2])
+    return image[top : top + size, left : left + size]
 
 
 @torch.no_grad()
@@ -116,7 +123,8 @@ def convert(
     have m and v, gamma is sqrt(V / v), with the sign of BN's gamma, and beta M - gamma m. One pass
     is enough: each layer is given its gamma and beta while it runs, so that those behind it see
     what they will. The box head sees the BN network's proposals, mask and keypoint heads its
-    detections (where the weights have none to give, its best proposals).
+    detections (where the weights have none to give, its best proposals). Where the weights have no
+    RPN, res5 of C4 sees tiles of the image.
 
     BN's statistics are of the training set, GN's of each image and group, so this is not the same
     function, except where a group is one channel and the batch one image.
@@ -129,7 +137,8 @@ def convert(
             ``"plain"``, 1 and 0.
 
     Raises:
-        ConfigError: the weights are not of this network with BN, or the config is not of GN.
+        ConfigError: the weights are not of this network with BN, or give no finite features; or
+            the config is not of GN.
         DataError: nothing is proposed in the images, on which RoI heads are to be calibrated.
     """
     cfg = cfg.clone()
@@ -140,7 +149,7 @@ def convert(
     held = range(3, len(images), 4) or [len(images) - 1]
     held_out = [images[i] for i in held]
     batch = [image for i, image in enumerate(images) if i not in held]
-    with_fpn = isinstance(target.backbone, FPN) and "FPN" not in pair.fresh
+    with_fpn = isinstance(target.backbone, FPN) and "FPN" not in pair.lacking
     expected = _features(source, held_out, with_fpn)
     values, errors = {}, {}
     for name, of_method in (
@@ -172,6 +181,11 @@ def _calibrate(
 
     def record(layer: str, module: nn.Module, output: torch.Tensor) -> None:
         expected[layer] = _moments(output)
+        if not expected[layer][0].isfinite().all():
+            raise ConfigError(
+                f"the output of {layer} in the BN network is not finite, or too large for its "
+                "variance; the weights are damaged, or not of this network: try them with BN"
+            )
 
     def adjust(layer: str, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         (variance, mean), (v, m) = expected[layer], _moments(output)
@@ -187,7 +201,9 @@ def _calibrate(
     with _hooks(source, layers, record):
         features = source.backbone(images.tensor)
         if heads:
-            proposals, _ = source.proposal_generator(images, features, None)
+            proposals = _tiles(images)
+            if "RPN" not in pair.lacking:
+                proposals, _ = source.proposal_generator(images, features, None)
             if not any(map(len, proposals)):
                 raise DataError(
                     "the BN network proposes no object in the images, so that no RoI head can be "
@@ -207,8 +223,23 @@ def _calibrate(
     return values
 
 
+def _tiles(images: ImageList) -> list[Instances]:
+    """Each image, its 4 quarters and their 16 quarters, as its proposals."""
+    proposals = []
+    for height, width in images.image_sizes:
+        tiles = [(x / n, y / n, 1 / n) for n in (1, 2, 4) for y in range(n) for x in range(n)]
+        boxes = [(x * width, y * height, (x + s) * width, (y + s) * height) for x, y, s in tiles]
+        boxes = Boxes(torch.tensor(boxes, device=images.device))
+        proposals.append(Instances((height, width), proposal_boxes=boxes))
+    return proposals
+
+
 def _box_head(model: nn.Module, features: dict, proposals: list[Instances]) -> list[Instances]:
-    """Run it on the proposals, and return the detections; with C4, run res5."""
+    """Run it on the proposals, and return the detections; with C4, run res5.
+
+    By private methods of Detectron2: its public way is inference, which proposes by itself, where
+    both networks are to see the same proposals.
+    """
     heads = model.roi_heads
     if isinstance(heads, Res5ROIHeads):
         maps = [features[name] for name in heads.in_features]
@@ -229,7 +260,7 @@ def _best(proposals: list[Instances]) -> list[Instances]:
         Instances(
             p.image_size,
             pred_boxes=p.proposal_boxes,
-            pred_classes=torch.zeros_like(p.objectness_logits, dtype=torch.int64),
+            pred_classes=torch.zeros(len(p), dtype=torch.int64, device=p.proposal_boxes.device),
         )
         for p in best
     ]
@@ -275,5 +306,11 @@ def _features(
     x = model.preprocess_image([{"image": image} for image in images]).tensor
     if not isinstance(model.backbone, FPN):
         return model.backbone(x)
-    features = dict(model.backbone.bottom_up(x))
-    return features | model.backbone(x) if with_fpn else features
+    if not with_fpn:
+        return model.backbone.bottom_up(x)
+    features = {}
+    bottom_up = model.backbone.bottom_up
+    handle = bottom_up.register_forward_hook(lambda *args: features.update(args[-1]))
+    outputs = model.backbone(x)
+    handle.remove()
+    return features | outputs

@@ -238,6 +238,10 @@ def test_backbone_alone(tmp_path):
     assert len(result.calibrated) == 20
     assert " ".join(result.errors["plain"]) == "res2 res3 res4 res5"
     assert all(name.startswith("backbone.bottom_up.") for name in result.weights)
+    # Nor is the error of a random FPN reported where it has no norm.
+    cfg.MODEL.FPN.NORM = ""
+    result = convert(cfg, str(weights), list(smooth_images(2)))
+    assert " ".join(result.errors["plain"]) == "res2 res3 res4 res5"
 
 
 def test_gn_heads_are_kept(tmp_path):
@@ -248,6 +252,26 @@ def test_gn_heads_are_kept(tmp_path):
     for name, value in source.state_dict().items():
         if not name.startswith("backbone.bottom_up."):
             assert torch.equal(result.weights[name], value), name
+
+
+def test_gn_heads_of_other_groups_are_refused(tmp_path):
+    bn = bn_config("MODEL.RESNETS.NORM", "BN", "MODEL.GN.NUM_GROUPS", 8, norm="GN")
+    Checkpointer(bn_model(bn), str(tmp_path), guards=WeightGuards.from_config(bn)).save("bn")
+    weights, images = str(tmp_path / "bn.pth"), list(smooth_images(2))
+    with pytest.raises(ConfigError, match=r"has 16 groups of .*bn.pth was trained with 8 groups"):
+        convert(gn_config("MODEL.GN.NUM_GROUPS", 16), weights, images)
+    assert convert(gn_config("MODEL.GN.NUM_GROUPS", 8), weights, images).origin.num_groups == 8
+
+
+def test_heads_are_calibrated_beside_an_rpn_that_starts_afresh(tmp_path):
+    """They see the BN network's proposals, which the norm of the new RPN does not change."""
+    weights = weights_of(bn_model(bn_config()), tmp_path)
+    images = list(smooth_images(2))
+    expected = convert(gn_config(), weights, images).weights
+    result = convert(gn_config("MODEL.RPN.NORM", "GN"), weights, images)
+    assert result.fresh == ["RPN"] and len(result.calibrated) == 36
+    assert result.weights.keys() == {n for n in expected if "proposal_generator" not in n}
+    assert all(torch.equal(value, expected[name]) for name, value in result.weights.items())
 
 
 def test_classes_follow_the_weights(tmp_path):
@@ -275,18 +299,50 @@ def test_other_heads(name, last, tmp_path):
     assert gamma.isfinite().all() and (gamma != 1).any()
 
 
+C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_2x.yaml"
+C4_TINY = (
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", 5, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 32),
+)
+
+
 def test_c4(tmp_path):
-    opts = (
-        *("MODEL.RPN.POST_NMS_TOPK_TEST", 5, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-        *("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 32),
-    )
-    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_2x.yaml"
-    source = bn_model(bn_config(*opts, name=name))
-    cfg = gn_config(*opts, name=name)
+    source = bn_model(bn_config(*C4_TINY, name=C4))
+    cfg = gn_config(*C4_TINY, name=C4)
     result = convert(cfg, weights_of(source, tmp_path), list(smooth_images(2)))
     assert len(result.calibrated) == 53 and set(result.errors["plain"]) == {"res4"}
     assert "roi_heads.res5.2.conv3.norm" in result.calibrated
     loaded(cfg, result.weights)
+
+
+def test_c4_from_a_backbone_sees_tiles_of_the_image(tmp_path):
+    """Not what an RPN with random weights proposes."""
+    source = bn_model(bn_config(*C4_TINY, name=C4))
+    path = weights_of(source, tmp_path)
+    kept = ("backbone.", "roi_heads.res5.")
+    state = {n: v for n, v in source.state_dict().items() if n.startswith(kept)}
+    torch.save({"model": state}, path)
+    cfg, images = gn_config(*C4_TINY, name=C4), list(smooth_images(2))
+    torch.manual_seed(1)
+    weights = convert(cfg, path, images).weights
+    assert len([name for name in weights if name.startswith("roi_heads.res5.")]) == 30
+
+    edges = [(n, i * 64 // n, 64 // n) for n in (1, 2, 4) for i in range(n)]
+    tiles = [(x, y, x + s, y + s) for n, x, s in edges for m, y, _ in edges if m == n]
+    assert len(tiles) == 21
+    target = build_model(cfg).eval()
+    target.load_state_dict(weights, strict=False)
+    outputs = []
+    for model in (source, target):
+        batch = model.preprocess_image([{"image": images[0]}]).tensor
+        with torch.no_grad():
+            rois = model.roi_heads.pooler(
+                [model.backbone(batch)["res4"]], [Boxes(torch.tensor(tiles).float())]
+            )
+            out = model.roi_heads.res5[0].conv1(rois)
+        outputs.append((out.mean((0, 2, 3)), out.var((0, 2, 3))))
+    for expected, found in zip(*outputs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_retinanet_head_starts_afresh(tmp_path):
@@ -320,7 +376,12 @@ def test_training_starts_from_the_result(tmp_path, image_dir, coco_files):
         *("MODEL.WEIGHTS", tmp_path / "new/gn.pth", "OUTPUT_DIR", tmp_path / "out"),
     )
     log = trained.stdout + trained.stderr
-    assert "not found in the checkpoint" not in log and "Skip loading" not in log
+    rows = [line.split("|") for line in log.splitlines() if " % |" in line]
+    parts = ["backbone", "FPN", "RPN", "box head", "mask head"]
+    assert sorted((row[1].strip(), row[3].strip()) for row in rows) == sorted(
+        (part, "100.00 %") for part in parts
+    )
+    assert not any(line.startswith(("missing:", "other shape:")) for line in log.splitlines())
     # Learning had begun at the weights: one step of warm-up moves them little.
     written = torch.load(tmp_path / "new/gn.pth")["model"]
     final = torch.load(tmp_path / "out/model_final.pth")["model"]
@@ -338,6 +399,14 @@ def reshape(content):
     content["model"]["backbone.fpn_output3.weight"] = torch.zeros(8, 8, 3, 3)
 
 
+def weight_standardization(content):
+    content["origin"] = {"weight_standardization": "authors"}
+
+
+def overflow(content):
+    content["model"]["backbone.bottom_up.res3.0.conv1.weight"] *= 1e20
+
+
 def other_input(content):
     values = {"input_format": "RGB", "pixel_mean": None, "pixel_std": None, "stride_in_1x1": None}
     content["origin"] = values
@@ -349,6 +418,8 @@ REFUSED = {
     "GN": ({"norm": "GN"}, (), None, "bn.pth has GN already"),
     "Weight Standardization": ({}, WS, None, "WEIGHT_STANDARDIZATION is 'authors'"),
     "no GN": ({}, all_norms("BN"), None, "no norm of the config is GN"),
+    "weights with it": ({}, (), weight_standardization, r"Standardization \(authors\), without"),
+    "overflow": ({}, (), overflow, "output of backbone.bottom_up.res3.0.conv1.norm .* not finite"),
     "another backbone": ({}, (), remove, r"lacks \d+ tensors of the backbone, .*bottom_up.res4.0"),
     "another shape": ({}, (), reshape, r"fpn_output3.weight has the shape \[8, 8, 3, 3\] .* \[32"),
     "another input": ({}, (), other_input, "INPUT.FORMAT is BGR, the weights' is RGB"),
@@ -413,3 +484,7 @@ def test_images(image_dir):
     for image in images:
         assert image.shape == (3, 64, 64) and image.dtype == torch.float32
         assert (image == torch.tensor([50.0, 100.0, 200.0]).view(3, 1, 1)).all()
+    # As a whole it would be 24 million pixels long.
+    Image.fromarray(np.full((2, 60_000, 3), 7, dtype=np.uint8)).save(image_dir / "0.png")
+    image, *_ = read_images(str(image_dir), 2, gn_config("INPUT.MIN_SIZE_TEST", 810))
+    assert image.shape == (3, 800, 800) and (image == 7).all()
