@@ -32,7 +32,8 @@ class Gadget:
 
 def write(folder: Path, canary: Path) -> None:
     """Write all files into ``folder``; those that run code make the file ``canary``."""
-    groups = [pickles(canary), arrays(), archives(canary), tensors(canary), others(), cut()]
+    groups = [pickles(canary), repeats(), arrays(), archives(canary), tensors(canary)]
+    groups += [repeated_tensors(), others(), cut()]
     for group in groups:
         for name, content in group.items():
             assert not (folder / name).exists(), name
@@ -128,6 +129,62 @@ def pickles(canary: Path) -> dict[str, bytes]:
     return files
 
 
+def repeats() -> dict[str, bytes]:
+    """Small pickles that copy a long list, mapping or tuple again and again, and their like."""
+    pairs = b"](" + b"".join(number(i) + b"N\x86" for i in range(10_000)) + b"e\x85q\0"
+    mapping = b"}(" + b"".join(number(i) + b"N" for i in range(10_000)) + b"uq\0\x85q\1"
+    numbers = b"](" + b"".join(number(i) for i in range(10_000)) + b"e\x85q\0"
+    many = b"(" + number(2**100) * 10_000 + b"tq\0"
+    history = b"cmmengine.logging.history_buffer\nHistoryBuffer\n"
+    namespace = b"cargparse\nNamespace\n)\x81"
+    names = b"}(" + b"".join(text(f"a{i}") + b"N" for i in range(10_000)) + b"uq\0"
+    unbuilt = call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\n", b"K\0\x85C\1b")
+    numpy_4 = b"(K\1K\1\x85" + number_type("f4") + b"\x89C\4" + bytes(4) + b"tb"
+    calls = {
+        "ordered_dict": (pairs, b"ccollections\nOrderedDict\n"),
+        "dict": (mapping, b"c__builtin__\ndict\n"),
+        "counter": (mapping, b"ccollections\nCounter\n"),
+        "config": (mapping, b"cmmengine.config.config\nConfigDict\n"),
+        "set": (numbers, b"c__builtin__\nset\n"),
+        "frozenset": (numbers, b"c__builtin__\nfrozenset\n"),
+        "arguments": (many, history),
+    }
+    files = {}
+    for name, (argument, function) in calls.items():
+        again = b"h\2h\1R" if b"q\1" in argument[-4:] else b"h\2h\0R"
+        start = b"\x80\2(" + argument + function + b"q\2"
+        files[f"repeat_{name}.pkl"] = start + again * 100_000 + b"l."
+        # Without a list, the copies are left below what the pickle returns.
+        files[f"repeat_{name}_left.pkl"] = b"\x80\2" + start[3:] + again * 3000 + b"."
+    return {
+        **files,
+        "repeat_namespace.pkl": b"\x80\2(" + names + (namespace + b"h\0b") * 20_000 + b"l.",
+        "left.pkl": b"\x80\2NN.",
+        "left_mark.pkl": b"\x80\2N(N.",
+        "many_sizes.pkl": in_dict(
+            unbuilt + b"(K\1" + many + number_type("f4") + b"\x89C\4" + bytes(4) + b"tb"
+        ),
+        "many_tuple_keys.pkl": b"\x80\2}("
+        + b"".join(number(i) + b"N\x86N" for i in range(2000))
+        + b"u.",
+        "set_of_list.pkl": b"\x80\4\x8f(]\x90.",
+        "set_of_text.pkl": in_dict(call("builtins", "set", text("abc"))),
+        "set_items_of_list.pkl": b"\x80\4](N\x90.",
+        "tuple_of_list_as_key.pkl": b"\x80\2}]\x85Ns.",
+        "complex_key.pkl": b"\x80\2}"
+        + call("builtins", "complex", pickle.dumps(1.0, 2)[2:-1] * 2)
+        + b"Ns.",
+        "bytearray_size.pkl": in_dict(call("builtins", "bytearray", number(HUGE))),
+        "bytearray_copies.pkl": b"\x80\3(B" + struct.pack("<I", 2**20) + bytes(2**20)
+        + b"\x85q\0c__builtin__\nbytearray\nq\1" + b"h\1h\0R" * 4000 + b"l.",
+        "complex_of_text.pkl": in_dict(call("builtins", "complex", text("1" * 1000), text("j"))),
+        "holds_itself_opaque.pkl": b"\x80\2]q\0" + history + b")\x81q\1ah\1h\0ba.",
+        "holds_itself_namespace.pkl": b"\x80\2]q\0" + namespace + b"q\1ah\1}"
+        + text("a") + b"h\0sba.",
+        "unbuilt_array.pkl": b"\x80\2](" + unbuilt + b"q\0\x85h\0" + numpy_4 + b"e.",
+    }  # fmt: skip
+
+
 def arrays() -> dict[str, bytes]:
     """Pickles of numpy arrays, protocol 2."""
     ndarray, f4 = b"cnumpy\nndarray\n", number_type("f4")
@@ -137,7 +194,16 @@ def arrays() -> dict[str, bytes]:
         return in_dict(empty + b"(" + b"".join(state) + b"tb")
 
     data = b"C\x08" + bytes(8)
+    long = b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"q\1"
+    state = b"K\1" + number(2**18) + b"\x85", f4, b"\x89", long
+    named = b"".join(text(f"w{i}") + b"h\0" for i in range(50_000))
+    shared = call(
+        "numpy.core.numeric", "_frombuffer", b"h\1", f4, number(2**18) + b"\x85", text("C")
+    )
     return {
+        "array_named_again.pkl": b"\x80\2}("
+        + text("w") + empty + b"(" + b"".join(state) + b"tbq\0" + named + b"u.",
+        "array_shares_bytes.pkl": b"\x80\3](" + long + shared * 1000 + b"e.",
         "array_huge.pkl": array(b"K\1", number(HUGE) + b"\x85", f4, b"\x89", data),
         "array_overflow.pkl": array(b"K\1", number(2**62) * 2 + b"\x86", f4, b"\x89", data),
         "array_negative.pkl": array(b"K\1", number(-2) * 2 + b"\x86", f4, b"\x89", data),
@@ -341,6 +407,72 @@ def tensors(canary: Path) -> dict[str, bytes]:
         ),
         "other_size_legacy.pth": legacy(in_dict(tensor(legacy=True)), numel=HUGE),
     }
+
+
+def repeated_tensors() -> dict[str, bytes]:
+    """Files with few bytes and many tensors on them, or one tensor under many names."""
+    hooks = b"ccollections\nOrderedDict\n)Rq\0"
+    state = {
+        "data": b"}" + text("data") + b"Ns",
+        "class": b"}" + text("__class__") + b"Ns",
+        "grad": b"}" + text("grad") + b"Ns",
+        "slots": b"N}" + text("a") + b"Ns\x86",
+    }
+    files = {}
+    for ending, is_legacy in {".pth": False, "_legacy.pth": True}.items():
+
+        def file(content: bytes, numel: int = 4, is_legacy: bool = is_legacy) -> bytes:
+            if is_legacy:
+                return legacy(content, numel=numel) + bytes(4 * numel - 16)
+            return archive(content, {"weights/data/0": bytes(4 * numel)})
+
+        def named(first: bytes, other: bytes, count: int) -> bytes:
+            others = b"".join(text(f"w{i}") + other for i in range(count))
+            return b"\x80\2}(" + text("w") + first + others + b"u."
+
+        view = {"legacy": is_legacy, "numel": 2**18, "size": (512, 512), "stride": (512, 1)}
+        expanded = {"legacy": is_legacy, "size": (1024, 1024), "stride": (0, 0)}
+        long_size = b"(" + b"K\1" * 10_000 + b"t\x85q\0ctorch\nSize\nq\1"
+        files |= {
+            f"expanded_often{ending}": file(
+                named(tensor(**expanded, hooks=hooks), tensor(**expanded), 3000)
+            ),
+            f"views_often{ending}": file(named(tensor(**view), tensor(**view), 3000), 2**18),
+            f"named_often{ending}": file(named(tensor(**view) + b"q\0", b"h\0", 50_000), 2**18),
+            f"parameter_often{ending}": file(
+                named(
+                    tensor(**view) + b"q\0",
+                    call("torch._utils", "_rebuild_parameter", b"h\0\x88" + hooks[:-2]),
+                    1000,
+                ),
+                2**18,
+            ),
+            f"long_size{ending}": file(
+                b"\x80\2(" + tensor(legacy=is_legacy) + long_size + b"h\1h\0R" * 50_000 + b"l."
+            ),
+        }
+        for name, attributes in state.items():
+            made = attributes_of(tensor(legacy=is_legacy), attributes)
+            files[f"attribute_{name}{ending}"] = file(in_dict(made))
+        other = {
+            "call": {"function": b"cbuiltins\ngetattr\n"},
+            "class": {"cls": b"cargparse\nNamespace\n"},
+        }
+        for name, change in other.items():
+            made = attributes_of(tensor(legacy=is_legacy), b"}", **change)
+            files[f"attributes_of_{name}{ending}"] = file(in_dict(made))
+    return files
+
+
+def attributes_of(
+    made: bytes,
+    attributes: bytes,
+    function=b"ctorch._utils\n_rebuild_tensor_v2\n",
+    cls=b"ctorch\nTensor\n",
+) -> bytes:
+    """The instructions for a tensor with attributes, from those of ``tensor``."""
+    arguments = made[made.index(b"(") : -1]
+    return call("torch._tensor", "_rebuild_from_type_v2", function, cls, arguments, attributes)
 
 
 def twice(**kwargs) -> bytes:

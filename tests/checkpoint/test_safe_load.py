@@ -27,6 +27,7 @@ def assert_same(ours, reference):
         assert ours.device.type == "cpu" and ours.requires_grad == reference.requires_grad
         assert (ours.dtype, ours.stride()) == (reference.dtype, reference.stride())
         assert torch.equal(ours, reference)
+        assert_same(vars(ours), vars(reference))
     elif isinstance(reference, (np.ndarray, np.generic)):
         assert (ours.dtype, ours.strides) == (reference.dtype, reference.strides)
         assert ours.flags.writeable == reference.flags.writeable
@@ -64,6 +65,17 @@ def numpy_content():
         "ordered": collections.OrderedDict([("b", 1), ("a", [1, (2,)])]),
         "matching_heuristics": True,
         7: {"long": ["x" * 300] * 3, "many": list(range(3000))},
+        "values": python_values(),
+    }  # fmt: skip
+
+
+def python_values():
+    return {
+        "set": [{1, "a", 2.5, None, (1, "b")}, set(), set(range(3000))],
+        "frozenset": [frozenset({1, 2}), frozenset(), frozenset()],
+        "bytes": [bytearray(b"\0\xff"), bytearray(), bytearray(range(256)) * 300],
+        "complex": [1 + 2j, complex("-0"), complex("inf")],
+        0.5: 1, -1e300: 2, float("inf"): 3, (3, "a", 0.5, None, b"x"): 4, (): 5,
     }  # fmt: skip
 
 
@@ -153,8 +165,15 @@ def torch_content(dtypes):
             np.float64(2.5),
             np.dtype("f4"),
         ],
-        "plain": (1, 1.5, None, True, "é", b"\xff", [], {}),
+        "plain": (1, 1.5, None, True, "é", b"\xff", [], {}, torch.strided),
+        "values": python_values(),
+        "noted": [noted(torch.ones(2)), noted(nn.Parameter(torch.ones(2)))],
     }  # fmt: skip
+
+
+def noted(value):
+    value.note = {"source": ["x"], "mean": torch.ones(1)}
+    return value
 
 
 DTYPES = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
@@ -177,10 +196,26 @@ def test_torch(tmp_path, dtypes, legacy):
     assert all(not t.any() for t in ours["shared"])
 
 
-def test_default_dict_becomes_a_dict(tmp_path):
-    content = collections.defaultdict(list, {"a": [1]})
+@pytest.mark.parametrize("factory", [list, int, float, str, bool, tuple, dict, set])
+def test_default_dict_becomes_a_dict(tmp_path, factory):
+    """Python 3 writes int as long and str as unicode in protocol 2, which torch.save takes."""
+    content = collections.defaultdict(factory, {"a": [1]})
     assert_same(load_bytes(tmp_path / "weights.pth", saved(content)), {"a": [1]})
-    assert_same(load_bytes(tmp_path / "weights.pkl", pickle.dumps(content)), {"a": [1]})
+    for protocol in range(6):
+        file = pickle.dumps(content, protocol)
+        assert_same(load_bytes(tmp_path / "weights.pkl", file), {"a": [1]})
+
+
+def test_tied_weights(tmp_path):
+    """As often as models tie them; and what is small may be expanded."""
+    base = torch.randn(512, 512)
+    content = {"a": base, "b": base, "c": base.t(), "d": base.view(-1)}
+    content["e"] = torch.ones(1).expand(2**20)
+    ours = load_bytes(tmp_path / "weights.pth", saved(content))
+    assert_same(ours, content)
+    assert ours["a"].data_ptr() == ours["d"].data_ptr()
+    content = {f"{i}": base.numpy() for i in range(4)}
+    assert_same(load_bytes(tmp_path / "weights.pkl", pickle.dumps(content)), content)
 
 
 @pytest.mark.parametrize("is_legacy", [False, True])

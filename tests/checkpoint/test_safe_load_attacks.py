@@ -17,7 +17,7 @@ REASONS = {
     r"asks for '(posix|os)\.": "reduce inst obj getattr array_of_class kind_class memo_index",
     "asks for 'builtins": "eval exec",
     "asks for '(subprocess|copyreg|collections|numpy|torch)": "stack_global dotted_global newobj "
-    "copyreg numpy_ torch_ hub_load jit_ load_from_bytes from_file rebuild_from_type meta sparse "
+    "copyreg numpy_ torch_ hub_load jit_ load_from_bytes from_file meta sparse "
     "module kind_unknown persistent_module",
     "instruction": "ext1 ext4 newobj_ex buffer instructions",
     "refers to": "binpersid persistent_text persistent_list persistent_short",
@@ -29,13 +29,27 @@ REASONS = {
     "more than 10,000,000 items": "memo_bomb. memo_bomb_legacy",
     "key of type tuple": "memo_bomb_as_key",
     "key of type int": "colliding_keys",
-    "ends in the middle": "long_string storage_huge_twice_legacy",
+    "ends in the middle": "long_string storage_huge_legacy storage_huge_twice_legacy",
     "128 bits": "long_integer",
-    "copies of the same bytes": "copies",
+    "copies of the same bytes": "copies bytearray_copies",
+    "copies of the same items": "repeat_",
+    "no part of its content": "left",
+    "refer to the same data": "expanded_often views_often named_often parameter_often "
+    "array_named_again array_shares",
+    "keys that are tuples": "many_tuple_keys",
+    "with a key of type": "set_of_list tuple_of_list complex_key",
+    "set of something": "set_of_text",
+    "adds items to a list": "set_items",
+    "bytearray of something": "bytearray_size",
+    "complex number of": "complex_of",
+    "or holds itself": "holds_itself_opaque holds_itself_namespace",
+    "before it is made": "unbuilt",
+    "Size of something": "long_size",
+    "attributes that a tensor": "attribute_",
     "calls": "array_call getattr_called",
-    "array (of|whose)": "array_huge array_overflow array_negative array_short array_of_list "
-    "array_objects array_fields array_text array_frombuffer dtype_ scalar_ ",
-    "in another way": "array_fresh_huge array_state_twice",
+    "array (of|whose)": "many_sizes array_huge array_overflow array_negative array_short "
+    "array_of_list array_objects array_fields array_text array_frombuffer dtype_ scalar_ ",
+    "in another way": "rebuild_from_type attributes_of array_fresh_huge array_state_twice",
     "member": "parent absolute backslash drive link nested extra case.pth twice encrypted",
     "compressed": "bomb",
     "overlap": "overlapping",
@@ -44,7 +58,7 @@ REASONS = {
     "end": "before after comment second_end",
     "declares": "storage_huge.pth storage_larger.pth storage_negative storage_twice case_of_key "
     "key_absent.pth header_",
-    "another size than it declares": "storage_huge_legacy storage_larger_legacy other_size",
+    "another size than it declares": "storage_larger_legacy other_size",
     "beyond its storage": "size_beyond stride_beyond offset_beyond size_overflow",
     "no sizes": "offset_negative size_negative stride_negative",
     "storage of only": "expanded",

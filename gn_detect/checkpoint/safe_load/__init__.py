@@ -2,8 +2,9 @@
 
 A pickle may run any code when it is loaded, and so may what ``torch.save`` wrote. Here a file is
 looked through before anything in it is followed: what it is (by its content; its name says
-nothing), which functions it asks for, and whether all sizes that it declares are sizes that it
-has. It takes the place of fvcore's and Detectron2's loaders, which unpickle what they get.
+nothing), which functions it asks for, whether the sizes that it declares are sizes that it has,
+and how often it repeats what it has. It takes the place of fvcore's and Detectron2's loaders,
+which unpickle what they get.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ class WeightsError(ConfigError):
 
 
 def load_file(path: str | os.PathLike) -> Any:
-    """Read a file of weights; nothing in it is run, and no more is allocated than it has.
+    """Read a file of weights; nothing in it is run, and what it takes is bounded by its size.
+
+    All tensors and arrays together, counted as often as the content refers to them, have at most
+    four times the bytes of the file and 16 MiB (weights may be tied or expanded), so that checks
+    and copies of them are bounded too. What else is allocated is bounded by the limits in
+    ``pickle_machine``.
 
     Args:
         path: of a file that ``torch.save`` wrote, of a pickle of numpy arrays (Detectron2's zoo,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import pickle_plain
 from .pickle_machine import Global, PickleMachine
 from .untrusted import Damage, Refusal
 
@@ -63,6 +64,7 @@ _OPAQUE = [
     "mmengine.logging.history_buffer.HistoryBuffer",
     "mmengine.logging.message_hub.MessageHub",
 ]
+_FACTORIES = ["list", "int", "float", "str", "bool", "tuple"]  # of a defaultdict
 _DICTS = ["mmengine.config.config.ConfigDict"]  # which pickles itself as a call with a dict
 
 # What torch.load gets beyond its own list, as torch.serialization.safe_globals takes it.
@@ -77,7 +79,8 @@ SAFE_GLOBALS = [
     (make_default_dict, "collections.defaultdict"),
     (opaque_attribute, "builtins.getattr"),
     (bytes, "builtins.bytes"),
-    *((Opaque, f"builtins.{name}") for name in ("list", "int", "float")),
+    frozenset,
+    *((Opaque, f"builtins.{name}") for name in _FACTORIES),
 ]
 
 
@@ -119,30 +122,21 @@ def _new_default_dict(machine: PickleMachine, factory: Any = None) -> dict:
 
 
 def _new_namespace(machine: PickleMachine) -> argparse.Namespace:
-    return argparse.Namespace()
+    result = argparse.Namespace()
+    machine.hold(result, ())  # so that it is known to be in use when it is
+    return result
 
 
 def _new_opaque(machine: PickleMachine, *arguments: Any) -> Opaque:
-    return Opaque()
+    result = Opaque()
+    machine.hold(result, ())
+    return result
 
 
 def _opaque_attribute(machine: PickleMachine, owner: Any, name: Any) -> Opaque:
     if not isinstance(owner, Global) or owner.name not in _OPAQUE or type(name) is not str:
         raise Refusal("it asks for 'builtins.getattr', which is no part of weights")
     return Opaque()
-
-
-def _encode(machine: PickleMachine, text: Any, encoding: Any) -> bytes:
-    """By which protocol 2 pickles bytes."""
-    if type(text) is not str or encoding != "latin1":
-        raise Refusal("it encodes something other than bytes")
-    machine.spend(len(text))
-    return text.encode("latin1")
-
-
-def _new_bytes(machine: PickleMachine) -> bytes:
-    """Empty ones are not encoded by protocols 0 to 2."""
-    return b""
 
 
 def _new_dtype(machine: PickleMachine, code: Any, *flags: Any) -> np.dtype:
@@ -172,7 +166,9 @@ def _check_dtype(machine: PickleMachine, dtype: Any) -> np.dtype:
 
 
 def _check_shape(shape: Any, dtype: np.dtype, size: int) -> None:
-    if type(shape) is not tuple or any(type(n) is not int or n < 0 for n in shape):
+    if type(shape) is not tuple or len(shape) > 64:  # as many as numpy has
+        raise Damage("it has an array whose shape is not a tuple of sizes")
+    if any(type(n) is not int or n < 0 for n in shape):
         raise Damage("it has an array whose shape is not a tuple of sizes")
     if math.prod(shape) * dtype.itemsize != size:
         raise Damage(
@@ -199,6 +195,7 @@ def _build_array(machine: PickleMachine, array: np.ndarray, state: Any) -> None:
     _check_shape(shape, dtype, len(data))
     machine.spend(len(data))
     array.__setstate__((1, shape, dtype, bool(fortran), bytes(data)))
+    machine.weigh(array, len(data))
 
 
 def _array_of_buffer(
@@ -208,7 +205,7 @@ def _array_of_buffer(
     if type(data) not in (bytes, bytearray) or order not in ("C", "F"):
         raise Refusal("it has an array of something other than numbers")
     _check_shape(shape, dtype, len(data))
-    return _FROMBUFFER(data, dtype, shape, order)
+    return machine.weigh(_FROMBUFFER(data, dtype, shape, order), len(data))
 
 
 def _new_scalar(machine: PickleMachine, dtype: Any, data: Any) -> np.generic:
@@ -232,6 +229,7 @@ def _build_ordered_dict(machine: PickleMachine, instance: OrderedDict, state: An
 def _build_namespace(machine: PickleMachine, instance: argparse.Namespace, state: Any) -> None:
     if type(state) is not dict or any(type(k) is not str or k.startswith("__") for k in state):
         raise Refusal("it sets attributes of a Namespace that are not arguments")
+    machine.spend_items(len(state))
     machine.hold(instance, [state])
     instance.__dict__.update(state)
 
@@ -254,11 +252,10 @@ TABLE: dict[str, Any] = {
     "collections.Counter": Global("collections.Counter", _new_counter),
     "collections.defaultdict": Global("collections.defaultdict", _new_default_dict),
     "argparse.Namespace": Global("argparse.Namespace", _new_namespace, new=True),
-    "_codecs.encode": Global("_codecs.encode", _encode),
-    "builtins.bytes": Global("builtins.bytes", _new_bytes),
+    **{name: Global(name, call) for name, call in pickle_plain.CALLS.items()},
     "builtins.getattr": Global("builtins.getattr", _opaque_attribute),
     "builtins.dict": Global("builtins.dict", _new_dict),
-    **{f"builtins.{name}": Global(f"builtins.{name}") for name in ("list", "int", "float")},
+    **{f"builtins.{name}": Global(f"builtins.{name}") for name in _FACTORIES},
     "numpy.ndarray": _NDARRAY,
     "numpy.dtype": Global("numpy.dtype", _new_dtype),
     **{n: Global(n, _CALLS[n.replace("numpy._core", "numpy.core")]) for n in _NUMPY},

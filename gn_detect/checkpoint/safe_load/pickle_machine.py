@@ -2,8 +2,9 @@
 
 Python's own unpicklers let a file name any function, nest until the interpreter's stack ends, and
 ask for memory that the file does not fill. This one calls only what a table names, and counts
-instructions, depth and items before it builds anything. The instructions are those of Python's
-``pickletools``, protocols 0 to 5, without those that no file of weights has.
+before it builds anything: instructions, depth, items, what calls copy of items and of bytes, and
+the bytes of all arrays and tensors. The instructions are those of Python's ``pickletools``,
+protocols 0 to 5, without those that no file of weights has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import codecs
 import dataclasses
 import pickletools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from .untrusted import Damage, Refusal, Window
@@ -22,6 +23,11 @@ MAX_INSTRUCTIONS = 500_000
 MAX_DEPTH = 100
 MAX_STACK = 50_000  # Python writes batches of 1000 items
 MAX_ITEMS = 10_000_000  # with an item that is referred to twice counted twice
+MAX_TUPLE_KEYS = 1000  # hashes of tuples may be chosen to collide
+# Bytes of all arrays and tensors, one that is referred to twice counted twice: a few weights are
+# tied, and a few are expanded.
+MAX_TIES = 4  # times the size of the file
+MAX_EXPANDED = 2**24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +50,7 @@ class _Facts:
     value: Any  # keeps the id taken
     depth: int = 1
     items: int = 0
+    nbytes: int = 0  # of the arrays and tensors in it
     placed: bool = False
     arguments: bool = False  # holds a Global, as the arguments of a call may
 
@@ -56,6 +63,7 @@ class PickleMachine:
         table: full name -> what a pickle gets that asks for it: a :class:`Global`, or a value.
         builders: class -> ``build(machine, instance, state)``, for instances that get a state.
         load_persistent: makes the value of a persistent id; None if there may be none.
+        file_size: of all of the file in bytes; None if the window is all of it.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class PickleMachine:
         table: Mapping[str, Any],
         builders: Mapping[type, Callable],
         load_persistent: Callable[[Any], Any] | None = None,
+        file_size: int | None = None,
     ):
         self._window, self._table, self._builders = window, table, builders
         self._load_persistent = load_persistent
@@ -72,7 +81,11 @@ class PickleMachine:
         self._memo: dict[int, Any] = {}
         self._facts: dict[int, _Facts] = {}
         self._unbuilt: dict[int, Any] = {}
-        self._bytes_left = 2 * (window.end - window.position)  # numpy's protocol 2 copies twice
+        size = window.end - window.position
+        self._bytes_left = 2 * size  # protocol 2 copies arrays and bytearrays twice
+        self._items_left = min(size, MAX_INSTRUCTIONS)  # an item takes a byte and an instruction
+        self._tuple_keys_left = MAX_TUPLE_KEYS
+        self._max_nbytes = MAX_TIES * (size if file_size is None else file_size) + MAX_EXPANDED
 
     def run(self) -> Any:
         """
@@ -85,6 +98,8 @@ class PickleMachine:
             code = read(1)
             if code == b".":
                 value = self._stack.pop()
+                if self._stack or self._below:
+                    raise Refusal("it makes values that are no part of its content")
                 if isinstance(value, Global) or self._is_arguments(value):
                     raise Refusal("it holds a function or a class instead of weights")
                 return value
@@ -103,6 +118,17 @@ class PickleMachine:
         self._bytes_left -= size
         if self._bytes_left < 0:
             raise Refusal("it makes many copies of the same bytes")
+
+    def spend_items(self, count: int) -> None:
+        """Account for items that a call gets or copies; an honest one makes them for it."""
+        self._items_left -= count
+        if self._items_left < 0:
+            raise Refusal("it makes many copies of the same items")
+
+    def weigh(self, value: Any, nbytes: int) -> Any:
+        """Say how large an array or a tensor is, before it is part of another thing."""
+        self._facts[id(value)] = _Facts(value, nbytes=nbytes)
+        return value
 
     def await_state(self, value: Any) -> Any:
         """Let ``value`` have a state, once, until it is used."""
@@ -132,6 +158,8 @@ class PickleMachine:
                 if type(parent) is not tuple:
                     raise Refusal(f"it holds {item.name}, which is no part of weights")
                 facts.arguments = True
+            elif id(item) in self._unbuilt:
+                raise Refusal("it has an array in use before it is made")
             elif (inner := self._facts.get(id(item))) is not None:
                 if inner.arguments:
                     raise Refusal("it holds a function or a class, which is no part of weights")
@@ -139,18 +167,27 @@ class PickleMachine:
                     raise Refusal("it holds itself")
                 inner.placed = True
                 facts.items += inner.items
+                facts.nbytes += inner.nbytes
                 facts.depth = max(facts.depth, inner.depth + 1)
         if facts.depth > MAX_DEPTH:
             raise Refusal(f"it is nested deeper than {MAX_DEPTH} levels")
         if facts.items > MAX_ITEMS:
             raise Refusal(f"it has more than {MAX_ITEMS:,} items")
+        if facts.nbytes > self._max_nbytes:
+            raise Refusal(f"its tensors refer to the same data more than {MAX_TIES} times")
 
-    def fill(self, mapping: dict, pairs: Iterable[tuple[Any, Any]]) -> None:
+    def fill(self, mapping: dict, pairs: Collection[tuple[Any, Any]]) -> None:
         """Put pairs of key and value into ``mapping``."""
-        pairs = list(pairs)
+        self.spend_items(len(pairs))
         self.hold(mapping, [value for _, value in pairs])
         for key, value in pairs:
-            mapping[_plain_key(key)] = value
+            mapping[self._plain_key(key)] = value
+
+    def add(self, target: set, items: Collection[Any]) -> None:
+        """Put items into a set."""
+        self.spend_items(len(items))
+        self.hold(target, items)
+        target.update([self._plain_key(item) for item in items])
 
     def find(self, module: str, name: str) -> Any:
         """
@@ -159,6 +196,7 @@ class PickleMachine:
         """
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         full = f"{module}.{name}"
+        full = _PYTHON_2.get(full, full)
         try:
             return self._table[full]
         except KeyError:
@@ -167,6 +205,18 @@ class PickleMachine:
     def _is_arguments(self, value: Any) -> bool:
         facts = self._facts.get(id(value))
         return facts is not None and facts.arguments
+
+    def _plain_key(self, key: Any) -> Any:
+        """A key whose hash takes no time, and which is not chosen to collide with many others."""
+        if type(key) is tuple:
+            self._tuple_keys_left -= 1
+            if self._tuple_keys_left < 0:
+                raise Refusal(f"it has more than {MAX_TUPLE_KEYS:,} keys that are tuples")
+            if len(key) <= 16 and all(_is_plain(item) for item in key):
+                return key
+        elif _is_plain(key):
+            return key
+        raise Refusal(f"it has a mapping or a set with a key of type {type(key).__name__}")
 
     # What the instructions do.
 
@@ -217,11 +267,34 @@ class PickleMachine:
         target = self._stack[-1]
         if type(target) not in (dict, OrderedDict, Counter):
             raise Refusal(f"it sets items of a {type(target).__name__}")
-        self.fill(target, zip(items[::2], items[1::2], strict=True))
+        self.fill(target, list(zip(items[::2], items[1::2], strict=True)))
 
     def _set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
         self._set_items([key, value])
+
+    def _add_items(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not set:
+            raise Refusal(f"it adds items to a {type(target).__name__}")
+        self.add(target, items)
+
+    def _make_set(self) -> None:
+        self._stack.append(set())
+        self._add_items([])
+
+    def _make_frozenset(self) -> None:
+        items = self._pop_mark()
+        self._stack.append(self.freeze(items))
+
+    def freeze(self, items: Collection[Any]) -> frozenset:
+        """A frozenset of ``items``."""
+        content: set = set()
+        self.add(content, items)
+        result = frozenset(content)
+        if result:  # the empty one is one object
+            self.hold(result, [content])
+        return result
 
     def _put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
@@ -233,6 +306,7 @@ class PickleMachine:
             raise Refusal(f"it calls {name}")
         if type(arguments) is not tuple:
             raise Damage("its pickle is inconsistent")
+        self.spend_items(len(arguments))
         self._stack.append(function.call(self, *arguments))
 
     def _new(self) -> None:
@@ -267,13 +341,15 @@ class PickleMachine:
         self._stack.append(self._load_persistent(self._stack.pop()))
 
 
-def _plain_key(key: Any) -> Any:
-    """A key whose hash takes no time, and which is not chosen to collide with others."""
-    if type(key) is int and key.bit_length() < 61:  # hashes are modulo 2**61 - 1
-        return key
-    if type(key) in (str, bytes, bool) or key is None:
-        return key
-    raise Refusal(f"it has a mapping with a key of type {type(key).__name__}")
+# As Python 3 writes and reads its names in protocols 0 to 2.
+_PYTHON_2 = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
+
+
+def _is_plain(key: Any) -> bool:
+    """Hashes of numbers are modulo 2**61 - 1, and at most some 200 floats share one."""
+    if type(key) is int:
+        return key.bit_length() < 61
+    return type(key) in (str, bytes, bool, float) or key is None
 
 
 def _unknown(code: bytes, window: Window) -> Exception:
@@ -310,6 +386,9 @@ _BY_NAME: dict[str, Callable] = {
     "EMPTY_TUPLE": lambda m: m._stack.append(()),
     "EMPTY_LIST": lambda m: m._make_list([]),
     "EMPTY_DICT": lambda m: m._make_dict([]),
+    "EMPTY_SET": _M._make_set,
+    "ADDITEMS": lambda m: m._add_items(m._pop_mark()),
+    "FROZENSET": _M._make_frozenset,
     "MARK": _M._mark,
     "TUPLE": lambda m: m._make_tuple(m._pop_mark()),
     "TUPLE1": lambda m: m._make_short_tuple(1),

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from . import pickle_globals
 from .pickle_machine import Global, PickleMachine
@@ -33,8 +34,11 @@ class _Storage:
     numel: int
 
 
+@dataclasses.dataclass(eq=False)
 class _Tensor:
-    """Stands for a tensor that is in order."""
+    """Stands for a tensor that is in order, or for another value of PyTorch's of no bytes."""
+
+    nbytes: int = 0
 
 
 def load_zip(file: BinaryIO, size: int) -> Any:
@@ -55,25 +59,32 @@ def load_zip(file: BinaryIO, size: int) -> Any:
             raise Damage(f"it declares {nbytes} bytes for the storage {key}, but has {length}")
         return storage
 
-    _run(file, *members["data.pkl"], load_persistent)
+    _run(file, *members["data.pkl"], size, load_persistent)
     return _torch_load(file)
 
 
 def load_legacy(file: BinaryIO, size: int) -> Any:
     """As :func:`load_zip`, for the format without zip."""
     storages: dict[str, _Storage] = {}
+    left = size
 
     def load_persistent(identity: Any) -> _Storage:
+        nonlocal left
+        known = len(storages)
         _, storage = _read_identity(identity, 6, storages)
+        if len(storages) > known:
+            left -= storage.numel * storage.dtype.itemsize
+        if left < 0:
+            raise Damage("it ends in the middle of its content")
         if identity[5] is not None:
             raise Refusal("it has views of storages as PyTorch before 0.4 wrote them")
         return storage
 
     position = 0
     for _ in range(3):  # magic number, version, sizes of C's types
-        _, position = _run(file, position, size)
-    _, position = _run(file, position, size, load_persistent)
-    keys, position = _run(file, position, size)
+        _, position = _run(file, position, size, size)
+    _, position = _run(file, position, size, size, load_persistent)
+    keys, position = _run(file, position, size, size)
     if type(keys) is not list or sorted(keys) != sorted(storages):
         raise Damage("its list of storages is not that of its tensors")
     for key in keys:
@@ -87,9 +98,9 @@ def load_legacy(file: BinaryIO, size: int) -> Any:
     return _torch_load(file)
 
 
-def _run(file: BinaryIO, start: int, end: int, load_persistent=None) -> tuple[Any, int]:
+def _run(file: BinaryIO, start: int, end: int, size: int, load_persistent=None) -> tuple[Any, int]:
     window = Window(file, start, end)
-    machine = PickleMachine(window, _TABLE, pickle_globals.BUILDERS, load_persistent)
+    machine = PickleMachine(window, _TABLE, pickle_globals.BUILDERS, load_persistent, size)
     return machine.run(), window.position
 
 
@@ -157,7 +168,8 @@ def _rebuild(
         )
     if numel > max(capacity, _MAX_VIEW):
         raise Refusal(f"it has a tensor of shape {size[:8]}, on a storage of only {capacity}")
-    return _Tensor()
+    nbytes = numel * itemsize
+    return machine.weigh(_Tensor(nbytes), nbytes)
 
 
 def _rebuild_v2(machine, storage, offset, size, stride, grad, hooks, metadata=None) -> _Tensor:
@@ -176,7 +188,33 @@ def _rebuild_parameter(machine, data: Any, requires_grad: Any, hooks: Any) -> _T
     if not isinstance(data, _Tensor) or type(requires_grad) is not bool:
         raise Refusal("it makes a parameter in another way than torch.save does")
     _check_hooks(hooks)
-    return _Tensor()
+    return machine.weigh(_Tensor(data.nbytes), data.nbytes)
+
+
+def _rebuild_parameter_with_state(
+    machine, data: Any, requires_grad: Any, hooks: Any, state: Any
+) -> _Tensor:
+    tensor = _rebuild_parameter(machine, data, requires_grad, hooks)
+    return _set_attributes(machine, tensor, state)
+
+
+def _rebuild_from_type(machine, function: Any, cls: Any, arguments: Any, state: Any) -> _Tensor:
+    """A tensor with attributes: what makes the tensor, its class, arguments, attributes."""
+    name = function.name if isinstance(function, Global) else None
+    if name not in _REBUILDS or type(arguments) is not tuple or cls not in _TENSOR_CLASSES:
+        raise Refusal("it makes a tensor in another way than torch.save does")
+    return _set_attributes(machine, _REBUILDS[name](machine, *arguments), state)
+
+
+def _set_attributes(machine, tensor: _Tensor, state: Any) -> _Tensor:
+    """PyTorch sets them one by one; what tensors themselves have is not to be replaced."""
+    if type(state) is not dict or not all(
+        type(key) is str and key.isidentifier() and not hasattr(nn.Parameter, key) for key in state
+    ):
+        raise Refusal("it sets attributes that a tensor has of its own")
+    machine.spend_items(len(state))
+    machine.hold(tensor, [state])
+    return tensor
 
 
 def _check_hooks(hooks: Any) -> None:
@@ -185,7 +223,9 @@ def _check_hooks(hooks: Any) -> None:
 
 
 def _size(machine: PickleMachine, numbers: Any = ()) -> tuple[int, ...]:
-    if type(numbers) is not tuple or any(type(n) is not int for n in numbers):
+    if type(numbers) is not tuple or len(numbers) > 64:
+        raise Damage("it has a torch.Size of something other than sizes")
+    if any(type(n) is not int for n in numbers):
         raise Damage("it has a torch.Size of something other than sizes")
     return numbers
 
@@ -193,6 +233,12 @@ def _size(machine: PickleMachine, numbers: Any = ()) -> tuple[int, ...]:
 def _device(machine: PickleMachine, kind: Any, index: Any = None) -> _Tensor:
     if type(kind) is not str or not (index is None or type(index) is int):
         raise Refusal("it has a device of an unknown kind")
+    return _Tensor()
+
+
+def _layout(machine: PickleMachine, name: Any) -> _Tensor:
+    if name != "torch.strided":
+        raise Refusal("it has a layout of sparse tensors")
     return _Tensor()
 
 
@@ -206,11 +252,18 @@ _STORAGES = {
         **{"ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
     }.items()
 } | {"torch.storage.UntypedStorage": torch.uint8}
-_CALLS = {
+_REBUILDS = {
     "torch._utils._rebuild_tensor": _rebuild,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+}
+_TENSOR_CLASSES = [Global("torch.Tensor"), Global("torch.nn.parameter.Parameter")]
+_CALLS = {
+    **_REBUILDS,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter_with_state,
+    "torch.serialization._get_layout": _layout,
     "torch.Size": _size,
     "torch.device": _device,
 }
@@ -220,5 +273,6 @@ _TABLE = {
     **pickle_globals.TABLE,
     **{name: Global(name) for name in _STORAGES},
     **{name: Global(name, call) for name, call in _CALLS.items()},
+    **{cls.name: cls for cls in _TENSOR_CLASSES},
     **{f"torch.{name}": getattr(torch, name) for name in _DTYPES.split()},
 }
