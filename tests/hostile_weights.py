@@ -178,9 +178,9 @@ def repeats() -> dict[str, bytes]:
         "bytearray_copies.pkl": b"\x80\3(B" + struct.pack("<I", 2**20) + bytes(2**20)
         + b"\x85q\0c__builtin__\nbytearray\nq\1" + b"h\1h\0R" * 4000 + b"l.",
         "complex_of_text.pkl": in_dict(call("builtins", "complex", text("1" * 1000), text("j"))),
-        "holds_itself_opaque.pkl": b"\x80\2]q\0" + history + b")\x81q\1ah\1h\0ba.",
-        "holds_itself_namespace.pkl": b"\x80\2]q\0" + namespace + b"q\1ah\1}"
-        + text("a") + b"h\0sba.",
+        "holds_itself_opaque.pkl": b"\x80\2(]q\0" + history + b")\x81q\1ah\1h\0bt.",
+        "holds_itself_namespace.pkl": b"\x80\2(]q\0" + namespace + b"q\1ah\1}"
+        + text("a") + b"h\0sbt.",
         "unbuilt_array.pkl": b"\x80\2](" + unbuilt + b"q\0\x85h\0" + numpy_4 + b"e.",
     }  # fmt: skip
 

@@ -177,7 +177,8 @@ def noted(value):
 
 
 DTYPES = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
-NEW_DTYPES = "uint16 uint32 uint64 float8_e4m3fn float8_e5m2"  # not without zip
+NEW_DTYPES = "uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz "
+NEW_DTYPES += "float8_e8m0fnu"  # not without zip
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,15 @@ def test_torch(tmp_path, dtypes, legacy):
     assert ours["module"]._metadata["module.1"] == {"version": 3}
     ours["shared"][0].zero_()
     assert all(not t.any() for t in ours["shared"])
+
+
+@pytest.mark.parametrize("dtype", NEW_DTYPES.split())
+def test_types_that_the_old_format_has_not(tmp_path, dtype):
+    content = {"model": torch.ones(2).to(getattr(torch, dtype))}
+    with pytest.raises(WeightsError, match="is refused: .* type that PyTorch cannot read without"):
+        load_bytes(tmp_path / "weights.pth", saved(content, legacy=True))
+    ours = load_bytes(tmp_path / "weights.pth", saved(content))
+    check_finite(ours, "x")
 
 
 @pytest.mark.parametrize("factory", [list, int, float, str, bool, tuple, dict, set])
@@ -216,6 +226,22 @@ def test_tied_weights(tmp_path):
     assert ours["a"].data_ptr() == ours["d"].data_ptr()
     content = {f"{i}": base.numpy() for i in range(4)}
     assert_same(load_bytes(tmp_path / "weights.pkl", pickle.dumps(content)), content)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("count, is_loaded", [(7, True), (9, False)])
+def test_ties_have_a_bound(tmp_path, count, is_loaded, legacy):
+    """Four times the 4 MiB of the file and 16 MiB, in tensors and arrays, as views and as names."""
+    base = torch.ones(2**20)
+    views = [{f"{i}": base.view(2**i, -1) for i in range(count)}, {"a": [base] * count}]
+    for content in views:
+        path = tmp_path / "weights"
+        path.write_bytes(saved(content, legacy=legacy))
+        if is_loaded:
+            check_finite(load_file(path), path)
+        else:
+            with pytest.raises(WeightsError, match="refer to the same data more than 4 times"):
+                load_file(path)
 
 
 @pytest.mark.parametrize("is_legacy", [False, True])

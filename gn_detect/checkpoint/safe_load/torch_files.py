@@ -69,13 +69,15 @@ def load_legacy(file: BinaryIO, size: int) -> Any:
     left = size
 
     def load_persistent(identity: Any) -> _Storage:
-        nonlocal left
+        nonlocal left  # bytes of the file that no storage declares yet
         known = len(storages)
         _, storage = _read_identity(identity, 6, storages)
         if len(storages) > known:
             left -= storage.numel * storage.dtype.itemsize
         if left < 0:
             raise Damage("it ends in the middle of its content")
+        if identity[1].name == "torch.storage.UntypedStorage":
+            raise Refusal("it has tensors of a type that PyTorch cannot read without zip")
         if identity[5] is not None:
             raise Refusal("it has views of storages as PyTorch before 0.4 wrote them")
         return storage
@@ -269,6 +271,7 @@ _CALLS = {
 }
 _DTYPES = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool"
 _DTYPES += " complex64 complex128 float8_e4m3fn float8_e5m2"
+_DTYPES += " float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
 _TABLE = {
     **pickle_globals.TABLE,
     **{name: Global(name) for name in _STORAGES},
