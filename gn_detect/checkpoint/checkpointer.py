@@ -16,6 +16,7 @@ from .convert import Weights, read_weights
 from .coverage import Coverage, cover
 from .origin import Origin
 from .saving import (
+    PERIODIC,
     periodic_checkpoints,
     remove_checkpoints,
     remove_partial_files,
@@ -86,7 +87,7 @@ class Checkpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(basename)
         else:
             super().save(name, **kwargs)
-        if periodic_checkpoints(self.path_manager, self.save_dir, basename):
+        if PERIODIC.fullmatch(basename):
             self._saved = [*(n for n in self._saved if n != basename), basename]
             self._remove_old()
         if name == "model_final":
@@ -148,7 +149,7 @@ class Checkpointer(DetectionCheckpointer):
         coverage = self.check(weights, path)
         self.model.load_state_dict(coverage.loaded, strict=False)
         if self.save_dir and path == self.get_checkpoint_file():  # the run goes on
-            last = os.path.basename(path)
+            last = weights.rest.get("iteration", -1)
             self._saved = periodic_checkpoints(self.path_manager, self.save_dir, last)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:

@@ -23,7 +23,7 @@ from iopath.common.file_io import PathManager
 logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"(.+\.(pth|safetensors)|last_checkpoint)\.[0-9a-f]{8}\.partial")
-_PERIODIC = re.compile(r"model_(\d{7,})\.pth")  # of fvcore's PeriodicCheckpointer
+PERIODIC = re.compile(r"model_(\d{7,})\.pth")  # of fvcore's PeriodicCheckpointer
 _OF_A_RUN = re.compile(r"model_\w+\.(pth|safetensors)|last_checkpoint")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -115,20 +115,15 @@ def remove_partial_files(directory: str) -> None:
                 os.remove(os.path.join(directory, name))
 
 
-def periodic_checkpoints(path_manager: PathManager, directory: str, last: str) -> list[str]:
-    """The names of the periodic checkpoints (``model_0000123.pth``) in a directory up to that of
-    name ``last``, oldest first; none if that is not a periodic one."""
-    if not (newest := _PERIODIC.fullmatch(last)):
-        return []
+def periodic_checkpoints(path_manager: PathManager, directory: str, last: int) -> list[str]:
+    """The names of the periodic checkpoints in a directory up to iteration ``last``, oldest
+    first."""
     try:
-        matches = filter(None, map(_PERIODIC.fullmatch, path_manager.ls(directory)))
+        names = filter(PERIODIC.fullmatch, path_manager.ls(directory))
     except (OSError, NotImplementedError):
-        return [last]
-    return [m[0] for m in sorted(matches, key=_iteration) if _iteration(m) <= _iteration(newest)]
-
-
-def _iteration(match: re.Match) -> int:
-    return int(match[1])
+        return []
+    iterations = {name: int(PERIODIC.fullmatch(name)[1]) for name in names}
+    return sorted((n for n in iterations if iterations[n] <= last), key=iterations.get)
 
 
 def remove_checkpoints(path_manager: PathManager, directory: str, names: list[str]) -> None:
