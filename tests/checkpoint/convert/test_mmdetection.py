@@ -225,7 +225,7 @@ def test_a_detector_without_fpn_is_refused():
 
 # As Config.text of version 1 has it: the path of the file, and its content
 # (mmdetection's configs/gn/mask_rcnn_r50_fpn_gn_2x.py).
-VERSION_1_TEXT = """/home/user/mmdetection/configs/gn/mask_rcnn_r50_fpn_gn_2x.py
+VERSION_1_TEXT = """/data/mmdetection/configs/gn/mask_rcnn_r50_fpn_gn_2x.py
 # model settings
 norm_cfg = dict(type='GN', num_groups=32, requires_grad=True)
 
