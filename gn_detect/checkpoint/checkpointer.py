@@ -170,7 +170,10 @@ class Checkpointer(DetectionCheckpointer):
         try:
             self._guards.check(weights, coverage, self.model, name)
         finally:
-            logger.info(f"{name} has the names of {weights.format}; it gives\n{coverage}")
+            others = (
+                f" ({len(weights.left_out)} of no detector left out)" if weights.left_out else ""
+            )
+            logger.info(f"{name} has the names of {weights.format}{others}; it gives\n{coverage}")
         unknown = [k for k, v in dataclasses.asdict(weights.origin).items() if v is None]
         unknown = [k for k in unknown if getattr(self.origin, k) not in (None, "")]
         if unknown:

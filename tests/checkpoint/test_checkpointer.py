@@ -308,18 +308,18 @@ def test_a_model_of_any_names_goes_on(content, tmp_path):
     assert torch.equal(ours.encoder.weight, saved.encoder.weight)
 
 
-def test_pycls_and_folded_batch_norm(tmp_path):
-    """Two of Detectron2's own formats: names are matched by their ends, and the layers of MSRA's
-    networks have no statistics (but here the model's own, 0 and 1)."""
+def test_a_checkpoint_of_pycls(tmp_path):
+    """One of Detectron2's own formats: names are matched by their ends."""
     cfg = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
     model, theirs = build_model(cfg), build_model(cfg)
     backbone = dict(theirs.backbone.bottom_up.state_dict())
+    before = model.backbone.bottom_up.res2[0].conv1.weight.clone()
     torch.save({"model_state": backbone}, tmp_path / "weights.pyth")
     Checkpointer(model, guards=guards_of(cfg)).load(str(tmp_path / "weights.pyth"))
-    pairs = zip(
-        model.backbone.bottom_up.buffers(), theirs.backbone.bottom_up.buffers(), strict=True
-    )
-    assert all(torch.equal(a, b) for a, b in pairs)
+    loaded = model.backbone.bottom_up.state_dict()
+    assert loaded.keys() == backbone.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in backbone.items())
+    assert not torch.equal(loaded["res2.0.conv1.weight"], before)
 
 
 def test_weights_of_gn_for_batch_norm_are_refused(tmp_path):
@@ -340,6 +340,8 @@ def test_weights_of_gn_for_batch_norm_are_refused(tmp_path):
         ({"origin": {"pixel_mean": 3}}, "origin of its weights is wrong .pixel_mean is 3"),
         ({"origin": {"pixel_mean": ["a", 1, 2]}}, "pixel_mean is .'a', 1, 2"),
         ({"origin": {"num_groups": "32"}}, "num_groups is '32'"),
+        ({"batch_norms": 3}, None),
+        ({"metadata": {"gn_detect.origin": None}}, "gn_detect.origin in its metadata is no JSON"),
     ],
 )
 def test_what_is_beside_the_weights(beside, message, tmp_path):

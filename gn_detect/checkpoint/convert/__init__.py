@@ -80,7 +80,8 @@ def convert(
     checkpoint = partial or any(key in rest for key in _CHECKPOINT)
     if detector or checkpoint or not names.isdisjoint(model_names):
         partial |= backbone or bool(rest.pop("matching_heuristics", False))
-        batch_norms = {n for n in rest.pop("batch_norms", None) or () if isinstance(n, str)}
+        batch_norms = rest.pop("batch_norms", None)
+        batch_norms = set(map(str, batch_norms)) if isinstance(batch_norms, list) else set()
         origin = _pop_origin(rest, name)
         return Weights("Detectron2", state, partial, origin, batch_norms, rest=rest)
     raise WeightsError(
@@ -121,7 +122,7 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         if isinstance(metadata, Mapping) and f"gn_detect.{key}" in metadata:
             try:
                 rest[key] = json.loads(metadata[f"gn_detect.{key}"])
-            except (ValueError, RecursionError):
+            except (TypeError, ValueError, RecursionError):
                 raise WeightsError(f"{name}: gn_detect.{key} in its metadata is no JSON") from None
     return state, rest
 
