@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+from .functional import group_norm_act
 
 
 class GroupNorm(nn.GroupNorm):
@@ -17,10 +20,12 @@ class GroupNorm(nn.GroupNorm):
         num_channels: C.
         eps: added to the variance.
         affine: learn a gamma and a beta of shape (C,).
+        activation: ``"relu"`` or None, in the same pass over the map.
+        kernel: of :func:`~gn_detect.layers.functional.group_norm_act`.
 
     Raises:
         ValueError: ``num_groups`` does not divide ``num_channels``; the message lists the values
-            that do.
+            that do. Or ``activation`` or ``kernel`` is unknown.
     """
 
     def __init__(
@@ -31,6 +36,9 @@ class GroupNorm(nn.GroupNorm):
         affine: bool = True,
         device=None,
         dtype=None,
+        *,
+        activation: str | None = None,
+        kernel: str = "auto",
     ):
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(
@@ -38,6 +46,25 @@ class GroupNorm(nn.GroupNorm):
                 f"numbers of groups that work: {', '.join(map(str, divisors(num_channels)))}"
             )
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        self.activation = activation
+        self.kernel = kernel
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, C, *), and a residual of its shape that is added before the activation."""
+        return group_norm_act(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual,
+            self.activation,
+            kernel=self.kernel,
+        )
+
+    def extra_repr(self) -> str:
+        activation = f", activation={self.activation}" if self.activation else ""
+        return super().extra_repr() + activation
 
 
 def divisors(num_channels: int) -> list[int]:

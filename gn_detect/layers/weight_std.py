@@ -85,10 +85,13 @@ class WSConv2d(nn.Conv2d):
             if not hasattr(conv, name):
                 setattr(conv, name, None)
 
+    def standardized(self) -> torch.Tensor:
+        """The weights that it convolves with."""
+        return standardize_weight(self.weight, self.variant, self.eps)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in, H, W) to (N, out, H', W')."""
-        weight = standardize_weight(self.weight, self.variant, self.eps)
-        x = self._conv_forward(x, weight, self.bias)
+        x = self._conv_forward(x, self.standardized(), self.bias)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:

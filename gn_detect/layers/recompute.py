@@ -1,0 +1,164 @@
+"""What backward rebuilds instead of storing (Chen et al., https://arxiv.org/abs/1604.06174).
+
+A convolution keeps its input for the gradient of its weights. Where the input is the output of a
+GroupNorm, it can be computed again from the input of the GroupNorm, which is kept for its own
+gradient anyway: one pass over the map, and half of the maps are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+# "fast": keep everything. "balanced": rebuild the outputs of GroupNorm. "lean": also what
+# ``rerun`` says. "checkpoint": keep the inputs of blocks alone, and run them twice.
+MODES = ("fast", "balanced", "lean", "checkpoint")
+
+
+def run_block(memory: str, block: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """``block(*inputs)``, whose backward pass has the memory of the mode ``memory``.
+
+    Gradients are those of ``"fast"``, bit for bit: the same operations see the same numbers.
+
+    Args:
+        memory: one of ``MODES``.
+        block: a part of a network whose result does not depend on random numbers, and which
+            changes none of its inputs and no input of a GroupNorm in place.
+
+    Raises:
+        RuntimeError: in the backward pass, if what it rebuilds from was changed in place since.
+    """
+    if memory == "fast" or not torch.is_grad_enabled():
+        return block(*inputs)
+    if memory == "checkpoint":
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    if torch.compiler.is_compiling():  # whose partitioner decides what to keep
+        return block(*inputs)
+    with rebuild_norms():
+        return block(*inputs)
+
+
+@contextlib.contextmanager
+def rebuild_norms() -> Iterator[None]:
+    """Within this context, outputs of ``group_norm_act`` without a residual are not kept for the
+    backward pass, by whatever operation reads them, but rebuilt.
+
+    An outer ``saved_tensors_hooks`` does not see what is saved in here: PyTorch applies the
+    innermost alone.
+    """
+    registry = _Registry()
+    token = _active.set(registry)
+    try:
+        with saved_tensors_hooks(registry.pack, _unpack):
+            yield
+    finally:
+        _active.reset(token)
+
+
+def offer(y: torch.Tensor, rebuild: Callable, inputs: tuple, in_place_operations: int = 0) -> None:
+    """Inside :func:`rebuild_norms`: let the backward pass have ``rebuild(*inputs)`` for ``y``.
+
+    Args:
+        y: what operations from now on would keep.
+        rebuild: gives the very values and strides of ``y``.
+        inputs: its arguments, tensors or None. They are kept, or rebuilt themselves.
+        in_place_operations: on ``y``, still to come, which ``rebuild`` includes.
+    """
+    registry = _active.get()
+    if registry is not None and torch.is_grad_enabled():
+        registry.offer(y, rebuild, inputs, in_place_operations)
+
+
+def rerun(function: Callable, x: torch.Tensor) -> torch.Tensor:
+    """``function(x)``, of which the backward pass has to keep nothing for a GroupNorm behind it:
+    inside :func:`rebuild_norms` it runs ``function`` again."""
+    y = function(x)
+    device = x.device.type
+    autocast = {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
+
+    def again(x):
+        with torch.autocast(**autocast):
+            return function(x)
+
+    offer(y, again, (x,))
+    return y
+
+
+class _Registry:
+    """The tensors that can be rebuilt, while they live."""
+
+    def __init__(self):
+        self.entries: dict[int, tuple[weakref.ref, int, _Rebuilt]] = {}
+
+    def offer(self, y, rebuild, inputs, in_place_operations) -> None:
+        rebuilt = _Rebuilt(rebuild, [t if t is None else self.pack(t.detach()) for t in inputs])
+        version = y._version + in_place_operations
+        self.entries[_storage(y)] = weakref.ref(y), version, rebuilt
+
+    def pack(self, tensor: torch.Tensor):
+        ref, version, rebuilt = self.entries.get(_storage(tensor), (None, None, None))
+        y = ref and ref()
+        # Another tensor may have got the memory of one that is gone.
+        if y is None or tensor._version != version or tensor.dtype != y.dtype:
+            return tensor
+        return _Slot(rebuilt, tensor)
+
+
+_active: contextvars.ContextVar[_Registry | None] = contextvars.ContextVar("active", default=None)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Rebuilt:
+    """A tensor that is computed when first asked for, and held until all who saved it had it."""
+
+    def __init__(self, rebuild: Callable, inputs: list):
+        self.rebuild, self.inputs = rebuild, inputs
+        self.versions = [getattr(t, "_version", None) for t in inputs]
+        self.users = self.to_come = 0
+        self.value: torch.Tensor | None = None
+
+    def get(self) -> torch.Tensor:
+        if self.value is None:
+            if self.versions != [getattr(t, "_version", None) for t in self.inputs]:
+                raise RuntimeError(
+                    "a tensor that the backward pass rebuilds from was changed in place since the "
+                    "forward pass: the input, gamma or beta of a GroupNorm. Change it after the "
+                    "backward pass, or set MODEL.GN.MEMORY to 'fast'"
+                )
+            with torch.no_grad():
+                self.value = self.rebuild(*map(_unpack, self.inputs))
+            self.to_come = self.users
+        value = self.value
+        self.to_come -= 1
+        if self.to_come <= 0:
+            self.value = None
+        return value
+
+
+class _Slot:
+    """In the place of a tensor, or a view of it, that is rebuilt."""
+
+    def __init__(self, rebuilt: _Rebuilt, tensor: torch.Tensor):
+        rebuilt.users += 1
+        self.rebuilt = rebuilt
+        self.view = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def get(self) -> torch.Tensor:
+        return self.rebuilt.get().as_strided(*self.view)
+
+
+def _unpack(packed):
+    return packed.get() if isinstance(packed, _Slot) else packed
