@@ -38,6 +38,13 @@ def add_gn_config(cfg: CfgNode) -> None:
     # (layers/weight_std.py), "" for none. "auto" is "authors" for ResNeXt with GN, which collapses
     # without (open-mmlab/mmdetection PR #521: mask AP 33.1 against 37.7), and none for others.
     gn.setdefault("WEIGHT_STANDARDIZATION", "auto")
+    # "triton": fused kernels for CUDA; "torch": PyTorch's own operations. "auto" takes the first
+    # where it can, and says once which it took and why.
+    gn.setdefault("KERNEL", "auto")
+    # What the backward pass keeps. "fast": everything. "balanced" rebuilds the outputs of GN+ReLU;
+    # "lean" also runs the last 1x1 convolution of each residual block, and its shortcut's, again;
+    # "checkpoint" keeps the inputs of blocks alone and runs them twice. Same gradients.
+    gn.setdefault("MEMORY", "fast")
 
     # Of the pre-activation ResNet (modeling/resnetv2.py); MODEL.RESNETS has its depth and widths.
     # "BiT": Big Transfer's, with a 7x7 convolution as stem; "D": the stem of three convolutions and

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -187,14 +188,14 @@ def _calibrate(
                 "variance; the weights are damaged, or not of this network: try them with BN"
             )
 
-    def adjust(layer: str, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        (variance, mean), (v, m) = expected[layer], _moments(output)
+    def adjust(layer: str, module: nn.Module, x: torch.Tensor) -> None:
+        (variance, mean) = expected[layer]
+        v, m = _moments(F.group_norm(x, module.num_groups, eps=module.eps))
         gamma = torch.where(v > _MIN_VARIANCE, (variance / v).sqrt(), 0)
         sign = torch.as_tensor(_affine(source.get_submodule(layer))[0], device=v.device).sign()
         gamma = torch.where(sign < 0, -gamma, gamma)
         values[layer] = gamma, mean - gamma * m
-        shape = [-1] + [1] * (output.dim() - 2)
-        return output * values[layer][0].view(shape) + values[layer][1].view(shape)
+        _set_affine(target, {layer: values[layer]})
 
     heads = any(layer.startswith("roi_heads.") for layer in layers)
     proposals = []
@@ -214,8 +215,7 @@ def _calibrate(
             if not (trained and any(map(len, boxes))):
                 boxes = _best(proposals)
             _other_heads(source, features, boxes)
-    _set_affine(target, {layer: (1.0, 0.0) for layer in layers})
-    with _hooks(target, layers, adjust):
+    with _hooks(target, layers, adjust, before=True):
         features = target.backbone(images.tensor)
         if heads:
             _box_head(target, features, proposals)
@@ -267,14 +267,19 @@ def _best(proposals: list[Instances]) -> list[Instances]:
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, layers: list[str], hook: Callable) -> Iterator[None]:
-    """Call ``hook(layer, module, output)`` after each layer; what it returns is the output."""
-    handles = [
-        model.get_submodule(layer).register_forward_hook(
-            lambda module, _, output, layer=layer: hook(layer, module, output)
-        )
-        for layer in layers
-    ]
+def _hooks(
+    model: nn.Module, layers: list[str], hook: Callable, before: bool = False
+) -> Iterator[None]:
+    """Call ``hook(layer, module, output)`` after each layer, or with its input before it."""
+    handles = []
+    for layer in layers:
+
+        def call(module, inputs, *output, layer=layer):
+            return hook(layer, module, *(output or inputs))
+
+        module = model.get_submodule(layer)
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        handles.append(register(call))
     try:
         yield
     finally:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 
 from gn_detect.config import ConfigError
 
+from .fused import Block, in_memory_mode
 from .norm import (
     GroupNormFactory,
+    finish_from_config,
     finish_norms,
     insert_after,
     norm_from_config,
-    weight_standardization_from_config,
 )
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
-class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
+class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
     """Convolutions with norm and ReLU, then fully connected layers with ReLU, on each RoI.
 
     With four convolutions of 256 channels and one layer of 1024 it is the ``4conv1fc`` head of the
@@ -33,6 +35,7 @@ class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
         conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
         fc_norm: ``channels -> nn.Module`` on (R, C), or "".
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
+        memory: what the backward pass keeps (``layers.recompute.MODES``).
 
     Raises:
         ConfigError: the groups do not divide a layer's channels.
@@ -48,6 +51,7 @@ class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
         conv_norm: GroupNormFactory | str | None = None,
         fc_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
+        memory: str = "fast",
     ):
         conv_norm = GroupNormFactory() if conv_norm is None else conv_norm
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=conv_norm)
@@ -55,7 +59,11 @@ class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
             for k, fc in enumerate(self.fcs, start=1):
                 fc.bias = None
                 insert_after(self, f"fc{k}", f"fc_norm{k}", fc_norm(fc.out_features))
-        finish_norms(self, "roi_heads.box_head", weight_standardization)
+        finish_norms(self, "roi_heads.box_head", weight_standardization, memory)
+
+    @in_memory_mode
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -69,5 +77,5 @@ class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_BOX_HEAD.NORM"),
             "fc_norm": fc_norm,
-            "weight_standardization": weight_standardization_from_config(cfg),
+            **finish_from_config(cfg),
         }

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 
+from .fused import Block, in_memory_mode
 from .norm import (
     GroupNormFactory,
     add_norm,
+    finish_from_config,
     finish_norms,
     norm_from_config,
-    weight_standardization_from_config,
 )
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
-class GNKRCNNConvDeconvUpsampleHead(KRCNNConvDeconvUpsampleHead):
+class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
     """Detectron2's head with a norm after each 3x3 convolution.
 
     Keypoint heatmaps: (R, num_keypoints, 4H, 4W) from (R, C, H, W).
@@ -28,6 +30,7 @@ class GNKRCNNConvDeconvUpsampleHead(KRCNNConvDeconvUpsampleHead):
         conv_dims: output channels of the convolutions.
         conv_norm: as ``get_norm`` takes it; by default none, as published.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
+        memory: what the backward pass keeps (``layers.recompute.MODES``).
         **kwargs: of ``BaseKeypointRCNNHead``.
 
     Raises:
@@ -43,18 +46,23 @@ class GNKRCNNConvDeconvUpsampleHead(KRCNNConvDeconvUpsampleHead):
         conv_dims: list[int],
         conv_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
+        memory: str = "fast",
         **kwargs,
     ):
         super().__init__(input_shape, num_keypoints=num_keypoints, conv_dims=conv_dims, **kwargs)
         for layer in self.children():
             if isinstance(layer, Conv2d):
                 add_norm(layer, conv_norm)
-        finish_norms(self, "roi_heads.keypoint_head", weight_standardization)
+        finish_norms(self, "roi_heads.keypoint_head", weight_standardization, memory)
+
+    @in_memory_mode
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        return super().layers(x)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         return {
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_KEYPOINT_HEAD.NORM"),
-            "weight_standardization": weight_standardization_from_config(cfg),
+            **finish_from_config(cfg),
         }

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
 
+from .fused import Block, in_memory_mode
 from .norm import (
     GroupNormFactory,
+    finish_from_config,
     finish_norms,
     insert_after,
     norm_from_config,
-    weight_standardization_from_config,
 )
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
+class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
     """Convolutions with norm and ReLU, then a deconvolution and the predictor, on each RoI.
 
     With four convolutions of 256 channels it is the mask head of the GN paper (Detectron
@@ -30,6 +32,7 @@ class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
         deconv_norm: as ``get_norm`` takes it; by default none.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
+        memory: what the backward pass keeps (``layers.recompute.MODES``).
         **kwargs: of ``BaseMaskRCNNHead`` (``loss_weight``, ``vis_period``).
 
     Raises:
@@ -46,6 +49,7 @@ class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         conv_norm: GroupNormFactory | str | None = None,
         deconv_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
+        memory: str = "fast",
         **kwargs,
     ):
         super().__init__(
@@ -59,7 +63,11 @@ class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
             self.deconv.bias = None
             norm = get_norm(deconv_norm, self.deconv.out_channels)
             insert_after(self, "deconv", "deconv_norm", norm)
-        finish_norms(self, "roi_heads.mask_head", weight_standardization)
+        finish_norms(self, "roi_heads.mask_head", weight_standardization, memory)
+
+    @in_memory_mode
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        return super().layers(x)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -67,5 +75,5 @@ class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.NORM"),
             "deconv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.DECONV_NORM"),
-            "weight_standardization": weight_standardization_from_config(cfg),
+            **finish_from_config(cfg),
         }

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import nn
 
-from .norm import finish_norms, weight_standardization_from_config, with_norms
+from .fused import Block, in_memory_mode
+from .norm import finish_from_config, finish_norms, with_norms
 
 
 @META_ARCH_REGISTRY.register()
@@ -24,17 +26,18 @@ class GNRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         args = super().from_config(with_norms(cfg, "MODEL.RETINANET.NORM"))
-        finish_norms(args["head"], "head", weight_standardization_from_config(cfg))
+        finish_norms(args["head"], "head", **finish_from_config(cfg))
         return args
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class GNSemSegFPNHead(SemSegFPNHead):
+class GNSemSegFPNHead(Block, SemSegFPNHead):
     """Detectron2's head with our norms (GN in the paper, section 4.1).
 
     Args:
         *args, **kwargs: of ``SemSegFPNHead``.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
+        memory: what the backward pass keeps (``layers.recompute.MODES``).
 
     Raises:
         ConfigError: ``MODEL.SEM_SEG_HEAD.NORM`` is unknown, or the groups do not divide a layer's
@@ -42,20 +45,28 @@ class GNSemSegFPNHead(SemSegFPNHead):
     """
 
     @configurable
-    def __init__(self, *args, weight_standardization: str = "", **kwargs):
+    def __init__(self, *args, weight_standardization: str = "", memory: str = "fast", **kwargs):
         super().__init__(*args, **kwargs)
-        finish_norms(self, "sem_seg_head", weight_standardization)
+        finish_norms(self, "sem_seg_head", weight_standardization, memory)
+
+    @in_memory_mode
+    def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().layers(features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
         return {
             **super().from_config(with_norms(cfg, "MODEL.SEM_SEG_HEAD.NORM"), input_shape),
-            "weight_standardization": weight_standardization_from_config(cfg),
+            **finish_from_config(cfg),
         }
 
 
 def build_detector(
-    meta_arch: type[nn.Module], *, weight_standardization: str = "", **components
+    meta_arch: type[nn.Module],
+    *,
+    weight_standardization: str = "",
+    memory: str = "fast",
+    **components,
 ) -> nn.Module:
     """Build a detector from components of Detectron2 whose norms come from a ``GroupNormFactory``.
 
@@ -65,11 +76,12 @@ def build_detector(
     Args:
         meta_arch: such as ``GeneralizedRCNN``.
         weight_standardization: of every convolution before a GN (``layers.standardize_weight``).
+        memory: what the backward pass keeps (``layers.recompute.MODES``).
         **components: arguments of ``meta_arch``.
 
     Raises:
         ConfigError: the groups do not divide a layer's channels.
     """
     model = meta_arch(**components)
-    finish_norms(model, "model", weight_standardization)
+    finish_norms(model, "model", weight_standardization, memory)
     return model

@@ -12,8 +12,12 @@ from torch import nn
 
 from gn_detect.config import ConfigError, locate
 from gn_detect.layers import GroupNorm, WSConv2d
+from gn_detect.layers.functional import KERNELS
 from gn_detect.layers.group_norm import divisors
+from gn_detect.layers.recompute import MODES
 from gn_detect.layers.weight_std import VARIANTS
+
+from .fused import fuse_norms
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +38,11 @@ class GroupNormFactory:
         channels_per_group: channels of every group, in place of ``num_groups``.
         nearest_divisor: where these do not divide the channels of a layer, take the nearest number
             that does (the smaller of two), instead of refusing.
+        kernel: of every layer: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        ConfigError: both or neither of ``num_groups`` and ``channels_per_group`` are given.
+        ConfigError: both or neither of ``num_groups`` and ``channels_per_group`` are given, or
+            ``kernel`` is unknown.
     """
 
     def __init__(
@@ -46,12 +52,17 @@ class GroupNormFactory:
         *,
         channels_per_group: int = 0,
         nearest_divisor: bool = False,
+        kernel: str = "auto",
     ):
         if (num_groups > 0) == (channels_per_group > 0):
             raise ConfigError(
                 f"num_groups is {num_groups} and channels_per_group is {channels_per_group}: "
                 "exactly one of them must be positive, and the other 0"
             )
+        if kernel not in KERNELS:
+            known = ", ".join(KERNELS)
+            raise ConfigError(f"MODEL.GN.KERNEL (kernel) is {kernel!r}; known: {known}")
+        self.kernel = kernel
         self.num_groups = num_groups
         self.eps = eps
         self.channels_per_group = channels_per_group
@@ -67,7 +78,8 @@ class GroupNormFactory:
                     f"numbers that work: {', '.join(map(str, divisors(channels)))}"
                 )
             number = min(divisors(channels), key=lambda d: abs(d - asked))
-        layer = GroupNorm(number if self.num_groups else channels // number, channels, self.eps)
+        groups = number if self.num_groups else channels // number
+        layer = GroupNorm(groups, channels, self.eps, kernel=self.kernel)
         if number != asked:
             layer.adapted = f"{number} {what} instead of {asked}, for {channels} channels"
         return layer
@@ -96,9 +108,9 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
     node, name = locate(cfg, key)
     norm, gn = node[name], cfg.MODEL.GN
     if norm == "LN":
-        return GroupNormFactory(1, gn.EPS)
+        return GroupNormFactory(1, gn.EPS, kernel=gn.KERNEL)
     if norm == "IN":
-        return GroupNormFactory(0, gn.EPS, channels_per_group=1)
+        return GroupNormFactory(0, gn.EPS, channels_per_group=1, kernel=gn.KERNEL)
     if norm == "GN":
         if (gn.NUM_GROUPS > 0) == (gn.CHANNELS_PER_GROUP > 0):
             raise ConfigError(
@@ -111,6 +123,7 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
             gn.EPS,
             channels_per_group=gn.CHANNELS_PER_GROUP,
             nearest_divisor=gn.NEAREST_DIVISOR,
+            kernel=gn.KERNEL,
         )
     if norm in _DETECTRON2_NORMS:
         return norm
@@ -148,20 +161,31 @@ def weight_standardization_from_config(cfg: CfgNode) -> str:
     return value
 
 
-def finish_norms(module: nn.Module, name: str, weight_standardization: str = "") -> None:
+def finish_from_config(cfg: CfgNode) -> dict[str, str]:
+    """The last arguments of :func:`finish_norms`."""
+    return {
+        "weight_standardization": weight_standardization_from_config(cfg),
+        "memory": cfg.MODEL.GN.MEMORY,
+    }
+
+
+def finish_norms(
+    module: nn.Module, name: str, weight_standardization: str = "", memory: str = "fast"
+) -> None:
     """Complete a component, in place, whose norms came from a :class:`GroupNormFactory`.
 
-    Logs each layer that got other groups than asked for, and standardizes the weights of the
-    convolutions that a GroupNorm follows.
+    Logs each layer that got other groups than asked for, standardizes the weights of the
+    convolutions that a GroupNorm follows, and fuses the norms with what follows them.
 
     Args:
         module: the component.
         name: its name in the model.
         weight_standardization: a variant of ``layers.standardize_weight``, or "" for none.
+        memory: what its backward pass keeps, one of ``layers.recompute.MODES``.
 
     Raises:
         ConfigError: a norm could not be built; names each such layer, its channels, the groups,
-            and values that work.
+            and values that work. Or ``memory`` is unknown.
     """
     unbuilt = {n: m.reason for n, m in module.named_modules() if isinstance(m, _Unbuilt)}
     if unbuilt:
@@ -191,6 +215,9 @@ def finish_norms(module: nn.Module, name: str, weight_standardization: str = "")
                     f"{name}.{child_name}: the weights of deformable convolutions are not "
                     "standardized"
                 )
+    if memory not in MODES:
+        raise ConfigError(f"MODEL.GN.MEMORY (memory) is {memory!r}; known: {', '.join(MODES)}")
+    fuse_norms(module, memory)
 
 
 def _convs_before_group_norm(module: nn.Module) -> Iterator[nn.Conv2d]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from gn_detect.config import ConfigError
 
-from .norm import finish_norms, weight_standardization_from_config, with_norms
+from .norm import finish_from_config, finish_norms, with_norms
 
 
 @BACKBONE_REGISTRY.register()
@@ -40,7 +40,7 @@ def finish_resnet(module: nn.Module, name: str, cfg: CfgNode) -> None:
         ConfigError: the groups do not divide a layer's channels, or ``ZERO_INIT_RESIDUAL`` finds
             a norm without gamma.
     """
-    finish_norms(module, name, weight_standardization_from_config(cfg))
+    finish_norms(module, name, **finish_from_config(cfg))
     if not cfg.MODEL.GN.ZERO_INIT_RESIDUAL:
         return
     blocks = [m for m in module.modules() if isinstance(m, (BottleneckBlock, BasicBlock))]

@@ -22,10 +22,12 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
 from gn_detect.config import ConfigError, locate
-from gn_detect.layers import WSConv2d
+from gn_detect.layers import GroupNorm, WSConv2d
 
+from .fused import Block, in_memory_mode
 from .norm import (
     GroupNormFactory,
+    finish_from_config,
     finish_norms,
     norm_from_config,
     weight_standardization_from_config,
@@ -57,8 +59,17 @@ def _conv(in_channels, out_channels, kernel_size, stride=1, *, weight_standardiz
     return conv
 
 
-def _norm(norm: GroupNormFactory | str, channels: int) -> nn.Module:
-    return get_norm(norm, channels) or nn.Identity()
+def _norm_relu(norm: GroupNormFactory | str, channels: int) -> nn.Module:
+    """The norm, to be called by :func:`_apply`."""
+    layer = get_norm(norm, channels) or nn.Identity()
+    if isinstance(layer, GroupNorm):
+        layer.activation = "relu"
+    return layer
+
+
+def _apply(norm_relu: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = norm_relu(x)
+    return x if isinstance(norm_relu, GroupNorm) else F.relu(x)
 
 
 class BiTStem(CNNBlockBase):
@@ -82,7 +93,7 @@ class BiTStem(CNNBlockBase):
         return F.max_pool2d(F.pad(self.conv1(x), (1, 1, 1, 1)), kernel_size=3, stride=2)
 
 
-class DeepStem(CNNBlockBase):
+class DeepStem(Block, CNNBlockBase):
     """The stem of ResNet-D: three 3x3 convolutions, the first with stride 2, and a max pooling. The
     norm of the last is that of the first block.
 
@@ -102,19 +113,20 @@ class DeepStem(CNNBlockBase):
         super().__init__(in_channels, out_channels, 4)
         ws, width = {"weight_standardization": weight_standardization}, out_channels // 2
         self.conv1 = _conv(in_channels, width, 3, 2, **ws)
-        self.norm1 = _norm(norm, width)
+        self.norm1 = _norm_relu(norm, width)
         self.conv2 = _conv(width, width, 3, **ws)
-        self.norm2 = _norm(norm, width)
+        self.norm2 = _norm_relu(norm, width)
         self.conv3 = _conv(width, out_channels, 3, **ws)
 
+    @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, about H/4, about W/4)."""
-        x = self.conv2(F.relu(self.norm1(self.conv1(x))))
-        x = self.conv3(F.relu(self.norm2(x)))
+        x = self.conv2(_apply(self.norm1, self.conv1(x)))
+        x = self.conv3(_apply(self.norm2, x))
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
-class PreActBottleneckBlock(CNNBlockBase):
+class PreActBottleneckBlock(Block, CNNBlockBase):
     """Norm, ReLU and convolution, of 1x1, 3x3 and 1x1, and the sum with the shortcut. The 3x3
     strides; a shortcut with a convolution starts behind the first norm and ReLU.
 
@@ -144,23 +156,24 @@ class PreActBottleneckBlock(CNNBlockBase):
         if in_channels != out_channels:
             stride_of_shortcut = 1 if self.avg_down else stride
             self.shortcut = _conv(in_channels, out_channels, 1, stride_of_shortcut, **ws)
-        self.norm1 = _norm(norm, in_channels)
+        self.norm1 = _norm_relu(norm, in_channels)
         self.conv1 = _conv(in_channels, bottleneck_channels, 1, **ws)
-        self.norm2 = _norm(norm, bottleneck_channels)
+        self.norm2 = _norm_relu(norm, bottleneck_channels)
         self.conv2 = _conv(bottleneck_channels, bottleneck_channels, 3, stride, **ws)
-        self.norm3 = _norm(norm, bottleneck_channels)
+        self.norm3 = _norm_relu(norm, bottleneck_channels)
         self.conv3 = _conv(bottleneck_channels, out_channels, 1, **ws)
 
+    @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H/stride), ceil(W/stride))."""
-        out = F.relu(self.norm1(x))
+        out = _apply(self.norm1, x)
         if self.shortcut is not None:
             x = out
             if self.avg_down:  # at an odd border, the mean of the positions that there are
                 x = F.avg_pool2d(x, 2, ceil_mode=True)
             x = self.shortcut(x)
-        out = self.conv2(F.relu(self.norm2(self.conv1(out))))
-        return self.conv3(F.relu(self.norm3(out))) + x
+        out = self.conv2(_apply(self.norm2, self.conv1(out)))
+        return self.conv3(_apply(self.norm3, out)) + x
 
 
 @BACKBONE_REGISTRY.register()
@@ -176,7 +189,7 @@ def build_gn_resnetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             divide a layer's channels.
     """
     backbone = _build_resnetv2(cfg, input_shape)
-    finish_norms(backbone, "backbone")
+    finish_norms(backbone, "backbone", memory=cfg.MODEL.GN.MEMORY)
     return backbone
 
 
@@ -191,7 +204,7 @@ def build_gn_resnetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
-    finish_norms(backbone, "backbone", weight_standardization_from_config(cfg))
+    finish_norms(backbone, "backbone", **finish_from_config(cfg))
     return backbone
 
 

@@ -37,6 +37,7 @@ def _pooler(size):
 model = L(build_detector)(
     meta_arch=GeneralizedRCNN,
     weight_standardization="",
+    memory="fast",
     backbone=L(FPN)(
         bottom_up=L(ResNet)(
             stem=L(BasicStem)(in_channels=3, out_channels=64, norm=_gn),

@@ -17,6 +17,7 @@ _gn = L(GroupNormFactory)(num_groups=32)
 model = L(build_detector)(
     meta_arch=RetinaNet,
     weight_standardization="",
+    memory="fast",
     backbone=L(FPN)(
         bottom_up=L(ResNet)(
             stem=L(BasicStem)(in_channels=3, out_channels=64, norm=_gn),
