@@ -1,0 +1,186 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from gn_detect.layers import GroupNorm, recompute
+from gn_detect.layers.recompute import MODES, rebuild_norms, rerun, run_block
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Chain(nn.Module):
+    """Convolutions of 16 channels with GN+ReLU, and a linear layer on a view of the last map."""
+
+    def __init__(self, again: bool = False):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(3))
+        self.norms = nn.ModuleList(GroupNorm(4, 16, activation="relu") for _ in range(3))
+        self.fc = nn.Linear(16 * 64 * 64, 3)
+        self.again = again
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(rerun(conv, x) if self.again else conv(x))
+        return self.fc(x.flatten(1))
+
+    def reference(self, x):
+        """The same with PyTorch's modules, which keep all they want."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(F.group_norm(conv(x), 4, norm.weight, norm.bias))
+        return self.fc(x.flatten(1))
+
+
+@pytest.fixture
+def chain():
+    torch.manual_seed(0)
+    return Chain()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 16, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(module, output, x, **kwargs):
+    return torch.autograd.grad(output.square().sum(), [x, *module.parameters()], **kwargs)
+
+
+def assert_equal(found, expected):
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_those_of_pytorch(memory, again, dtype, x):
+    torch.manual_seed(0)
+    chain, x = Chain(again).to(dtype), x.to(dtype).requires_grad_()
+    output = run_block(memory, chain, x)
+    expected = chain.reference(x)
+    assert torch.equal(output, expected)
+    assert_equal(gradients(chain, output, x), gradients(chain, expected, x))
+
+
+def kept(memory, module, x):
+    """The number of outputs of convolutions and norms that the graph keeps alive."""
+    alive = {}
+    for child in module.modules():
+        if isinstance(child, (nn.Conv2d, GroupNorm)):
+            child.register_forward_hook(
+                lambda module, _, y: alive.update({module: y.untyped_storage()._weak_ref()})
+            )
+    output = run_block(memory, module, x)
+    storages = [torch.UntypedStorage._expired(ref) for ref in alive.values()]
+    del output
+    return storages.count(False)
+
+
+@pytest.mark.parametrize("memory, again, maps", [("fast", False, 6), ("balanced", False, 3)])
+def test_outputs_of_norms_are_gone(memory, again, maps, x):
+    chain = Chain(again)
+    assert kept(memory, chain, x) == maps
+
+
+def test_all_is_rebuilt_from_what_is_left(x):
+    """Where convolutions run again, the input alone stays."""
+    assert kept("balanced", Chain(again=True), x) == 0
+    assert kept("checkpoint", Chain(), x) == 0
+
+
+def test_a_second_backward_pass(chain, x):
+    x.requires_grad_()
+    output = run_block("balanced", chain, x)
+    first = gradients(chain, output, x, retain_graph=True)
+    assert_equal(gradients(chain, output, x), first)
+
+
+def test_gradients_of_gradients(x):
+    torch.manual_seed(0)
+    chain, x = Chain().double(), x[:, :, :8, :8].double().requires_grad_()
+    chain.fc = nn.Linear(16 * 64, 3).double()
+
+    def second(output):
+        first = gradients(chain, output, x, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), list(chain.parameters()))
+
+    for found, expected in zip(
+        second(run_block("balanced", chain, x)), second(chain.reference(x)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("what", ["gamma", "map"])
+def test_a_change_in_place_is_noticed(what, chain, x):
+    maps = []
+    chain.convs[1].register_forward_hook(lambda module, inputs, y: maps.append(y))
+    output = run_block("balanced", chain, x)
+    with torch.no_grad():
+        (chain.norms[1].weight if what == "gamma" else maps[0]).mul_(2)
+    with pytest.raises(RuntimeError, match="in place"):
+        output.sum().backward()
+
+
+def test_what_others_change_in_place_is_kept(x):
+    torch.manual_seed(0)
+    norm, conv = GroupNorm(4, 16), nn.Conv2d(16, 4, 1)
+    x.requires_grad_()
+
+    def block(x):
+        return conv(norm(x).mul_(2))
+
+    inputs = [x, *norm.parameters(), *conv.parameters()]
+    found = torch.autograd.grad(run_block("balanced", block, x).sum(), inputs)
+    assert_equal(found, torch.autograd.grad(block(x).sum(), inputs))
+
+
+def test_a_map_in_the_place_of_another_is_not_taken_for_it(x, monkeypatch):
+    """The output of the norm dies in the block, and a later tensor gets its place in memory."""
+    monkeypatch.setattr(recompute, "_storage", lambda tensor: 0)
+    norm, x = GroupNorm(4, 16), x.requires_grad_()
+
+    def block(x):
+        norm(x)
+        z = x * 3
+        return z * z
+
+    (found,) = torch.autograd.grad(run_block("balanced", block, x).sum(), [x])
+    torch.testing.assert_close(found, 18 * x)
+
+
+def test_nothing_is_noted_without_gradients(chain, x):
+    with torch.no_grad(), rebuild_norms():
+        output = chain(x)
+    assert not output.requires_grad
+    assert torch.equal(output, chain.reference(x))
+
+
+def test_autocast_of_the_forward_pass_is_that_of_what_runs_again(x):
+    torch.manual_seed(0)
+    chain, x = Chain(again=True), x.requires_grad_()
+    outputs = {}
+    for memory in ("fast", "balanced"):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs[memory] = run_block(memory, chain, x)
+    assert outputs["fast"].dtype == torch.bfloat16
+    assert_equal(
+        gradients(chain, outputs["balanced"].float(), x),
+        gradients(chain, outputs["fast"].float(), x),
+    )
+
+
+def test_inside_a_checkpoint(chain, x):
+    x.requires_grad_()
+    output = run_block("checkpoint", lambda x: run_block("balanced", chain, x), x)
+    assert_equal(gradients(chain, output, x), gradients(chain, chain.reference(x), x))
+
+
+def test_frozen_layers_keep_nothing(chain, x):
+    chain.requires_grad_(False)
+    with saved_tensors_hooks(lambda t: pytest.fail("a tensor is saved"), lambda t: t):
+        chain(x)
+    chain.norms[0].requires_grad_(False)
+    chain.fc.requires_grad_()
+    found = torch.autograd.grad(run_block("balanced", chain, x).sum(), chain.fc.weight)
+    assert_equal(found, torch.autograd.grad(chain.reference(x).sum(), chain.fc.weight))
