@@ -1,0 +1,255 @@
+"""Fused components in every mode of memory, against the same parameters used one by one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils.events import EventStorage
+from helpers import TINY, config, randomize, run_script
+from torch import nn
+
+from gn_detect.config import ConfigError
+from gn_detect.layers import GroupNorm
+from gn_detect.layers.recompute import MODES
+from gn_detect.modeling.fused import Block, GNBasicBlock, GNBottleneckBlock, fuse_norms
+from gn_detect.modeling.norm import GroupNormFactory
+from gn_detect.modeling.resnet import build_gn_resnet_backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OTHERS = MODES[1:]
+R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+DETECTORS = {
+    R18: (*TINY, "MODEL.RPN.NORM", "GN", "MODEL.ROI_MASK_HEAD.DECONV_NORM", "GN"),
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml": TINY,
+    "COCO-InstanceSegmentation/mask_rcnn_X_50_32x4d_FPN_gn_ws_2x.yaml": TINY,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50x1_bit_FPN_gn_ws_3x.yaml": TINY,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50d_v2_FPN_gn_3x.yaml": TINY,
+    "COCO-Detection/retinanet_R_50_FPN_gn_3x.yaml": (),
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_gn_3x.yaml": (
+        *TINY,
+        *("MODEL.ROI_KEYPOINT_HEAD.NORM", "GN"),
+        *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (32, 32)),
+    ),
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_gn_3x.yaml": (
+        *TINY,
+        *("MODEL.SEM_SEG_HEAD.CONVS_DIM", 32),
+    ),
+}
+
+
+def training_batch():
+    """One image with two objects, for any detector."""
+    instances = Instances((64, 96))
+    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6, 40, 50], [20, 20, 60, 60]]))
+    instances.gt_classes = torch.tensor([0, 0])
+    masks = torch.zeros(2, 64, 96, dtype=torch.bool)
+    masks[0, 6:50, 4:40] = masks[1, 20:60, 20:60] = True
+    instances.gt_masks = BitMasks(masks)
+    points = torch.rand(2, 17, 3, generator=torch.Generator().manual_seed(0)) * 30 + 10
+    points[:, :, 2] = 2
+    instances.gt_keypoints = Keypoints(points)
+    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(1)) * 255
+    return [{"image": image, "instances": instances, "sem_seg": torch.zeros(64, 96).long()}]
+
+
+def losses_and_gradients(model, amp=False, steps=1):
+    model.train().zero_grad()
+    model.loss_normalizer = 100  # RetinaNet's moving average
+    with EventStorage():
+        for step in range(steps):
+            torch.manual_seed(step)  # proposals and RoIs are sampled
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                losses = model(training_batch())
+            sum(losses.values()).backward()
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return losses, gradients
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def set_memory(model, memory):
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.memory = memory
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_losses_and_gradients_of_detectors(name):
+    """Bit for bit, in all modes."""
+    cfg = config(name, *DETECTORS[name], "INPUT.MASK_FORMAT", "bitmask")
+    cfg.MODEL.GN.MEMORY = "lean"
+    torch.manual_seed(0)
+    model = randomize(build_model(cfg))
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    blocks = [m for m in blocks if any(isinstance(c, GroupNorm) for c in m.modules())]
+    assert {m.memory for m in blocks} == {"lean"}
+    losses_and_gradients(model)  # in the first pass of RetinaNet, PyTorch adds in another order
+    results = {"lean": losses_and_gradients(model)}
+    for memory in ("fast", "balanced", "checkpoint"):
+        set_memory(model, memory)
+        results[memory] = losses_and_gradients(model)
+    assert len(results["fast"][1]) > 40
+    for memory in OTHERS:
+        assert_same(results[memory], results["fast"])
+
+
+@pytest.mark.parametrize("memory", OTHERS)
+@pytest.mark.parametrize("how", ["frozen stages", "bfloat16", "accumulation"])
+def test_in_a_training_step(how, memory):
+    cfg = config(R18, *TINY, "INPUT.MASK_FORMAT", "bitmask")
+    cfg.MODEL.BACKBONE.FREEZE_AT = 3 if how == "frozen stages" else 0
+    torch.manual_seed(0)
+    model = randomize(build_model(cfg))
+    options = {"amp": how == "bfloat16", "steps": 2 if how == "accumulation" else 1}
+    expected = losses_and_gradients(model, **options)
+    set_memory(model, memory)
+    found = losses_and_gradients(model, **options)
+    assert_same(found, expected)
+    frozen = [n for n in found[1] if ".stem." in n or ".res2." in n or ".res3." in n]
+    assert bool(frozen) == (how != "frozen stages")
+
+
+def test_data_parallel_training(tmp_path):
+    """Two processes with other images each: the mean of their gradients, in every mode."""
+    script = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+from torch import nn
+from gn_detect.modeling.fused import fuse_norms
+from gn_detect.modeling.norm import GroupNormFactory
+
+def train(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for memory in ("fast", "balanced", "lean", "checkpoint"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*ResNet.make_stage(
+            BottleneckBlock, 2, in_channels=8, out_channels=16, bottleneck_channels=8,
+            norm=GroupNormFactory(4)))
+        fuse_norms(model, memory)
+        images = [torch.randn(1, 8, 12, 12) for _ in range(2)]
+        (sum(model(image).square().sum() for image in images) / 2).backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(images[rank]).square().sum().backward()
+        for p, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-5)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(train, (sys.argv[1],), nprocs=2)
+"""
+    run_script(script, tmp_path / "store", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("block, last", [(BottleneckBlock, "conv3"), (BasicBlock, "conv2")])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("memory", MODES)
+def test_blocks_against_detectron2(block, last, stride, memory):
+    """Output and gradients of Detectron2's own block with nn.GroupNorm, in float64."""
+    torch.manual_seed(0)
+    args = {"stride": stride, "norm": lambda channels: nn.GroupNorm(4, channels)}
+    if block is BottleneckBlock:
+        args["bottleneck_channels"] = 8
+    theirs = randomize(block(8, 16, **args)).double()
+    ours = block(8, 16, **{**args, "norm": GroupNormFactory(4)}).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    fuse_norms(ours, memory)
+    assert type(ours) is (GNBottleneckBlock if block is BottleneckBlock else GNBasicBlock)
+    assert getattr(ours, last).norm.activation == "relu" and ours.shortcut.norm.activation is None
+    x = torch.randn(2, 8, 9, 10).double().requires_grad_()
+    results = []
+    for model in (theirs, ours):
+        output = model(x)
+        results.append(
+            [output, *torch.autograd.grad(output.square().sum(), [x, *model.parameters()])]
+        )
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_relus_of_a_detector_are_in_its_norms():
+    """Of 53 norms in the ResNet all but those of the 4 shortcuts; the 8 of the heads; none of the
+    FPN's. Nothing else runs a ReLU but RPN and fully connected and transposed convolutions."""
+    cfg = config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml")
+    model = build_model(cfg)
+    fused = {n for n, m in model.named_modules() if isinstance(m, GroupNorm) and m.activation}
+    assert sum("bottom_up" in n for n in fused) == 49
+    assert sum("roi_heads" in n for n in fused) == 8
+    assert len(fused) == 57
+    relus = {n for n, m in model.named_modules() if isinstance(m, nn.ReLU)}
+    assert {n.split(".")[-1] for n in relus} == {"activation", "fc_relu1", "deconv_relu"}
+    assert [n for n in relus if n.endswith("activation")] == [
+        "proposal_generator.rpn_head.conv.activation"
+    ]
+
+
+def test_relus_in_sequences():
+    module = nn.Sequential(
+        nn.Conv2d(4, 8, 1), GroupNorm(2, 8), nn.ReLU(), Conv2d(8, 8, 1), nn.ReLU()
+    )
+    module[3].norm = GroupNorm(2, 8)
+    randomize(module)
+    before, x = copy.deepcopy(module), torch.randn(2, 4, 5, 5)
+    fuse_norms(module, "fast")
+    assert [type(m) for m in module][2::2] == [nn.Identity, nn.Identity]
+    assert torch.equal(module(x), before(x))
+    assert module.state_dict().keys() == before.state_dict().keys()
+
+
+@pytest.mark.parametrize("activation", [F.leaky_relu, nn.SiLU()])
+def test_other_activations_stay(activation):
+    conv = Conv2d(4, 8, 1, norm=GroupNorm(2, 8), activation=activation)
+    fuse_norms(conv, "fast")
+    assert conv.activation is activation and conv.norm.activation is None
+
+
+def test_blocks_with_other_norms_stay():
+    block = BottleneckBlock(8, 16, bottleneck_channels=8, norm="BN")
+    block.conv1.norm = GroupNorm(4, 8)
+    fuse_norms(block, "lean")
+    assert type(block) is BottleneckBlock and block.conv1.norm.activation is None
+
+
+def test_a_copy_is_independent():
+    """As of weights that are averaged over training."""
+    block = BottleneckBlock(8, 16, bottleneck_channels=8, norm=GroupNormFactory(4))
+    fuse_norms(block, "lean")
+    twin, x = copy.deepcopy(block), torch.randn(1, 8, 6, 6)
+    expected = block(x)
+    nn.init.zeros_(block.conv3.norm.weight)
+    assert torch.equal(twin(x), expected) and not torch.equal(block(x), expected)
+
+
+def test_unknown_mode():
+    with pytest.raises(ConfigError, match="MODEL.GN.MEMORY.*'small'; known: fast, balanced, lean"):
+        build_gn_resnet_backbone(config(R18, "MODEL.GN.MEMORY", "small"), ShapeSpec(channels=3))
+
+
+def test_unknown_kernel():
+    with pytest.raises(ConfigError, match="MODEL.GN.KERNEL.*'cuda'; known: auto, triton, torch"):
+        build_gn_resnet_backbone(config(R18, "MODEL.GN.KERNEL", "cuda"), ShapeSpec(channels=3))
+
+
+def test_components_without_gn_have_no_mode():
+    """They would be run twice for nothing."""
+    model = build_model(
+        config(R18, *TINY, "MODEL.RESNETS.NORM", "BN", "MODEL.GN.MEMORY", "checkpoint")
+    )
+    modes = {type(m).__name__: m.memory for m in model.modules() if isinstance(m, Block)}
+    assert modes == {
+        "GNRPNHead": "fast",
+        "GNFastRCNNConvFCHead": "checkpoint",
+        "GNMaskRCNNConvUpsampleHead": "checkpoint",
+    }
