@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .functional import group_norm_act
@@ -51,6 +52,11 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(N, C, *), and a residual of its shape that is added before the activation."""
+        if torch.jit.is_scripting():  # which knows PyTorch's operations alone
+            y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+            if residual is not None:
+                y = y + residual
+            return y if self.activation is None else F.relu(y)
         return group_norm_act(
             x,
             self.num_groups,

@@ -25,6 +25,12 @@ class Block:
 
     memory: str = "fast"
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``, for which this becomes a module of Detectron2 again."""
+        bases = (c for c in type(self).__mro__ if issubclass(c, nn.Module))
+        self.__class__ = next(c for c in bases if not issubclass(c, Block))
+        return self
+
 
 def in_memory_mode(method: Callable) -> Callable:
     """Run a method of a :class:`Block` in its mode."""
@@ -69,6 +75,10 @@ class _ResidualBlock(Block):
 
         again = self.memory == "lean" and conv.kernel_size == (1, 1)
         return rerun(convolve, x) if again else convolve(x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        self.convs()[-1].norm.activation = None  # it comes behind the sum
+        return super().__prepare_scriptable__()
 
 
 class GNBottleneckBlock(_ResidualBlock, BottleneckBlock):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
@@ -230,6 +231,37 @@ def test_a_copy_is_independent():
     expected = block(x)
     nn.init.zeros_(block.conv3.norm.weight)
     assert torch.equal(twin(x), expected) and not torch.equal(block(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing and scripting Detectron2
+def test_deployed():
+    """Scripted as by Detectron2's export_model.py, and traced: the outputs of the model itself."""
+    cfg = config(R18, *TINY, "MODEL.GN.MEMORY", "lean", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    torch.manual_seed(0)
+    model = randomize(build_model(cfg)).eval()
+    image = training_batch()[0]["image"]
+
+    @torch.no_grad()
+    def predict(model, inputs):
+        (instances,) = model.inference(inputs, do_postprocess=False)
+        return [instances.scores, instances.pred_masks]
+
+    inputs = [{"image": image}]
+    expected = predict(model, inputs)
+    assert len(expected[0]) > 0
+    traced = torch.jit.trace(TracingAdapter(model, inputs, predict), (image,))
+    torch.testing.assert_close(list(traced(image)), expected)
+    fields = {
+        "proposal_boxes": Boxes,
+        "objectness_logits": torch.Tensor,
+        "pred_boxes": Boxes,
+        "scores": torch.Tensor,
+        "pred_classes": torch.Tensor,
+        "pred_masks": torch.Tensor,
+    }
+    scripted = scripting_with_instances(model, fields)
+    torch.testing.assert_close(predict(scripted, inputs), expected)
+    torch.testing.assert_close(predict(model, inputs), expected)
 
 
 def test_unknown_mode():
