@@ -103,10 +103,16 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
     (GN paper, section 3.1); the others are Detectron2's: BN, SyncBN, FrozenBN, "".
 
     Raises:
-        ConfigError: the value is unknown, or the groups of ``MODEL.GN`` are not stated once.
+        ConfigError: the value is unknown, the groups of ``MODEL.GN`` are not stated once, or its
+            kernel is not for the device.
     """
     node, name = locate(cfg, key)
     norm, gn = node[name], cfg.MODEL.GN
+    if gn.KERNEL == "triton" and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError(
+            "MODEL.GN.KERNEL is 'triton', whose kernels are for CUDA devices, and MODEL.DEVICE is "
+            "'cpu'; set it to 'auto'"
+        )
     if norm == "LN":
         return GroupNormFactory(1, gn.EPS, kernel=gn.KERNEL)
     if norm == "IN":

@@ -269,9 +269,16 @@ def test_unknown_mode():
         build_gn_resnet_backbone(config(R18, "MODEL.GN.MEMORY", "small"), ShapeSpec(channels=3))
 
 
-def test_unknown_kernel():
-    with pytest.raises(ConfigError, match="MODEL.GN.KERNEL.*'cuda'; known: auto, triton, torch"):
-        build_gn_resnet_backbone(config(R18, "MODEL.GN.KERNEL", "cuda"), ShapeSpec(channels=3))
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        ("cuda", "'cuda'; known: auto, triton, torch"),
+        ("triton", "MODEL.DEVICE is 'cpu'; set .*auto"),
+    ],
+)
+def test_kernels_that_cannot_be(kernel, message):
+    with pytest.raises(ConfigError, match=f"MODEL.GN.KERNEL.*{message}"):
+        build_gn_resnet_backbone(config(R18, "MODEL.GN.KERNEL", kernel), ShapeSpec(channels=3))
 
 
 def test_components_without_gn_have_no_mode():
