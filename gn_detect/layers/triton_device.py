@@ -1,0 +1,363 @@
+"""The device code of ``triton_kernels.py``, which says what it computes and how.
+
+Two kernels for the forward pass and two for the backward pass of groups that many programs share,
+and one for each where a program holds whole groups in registers ("resident").
+
+A program of the shared kind has tiles of P pixels x CB channels. ``block`` of those channels are
+used; they are GB whole groups, or part of one group where GB = 1. S programs share the pixels of
+these channels, each doing ``iters`` tiles. NCHW has one channel per program.
+
+H * W is passed as ``HWV * VEC``: only a constant factor tells the compiler that rows of, say, 4200
+elements may be read 8 at a time (of an argument it knows divisibility by 16 alone).
+
+Names: C channels, G groups, D = C / G; x, y (N, C, H, W); weight (gamma) and bias (beta) (C,);
+mean, rstd (N, G) float32; residual, dy, dx, dz shaped like x. weight, bias, residual may be None, y
+is None where the mask of the ReLU is found from x. Arithmetic is float32, whatever the tensors are.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(
+    C, D, HW, block, S, iters,
+    REVERSE: tl.constexpr, NHWC: tl.constexpr,
+    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """What a program of the split kernels works on.
+
+    Returns:
+        The image, its offset, and the part ``s`` of the pixels; channels (1, CB), which of them are
+        valid, and the groups (1, GB) they belong to; the offset of the first tile, offsets in it
+        (P, CB), its pixels (P, 1), and the number of the first one.
+    """
+    pid = tl.program_id(0)
+    if REVERSE:
+        pid = tl.num_programs(0) - 1 - pid
+    blocks = (C + block - 1) // block
+    if NHWC:
+        n, c0, s = pid // blocks // S, pid % blocks * block, pid // blocks % S
+        pixel_stride, channel_stride = C, 1
+    else:
+        n, c0, s = pid // S // blocks, pid // S % blocks * block, pid % S
+        pixel_stride, channel_stride = 1, HW
+    lane = tl.arange(0, CB)[None, :]
+    c = c0 + lane
+    g = c0 // D + tl.arange(0, GB)[None, :]
+    start = s * iters * P
+    pixel = tl.arange(0, P)[:, None]
+    n = n.to(tl.int64)
+    image = n * C * HW
+    first = image + c0 * channel_stride + start * pixel_stride
+    valid = (lane < block) & (c < C)
+    return n, image, s, c, valid, g, first, pixel * pixel_stride + lane, pixel, start
+
+
+@triton.jit
+def _per_group(v, c, D, g, GB: tl.constexpr):
+    """Sums of v (1, CB), of the channels c, over each of the groups g (1, GB)."""
+    if GB == 1:
+        return tl.sum(v, axis=1, keep_dims=True)
+    else:
+        return tl.sum(tl.where(tl.trans(c // D) == g, tl.trans(v), 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _per_channel(v, c, D, g, GB: tl.constexpr):
+    """The value in v (1, GB) of the group of each of the channels c (1, CB)."""
+    if GB == 1:
+        return v
+    else:  # for the compiler, which would look at what follows the `if` too
+        return tl.sum(tl.where(tl.trans(g) == c // D, tl.trans(v), 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _add_pairs(part, row, valid, R, RP: tl.constexpr):
+    """The two sums of the groups ``row`` (1, GB) from their R pairs in ``part`` (N * G, 2, R)."""
+    r = tl.arange(0, RP)[:, None]
+    mask = (r < R) & valid
+    part += row * 2 * R + r
+    first = tl.load(part, mask=mask, other=0.0)
+    second = tl.load(part + R, mask=mask, other=0.0)
+    return tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
+
+
+@triton.jit
+def _affine(weight, bias, c, valid):
+    """gamma and beta of channels ``c``, 1 and 0 where there are none."""
+    gamma = 1.0
+    beta = 0.0
+    if weight is not None:
+        gamma = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
+    if bias is not None:
+        beta = tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
+def _normalize(v, mean, a, beta):
+    """y before residual and ReLU. The one place: its bits must not depend on the kernel."""
+    return tl.fma(v.to(tl.float32) - mean, a, beta)
+
+
+@triton.jit
+def _relu(z):
+    """ReLU that keeps NaN."""
+    return tl.where(z < 0.0, 0.0, z)
+
+
+@triton.jit
+def _relu_gradient(t, v, y, mean, a, beta, offset, mask):
+    """t where y, or what rounds to it, is above 0 or NaN, as in PyTorch."""
+    if y is not None:
+        z = tl.load(y + offset, mask=mask, other=0.0)
+    else:
+        z = _normalize(v, mean, a, beta).to(v.dtype)
+    return tl.where(z <= 0.0, 0.0, t)
+
+
+@triton.jit
+def statistics(
+    x, part, HWV, C, D, block, S, iters,
+    NHWC: tl.constexpr, VEC: tl.constexpr, GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Sums of x - k and of its square over this program's pixels, into ``part`` (N * G, 2, R)."""
+    HW = HWV * VEC
+    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+        C, D, HW, block, S, iters, False, NHWC, GB, CB, P
+    )
+    k = tl.load(x + image + c // D * D * (1 if NHWC else HW), mask=valid, other=0.0)
+    k = k.to(tl.float32)
+    sum1 = tl.full([P, CB], 0.0, tl.float32)
+    sum2 = tl.full([P, CB], 0.0, tl.float32)
+    for i in range(iters):
+        mask = (pixel < HW - (start + i * P)) & valid
+        v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+        v = tl.where(mask, v - k, 0.0)
+        sum1 += v
+        sum2 += v * v
+        base += P * (C if NHWC else 1)
+    sum1 = _per_group(tl.sum(sum1, axis=0, keep_dims=True), c, D, g, GB)
+    sum2 = _per_group(tl.sum(sum2, axis=0, keep_dims=True), c, D, g, GB)
+    R = S if NHWC else D * S
+    part += (n * (C // D) + g) * 2 * R + (s if NHWC else c % D * S + s)
+    tl.store(part, sum1, mask=g < C // D)
+    tl.store(part + R, sum2, mask=g < C // D)
+
+
+@triton.jit
+def apply(
+    x, residual, weight, bias, y, part, mean, rstd, eps, HWV, C, D, block, S, splits, iters,
+    RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """y from x. The statistics come from ``part`` and go to mean, rstd; without ``part`` they are
+    read there. ``splits`` is the S of ``statistics``."""
+    HW = HWV * VEC
+    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+        C, D, HW, block, S, iters, True, NHWC, GB, CB, P
+    )
+    if part is not None:
+        row = n * (C // D) + g
+        known = g < C // D
+        k = tl.load(x + image + g * D * (1 if NHWC else HW), mask=known, other=0.0)
+        sum1, sum2 = _add_pairs(part, row, known, splits if NHWC else D * splits, RP)
+        scale = 1.0 / (HW * D)
+        shift = sum1 * scale
+        m = k.to(tl.float32) + shift
+        var = sum2 * scale - shift * shift
+        r = tl.rsqrt(tl.where(var < 0.0, 0.0, var) + eps)  # a maximum would drop NaN
+        # One program of each group tells the statistics.
+        told = known & (s == 0) & (NHWC or c % D == 0)
+        tl.store(mean + row, m, mask=told)
+        tl.store(rstd + row, r, mask=told)
+        m = _per_channel(m, c, D, g, GB)
+        r = _per_channel(r, c, D, g, GB)
+    else:
+        row = n * (C // D) + c // D
+        m = tl.load(mean + row, mask=valid, other=0.0)
+        r = tl.load(rstd + row, mask=valid, other=0.0)
+    gamma, beta = _affine(weight, bias, c, valid)
+    a = r * gamma
+    for i in range(iters):
+        mask = (pixel < HW - (start + i * P)) & valid
+        z = _normalize(tl.load(x + base + tile, mask=mask, other=0.0), m, a, beta)
+        if residual is not None:
+            z += tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            z = _relu(z)
+        tl.store(y + base + tile, z, mask=mask)
+        base += P * (C if NHWC else 1)
+
+
+@triton.jit
+def gradient_sums(
+    dy, x, y, weight, bias, mean, rstd, dz, part, sums, HWV, C, D, block, S, iters,
+    RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Sums of dz and dz * xhat over this program's pixels: per channel into ``sums`` (N, S, 2, C),
+    times gamma and per group into ``part`` (N * G, 2, R). Either may be None. Writes dz if given.
+    """
+    HW = HWV * VEC
+    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+        C, D, HW, block, S, iters, False, NHWC, GB, CB, P
+    )
+    gamma, beta = _affine(weight, bias, c, valid)
+    row = n * (C // D) + c // D
+    m = tl.load(mean + row, mask=valid, other=0.0)
+    r = tl.load(rstd + row, mask=valid, other=0.0)
+    sum1 = tl.full([P, CB], 0.0, tl.float32)
+    sum2 = tl.full([P, CB], 0.0, tl.float32)
+    for i in range(iters):
+        mask = (pixel < HW - (start + i * P)) & valid
+        v = tl.load(x + base + tile, mask=mask, other=0.0)
+        t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            t = _relu_gradient(t, v, y, m, r * gamma, beta, base + tile, mask)
+        if dz is not None:
+            tl.store(dz + base + tile, t, mask=mask)
+        sum1 += t
+        sum2 += t * (v.to(tl.float32) - m)
+        base += P * (C if NHWC else 1)
+    sum1 = tl.sum(sum1, axis=0, keep_dims=True)
+    sum2 = tl.sum(sum2, axis=0, keep_dims=True) * r
+    if sums is not None:
+        sums += (n * S + s) * 2 * C + c
+        tl.store(sums, sum1, mask=valid)
+        tl.store(sums + C, sum2, mask=valid)
+    if part is not None:
+        R = S if NHWC else D * S
+        part += (n * (C // D) + g) * 2 * R + (s if NHWC else c % D * S + s)
+        tl.store(part, _per_group(sum1 * gamma, c, D, g, GB), mask=g < C // D)
+        tl.store(part + R, _per_group(sum2 * gamma, c, D, g, GB), mask=g < C // D)
+
+
+@triton.jit
+def gradient(
+    dy, x, y, weight, bias, mean, rstd, part, dx, HWV, C, D, block, S, splits, iters,
+    RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """dx from ``part``, the sums of ``gradient_sums``, whose S is ``splits``."""
+    HW = HWV * VEC
+    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+        C, D, HW, block, S, iters, True, NHWC, GB, CB, P
+    )
+    gamma, beta = _affine(weight, bias, c, valid)
+    row = n * (C // D) + c // D
+    m = tl.load(mean + row, mask=valid, other=0.0)
+    r = tl.load(rstd + row, mask=valid, other=0.0)
+    row = n * (C // D) + g
+    sum1, sum2 = _add_pairs(part, row, g < C // D, splits if NHWC else D * splits, RP)
+    shift = -r * _per_channel(sum1, c, D, g, GB) / (HW * D)
+    slope = -r * r * _per_channel(sum2, c, D, g, GB) / (HW * D)
+    for i in range(iters):
+        mask = (pixel < HW - (start + i * P)) & valid
+        v = tl.load(x + base + tile, mask=mask, other=0.0)
+        t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            t = _relu_gradient(t, v, y, m, r * gamma, beta, base + tile, mask)
+        d = tl.fma(t, r * gamma, tl.fma(v.to(tl.float32) - m, slope, shift))
+        tl.store(dx + base + tile, d, mask=mask)
+        base += P * (C if NHWC else 1)
+
+
+@triton.jit
+def _resident_tile(
+    G, HW, D: tl.constexpr, NHWC: tl.constexpr, GB: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """What a program of the resident kernels works on: a tile GB x DP x P, P x GB x DP for NHWC.
+
+    Returns:
+        The image; groups, their numbers over all images, channels, which of those are
+        valid; offsets in the tile and its mask. All broadcast to the tile.
+    """
+    blocks = (G + GB - 1) // GB
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    g = tl.program_id(0) % blocks * GB + tl.arange(0, GB)
+    if NHWC:
+        g = g[None, :, None]
+        d = tl.arange(0, DP)[None, None, :]
+        p = tl.arange(0, P)[:, None, None]
+        tile = p * (G * D) + g * D + d
+    else:
+        g = g[:, None, None]
+        d = tl.arange(0, DP)[None, :, None]
+        p = tl.arange(0, P)[None, None, :]
+        tile = (g * D + d) * HW + p
+    valid = (g < G) & (d < D)
+    return n, g, n * G + g, g * D + d, valid, tile, valid & (p < HW)
+
+
+@triton.jit
+def resident(
+    x, residual, weight, bias, y, mean, rstd, eps, HWV, G, KNOWN: tl.constexpr,
+    RELU: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+    GB: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """y, mean and rstd of GB whole groups. If KNOWN, mean and rstd are read instead."""
+    HW = HWV * VEC
+    n, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
+    base = n * G * D * HW
+    pixels: tl.constexpr = 0 if NHWC else 2
+    channels: tl.constexpr = 2 if NHWC else 1
+    gamma, beta = _affine(weight, bias, c, valid)
+    v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+    if KNOWN:
+        m = tl.load(mean + row, mask=g < G, other=0.0)
+        r = tl.load(rstd + row, mask=g < G, other=0.0)
+    else:
+        scale = 1.0 / (HW * D)
+        # Minus the first element: exact for constant groups, where rstd is large.
+        k = tl.load(x + base + g * D * (1 if NHWC else HW), mask=g < G, other=0.0).to(tl.float32)
+        m = tl.where(mask, v - k, 0.0)
+        m = tl.sum(tl.sum(m, axis=pixels, keep_dims=True), axis=channels, keep_dims=True)
+        m = k + m * scale
+        square = tl.where(mask, (v - m) * (v - m), 0.0)
+        var = tl.sum(tl.sum(square, axis=pixels, keep_dims=True), axis=channels, keep_dims=True)
+        r = tl.rsqrt(var * scale + eps)
+        tl.store(mean + row, m, mask=g < G)
+        tl.store(rstd + row, r, mask=g < G)
+    z = _normalize(v, m, r * gamma, beta)
+    if residual is not None:
+        z += tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        z = _relu(z)
+    tl.store(y + base + tile, z, mask=mask)
+
+
+@triton.jit
+def resident_gradient(
+    dy, x, y, weight, bias, mean, rstd, dz, sums, dx, HWV, G,
+    RELU: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+    GB: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """dx, dz and ``sums`` (N, 2, C), as in ``gradient_sums``, of GB groups; any may be None."""
+    HW = HWV * VEC
+    n, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
+    base = n * G * D * HW
+    pixels: tl.constexpr = 0 if NHWC else 2
+    channels: tl.constexpr = 2 if NHWC else 1
+    gamma, beta = _affine(weight, bias, c, valid)
+    m = tl.load(mean + row, mask=g < G, other=0.0)
+    r = tl.load(rstd + row, mask=g < G, other=0.0)
+    v = tl.load(x + base + tile, mask=mask, other=0.0)
+    t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        t = _relu_gradient(t, v, y, m, r * gamma, beta, base + tile, mask)
+    if dz is not None:
+        tl.store(dz + base + tile, t, mask=mask)
+    d = v.to(tl.float32) - m
+    sum1 = tl.sum(t, axis=pixels, keep_dims=True)
+    sum2 = tl.sum(t * d, axis=pixels, keep_dims=True) * r
+    if sums is not None:
+        sums += n * 2 * G * D + c
+        tl.store(sums, sum1, mask=valid)
+        tl.store(sums + G * D, sum2, mask=valid)
+    if dx is not None:
+        shift = -r * tl.sum(sum1 * gamma, axis=channels, keep_dims=True) / (HW * D)
+        slope = -r * r * tl.sum(sum2 * gamma, axis=channels, keep_dims=True) / (HW * D)
+        tl.store(dx + base + tile, tl.fma(t, r * gamma, tl.fma(d, slope, shift)), mask=mask)
