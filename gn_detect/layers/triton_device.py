@@ -28,9 +28,9 @@ def _tile(
     """What a program of the split kernels works on.
 
     Returns:
-        The image, its offset, and the part ``s`` of the pixels; channels (1, CB), which of them are
-        valid, and the groups (1, GB) they belong to; the offset of the first tile, offsets in it
-        (P, CB), its pixels (P, 1), and the number of the first one.
+        The image, its offset, and the part ``s`` of the pixels; the first channel, channels
+        (1, CB), which of them are valid, and the groups (1, GB) they belong to; the offset of the
+        first tile, offsets in it (P, CB), its pixels (P, 1), and the number of the first one.
     """
     pid = tl.program_id(0)
     if REVERSE:
@@ -51,7 +51,7 @@ def _tile(
     image = n * C * HW
     first = image + c0 * channel_stride + start * pixel_stride
     valid = (lane < block) & (c < C)
-    return n, image, s, c, valid, g, first, pixel * pixel_stride + lane, pixel, start
+    return n, image, s, c0, c, valid, g, first, pixel * pixel_stride + lane, pixel, start
 
 
 @triton.jit
@@ -70,6 +70,15 @@ def _per_channel(v, c, D, g, GB: tl.constexpr):
         return v
     else:  # for the compiler, which would look at what follows the `if` too
         return tl.sum(tl.where(tl.trans(g) == c // D, tl.trans(v), 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _pairs(D, block, S, GB: tl.constexpr):
+    """R, the programs that share a group: each gives a pair of sums."""
+    if GB == 1:
+        return D // block * S
+    else:
+        return S
 
 
 @triton.jit
@@ -122,9 +131,12 @@ def statistics(
     x, part, HWV, C, D, block, S, iters,
     NHWC: tl.constexpr, VEC: tl.constexpr, GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x - k and of its square over this program's pixels, into ``part`` (N * G, 2, R)."""
+    """Sums of x - k and of its square over this program's pixels, into ``part`` (N * G, 2, R).
+
+    k is the first element of the group.
+    """
     HW = HWV * VEC
-    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
         C, D, HW, block, S, iters, False, NHWC, GB, CB, P
     )
     k = tl.load(x + image + c // D * D * (1 if NHWC else HW), mask=valid, other=0.0)
@@ -140,8 +152,8 @@ def statistics(
         base += P * (C if NHWC else 1)
     sum1 = _per_group(tl.sum(sum1, axis=0, keep_dims=True), c, D, g, GB)
     sum2 = _per_group(tl.sum(sum2, axis=0, keep_dims=True), c, D, g, GB)
-    R = S if NHWC else D * S
-    part += (n * (C // D) + g) * 2 * R + (s if NHWC else c % D * S + s)
+    R = _pairs(D, block, S, GB)
+    part += (n * (C // D) + g) * 2 * R + c0 % D // block * S + s
     tl.store(part, sum1, mask=g < C // D)
     tl.store(part + R, sum2, mask=g < C // D)
 
@@ -155,21 +167,21 @@ def apply(
     """y from x. The statistics come from ``part`` and go to mean, rstd; without ``part`` they are
     read there. ``splits`` is the S of ``statistics``."""
     HW = HWV * VEC
-    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
         C, D, HW, block, S, iters, True, NHWC, GB, CB, P
     )
     if part is not None:
         row = n * (C // D) + g
         known = g < C // D
         k = tl.load(x + image + g * D * (1 if NHWC else HW), mask=known, other=0.0)
-        sum1, sum2 = _add_pairs(part, row, known, splits if NHWC else D * splits, RP)
+        sum1, sum2 = _add_pairs(part, row, known, _pairs(D, block, splits, GB), RP)
         scale = 1.0 / (HW * D)
         shift = sum1 * scale
         m = k.to(tl.float32) + shift
         var = sum2 * scale - shift * shift
         r = tl.rsqrt(tl.where(var < 0.0, 0.0, var) + eps)  # a maximum would drop NaN
         # One program of each group tells the statistics.
-        told = known & (s == 0) & (NHWC or c % D == 0)
+        told = known & (s == 0) & (c0 % D == 0)
         tl.store(mean + row, m, mask=told)
         tl.store(rstd + row, r, mask=told)
         m = _per_channel(m, c, D, g, GB)
@@ -201,7 +213,7 @@ def gradient_sums(
     times gamma and per group into ``part`` (N * G, 2, R). Either may be None. Writes dz if given.
     """
     HW = HWV * VEC
-    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
         C, D, HW, block, S, iters, False, NHWC, GB, CB, P
     )
     gamma, beta = _affine(weight, bias, c, valid)
@@ -228,8 +240,8 @@ def gradient_sums(
         tl.store(sums, sum1, mask=valid)
         tl.store(sums + C, sum2, mask=valid)
     if part is not None:
-        R = S if NHWC else D * S
-        part += (n * (C // D) + g) * 2 * R + (s if NHWC else c % D * S + s)
+        R = _pairs(D, block, S, GB)
+        part += (n * (C // D) + g) * 2 * R + c0 % D // block * S + s
         tl.store(part, _per_group(sum1 * gamma, c, D, g, GB), mask=g < C // D)
         tl.store(part + R, _per_group(sum2 * gamma, c, D, g, GB), mask=g < C // D)
 
@@ -242,7 +254,7 @@ def gradient(
 ):  # fmt: skip
     """dx from ``part``, the sums of ``gradient_sums``, whose S is ``splits``."""
     HW = HWV * VEC
-    n, image, s, c, valid, g, base, tile, pixel, start = _tile(
+    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
         C, D, HW, block, S, iters, True, NHWC, GB, CB, P
     )
     gamma, beta = _affine(weight, bias, c, valid)
@@ -250,7 +262,7 @@ def gradient(
     m = tl.load(mean + row, mask=valid, other=0.0)
     r = tl.load(rstd + row, mask=valid, other=0.0)
     row = n * (C // D) + g
-    sum1, sum2 = _add_pairs(part, row, g < C // D, splits if NHWC else D * splits, RP)
+    sum1, sum2 = _add_pairs(part, row, g < C // D, _pairs(D, block, splits, GB), RP)
     shift = -r * _per_channel(sum1, c, D, g, GB) / (HW * D)
     slope = -r * r * _per_channel(sum2, c, D, g, GB) / (HW * D)
     for i in range(iters):

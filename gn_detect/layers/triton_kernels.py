@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         resident: a whole group stays in registers; the fields from ``splits`` on do not matter.
         vec: power of 2 that divides H * W (NCHW only).
         block: channels per program.
-        groups: groups per program; 1 also if a program has a part of a group.
+        groups: groups per program; 1 also if a program has a part of the channels of a group.
         lanes: power of 2 >= ``block``; of a resident group, power of 2 >= C / G.
         pixels: power of 2, pixels of a tile.
         warps: warps per program.
@@ -76,9 +76,12 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
     if nhwc:
         # Runs of 64 channels; of 32 where there are few, to have enough programs.
         width = 64 if c > 64 else 32
-        groups = min(gp, 1 << max(0, (width // d).bit_length() - 1))
-        block = groups * d
-        pixels = min(pixels, max(1, 4096 // triton.next_power_of_2(block)))
+        if d < width:
+            groups = min(gp, 1 << (width // d).bit_length() - 1)
+            block = groups * d
+        else:
+            groups, block = 1, math.gcd(d, width)
+        pixels = min(pixels, 4096 // triton.next_power_of_2(block))
         # Each program of the second kernel reads a block's sums of all splits.
         most = 128 if groups > 1 else 512
     else:
@@ -210,10 +213,10 @@ def backward(
     if needs_residual and not relu:
         dresidual = dy.to(residual_dtype)
     elif needs_residual:
-        dresidual = dz = torch.empty_like(x, dtype=residual_dtype, memory_format=layout)
+        dresidual = dz = torch.empty_like(x, dtype=residual_dtype)
     elif residual_dtype is None:
         y = None
-    dx = torch.empty_like(x, memory_format=layout) if needs[0] else None
+    dx = torch.empty_like(x) if needs[0] else None
     sums = None
     if x.numel() == 0:
         sums = torch.zeros((1, 2, x.shape[1]), dtype=torch.float32, device=x.device)
@@ -233,7 +236,7 @@ def backward(
 def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
     n, c, h, w = x.shape
     layout = _layout(x)
-    y = torch.empty_like(x, memory_format=layout)
+    y = torch.empty_like(x)
     if x.numel() == 0:
         if not known:
             mean.zero_()
@@ -254,7 +257,7 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
             return y
         rows, part, pairs = n * triton.cdiv(c, how.block), None, 1
         if not known:
-            part, pairs = _workspace(x, n * g, how, c // g, nhwc)
+            part, pairs = _workspace(x, n * g, how, c // g)
             device.statistics[(rows * how.splits,)](
                 x, part, hwv, c, c // g, how.block, how.splits, how.split_iters,
                 nhwc, how.vec, how.groups, how.lanes, how.pixels, num_warps=how.warps,
@@ -284,7 +287,7 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
         return sums
     rows, part, pairs = n * triton.cdiv(c, how.block), None, 1
     if dx is not None:
-        part, pairs = _workspace(x, n * g, how, c // g, nhwc)
+        part, pairs = _workspace(x, n * g, how, c // g)
     # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
     shrink = 2 if how.pixels > 1 else 1
     device.gradient_sums[(rows * how.splits,)](
@@ -303,9 +306,9 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
     return sums
 
 
-def _workspace(x: Tensor, rows: int, how: Plan, d: int, nhwc: bool) -> tuple[Tensor, int]:
+def _workspace(x: Tensor, rows: int, how: Plan, d: int) -> tuple[Tensor, int]:
     """Space for pairs of partial sums of all groups, and a power of 2 >= the pairs of a group."""
-    pairs = how.splits if nhwc else how.splits * d
+    pairs = how.splits * (d // how.block if how.groups == 1 else 1)
     part = torch.empty((rows, 2, pairs), dtype=torch.float32, device=x.device)
     return part, triton.next_power_of_2(pairs)
 
