@@ -1,0 +1,622 @@
+"""The Triton kernels against float64, run by Triton's interpreter and, where there is one, a GPU.
+
+The interpreter runs a second copy of the device code. It truncates where a GPU rounds to bfloat16,
+so bfloat16 results are compared within one unit in the last place.
+"""
+
+import importlib.util
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from gn_detect.layers import triton_kernels as kernels  # noqa: E402
+
+ULP = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+NAN, INF = float("nan"), float("inf")
+
+
+def load_interpreted():
+    path = Path(kernels.__file__).with_name("triton_device.py")
+    spec = importlib.util.spec_from_file_location("interpreted_triton_device", path)
+    module = importlib.util.module_from_spec(spec)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
+
+
+INTERPRETED = load_interpreted()
+COMPILED = kernels.device
+PLAN = kernels.plan.__wrapped__
+
+
+def use_interpreter(monkeypatch):
+    monkeypatch.setattr(kernels, "device", INTERPRETED)
+    # Triton's own functions in Python are for the compiler, as triton was imported without it.
+    monkeypatch.setattr(tl, "sum", interpreter.InterpretedFunction(tl.sum.fn))
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=cuda)])
+def device(request, monkeypatch):
+    """Where the tensors of a test go. On the CPU the kernels are those of the interpreter."""
+    if request.param == "cuda":
+        return "cuda"
+    use_interpreter(monkeypatch)
+    return "cpu"
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    use_interpreter(monkeypatch)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Makes small tensors take the way of large ones, with given splits and pixels per tile."""
+
+    def force(splits, pixels):
+        def plan(nhwc, n, c, g, hw, processors):
+            how = PLAN(nhwc, n, c, g, hw, processors)
+            tiles = triton.cdiv(hw, pixels)
+            chunks = splits + 1  # the kernels that write are split otherwise than those that sum
+            return how._replace(
+                pixels=pixels,
+                warps=4,
+                splits=splits,
+                split_iters=triton.cdiv(tiles, splits),
+                chunks=chunks,
+                chunk_iters=triton.cdiv(tiles, chunks),
+            )
+
+        monkeypatch.setattr(kernels, "RESIDENT", 0)
+        monkeypatch.setattr(kernels, "plan", plan)
+
+    return force
+
+
+def make(shape, nhwc=False, dtype=torch.float32, offset=0.0, seed=0, device="cpu"):
+    """A tensor of random numbers whose channels differ in scale and mean."""
+    torch.manual_seed(seed)
+    c = shape[1]
+    x = torch.randn(shape) * torch.linspace(0.5, 2, c)[:, None, None]
+    x = (x + torch.randn(c, 1, 1) + offset).to(dtype).to(device)
+    return x.to(memory_format=torch.channels_last) if nhwc else x
+
+
+def affine(c, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(7)
+    weight, bias = torch.randn(c), torch.randn(c)
+    weight[::5] = 0
+    return weight.to(dtype).to(device), bias.to(dtype).to(device)
+
+
+def reference(x, num_groups, weight, bias, eps, residual, relu, y, dy):
+    """Output, statistics and gradients in float64. The ReLU's gradient is masked by ``y`` of the
+    kernels, because of elements that are 0 but for rounding."""
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
+    x, weight, bias = leaves
+    n, c = x.shape[:2]
+    groups = x.reshape(n, num_groups, -1)
+    mean = groups.mean(2, keepdim=True)
+    rstd = (groups.var(2, unbiased=False, keepdim=True) + eps).rsqrt()
+    z = ((groups - mean) * rstd).reshape(x.shape)
+    if weight is not None:
+        z = z * weight[:, None, None]
+    if bias is not None:
+        z = z + bias[:, None, None]
+    if residual is not None:
+        residual = residual.double().requires_grad_()
+        z = z + residual
+    leaves = [t for t in (*leaves, residual) if t is not None]
+    masked = z * (y > 0) if relu else z
+    gradients = iter(torch.autograd.grad(masked, leaves, dy.double()))
+    gradients = [None if t is None else next(gradients) for t in (x, weight, bias, residual)]
+    return (z.relu() if relu else z), mean[..., 0], rstd[..., 0], gradients
+
+
+def assert_close(actual, expected, what, atol=0.0):
+    """Within rounding to the dtype of ``actual`` and float32 errors relative to the largest."""
+    assert actual is not None, what
+    difference = (actual.double() - expected).abs()
+    scale = expected.abs().max().clamp(min=1e-3)
+    bound = ULP[actual.dtype] * expected.abs() + 1e-5 * scale + atol
+    if actual.dtype == torch.float16:
+        bound = bound + 1e-7  # its denormals
+    worst = (difference / bound).max().item()
+    assert worst <= 1, f"{what}: {worst:.2f} times the tolerance, {difference.max().item():.2e} off"
+
+
+def check(
+    x, num_groups, weight, bias, residual=None, relu=False, eps=1e-5, dy=None, atol=0.0,
+):  # fmt: skip
+    """Forward, rebuilt forward and backward against the reference; returns all results."""
+    y, mean, rstd = kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+    assert y.dtype == x.dtype and y.stride() == x.stride()
+    rebuilt = kernels.apply(x, mean, rstd, weight, bias, residual, relu)
+    assert torch.equal(rebuilt, y)
+    if dy is None:
+        dy = make(x.shape, dtype=x.dtype, seed=1, device=x.device)
+    saved_y = y if residual is not None else None
+    dtype = None if residual is None else residual.dtype
+    gradients = kernels.backward(dy, x, saved_y, mean, rstd, weight, bias, relu, dtype)
+    z, true_mean, true_rstd, true = reference(
+        x, num_groups, weight, bias, eps, residual, relu, y, dy
+    )
+    assert_close(y, z, "y", atol)
+    assert_close(mean, true_mean, "mean")
+    torch.testing.assert_close(rstd.double(), true_rstd, rtol=2e-6 + atol, atol=0)
+    assert gradients[0].stride() == x.stride()
+    for name, actual, expected, t in zip(
+        ("dx", "dweight", "dbias", "dresidual"),
+        gradients,
+        true,
+        (x, weight, bias, residual),
+        strict=True,
+    ):
+        if expected is None:
+            assert actual is None
+        else:
+            assert actual.dtype == t.dtype and actual.shape == t.shape
+            assert_close(actual, expected, name, atol * expected.abs().max())
+    if relu and residual is not None and residual.dtype == dy.dtype:
+        assert torch.equal(gradients[3], torch.where(y > 0, dy, 0))
+    return y, mean, rstd, gradients
+
+
+LAYOUTS = pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "channels_last"])
+
+# (N, C, H, W), groups, dtype, with a residual, ReLU
+CASES = [
+    ((2, 8, 7, 7), 2, torch.float32, False, True),
+    ((3, 12, 9, 13), 4, torch.bfloat16, False, True),
+    ((1, 6, 14, 14), 2, torch.float16, True, True),
+    ((2, 5, 1, 1), 1, torch.float32, True, False),
+    ((2, 6, 1, 3), 6, torch.float32, False, True),
+    ((1, 16, 25, 21), 2, torch.float32, True, True),
+    ((2, 8, 12, 10), 8, torch.float32, False, False),
+    ((1, 4, 5, 8), 1, torch.bfloat16, True, False),
+]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_resident_groups(device, nhwc, case):
+    shape, num_groups, dtype, with_residual, relu = case
+    weight, bias = affine(shape[1], device=device)
+    x = make(shape, nhwc, dtype, device=device)
+    residual = make(shape, nhwc, dtype, seed=2, device=device) if with_residual else None
+    assert kernels.plan(nhwc, *shape[:2], num_groups, shape[2] * shape[3], 132).resident
+    check(x, num_groups, weight, bias, residual, relu)
+
+
+# The same and splits, pixels per tile
+SPLIT_CASES = [
+    ((2, 4, 7, 7), 2, torch.float32, False, True, 3, 16),
+    ((3, 6, 9, 13), 2, torch.bfloat16, False, True, 1, 32),
+    ((1, 6, 14, 14), 2, torch.float16, True, True, 2, 64),
+    ((2, 5, 1, 1), 1, torch.float32, True, False, 1, 2),
+    ((1, 8, 12, 10), 8, torch.float32, False, False, 2, 32),
+    ((1, 4, 25, 21), 2, torch.float32, True, True, 3, 128),
+    ((1, 16, 5, 4), 2, torch.bfloat16, True, True, 2, 16),
+    ((1, 4, 5, 8), 1, torch.float16, True, False, 2, 8),
+]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_split_groups(device, split, nhwc, case):
+    shape, num_groups, dtype, with_residual, relu, splits, pixels = case
+    split(splits, pixels)
+    weight, bias = affine(shape[1], device=device)
+    x = make(shape, nhwc, dtype, device=device)
+    residual = make(shape, nhwc, dtype, seed=2, device=device) if with_residual else None
+    check(x, num_groups, weight, bias, residual, relu)
+
+
+@pytest.mark.parametrize(
+    "shape, num_groups",
+    [
+        ((1, 96, 5, 4), 32),  # 3 channels per group: 48 of the 64 lanes of a program are used
+        ((1, 160, 3, 3), 2),  # 80 per group: 5 programs of 16 channels
+        ((1, 67, 3, 2), 1),  # a prime: 67 programs
+        ((1, 72, 3, 3), 9),  # 9 groups, 8 per program: the last has a single one
+        ((2, 40, 3, 5), 8),
+    ],
+    ids=str,
+)
+def test_channels_that_do_not_fill_a_program(device, split, shape, num_groups):
+    weight, bias = affine(shape[1], device=device)
+    x = make(shape, nhwc=True, device=device)
+    check(x, num_groups, weight, bias, relu=True)
+    split(2, 8)
+    check(x, num_groups, weight, bias, relu=True)
+
+
+@LAYOUTS
+def test_result_does_not_depend_on_the_way(device, split, nhwc):
+    weight, bias = affine(8, device=device)
+    x = make((1, 8, 20, 21), nhwc, device=device)
+    first = check(x, 4, weight, bias, relu=True)
+    for splits in (1, 2, 3):
+        split(splits, 64)
+        second = check(x, 4, weight, bias, relu=True)
+        for a, b in zip((*first[:3], *first[3][:3]), (*second[:3], *second[3][:3]), strict=True):
+            assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+@pytest.mark.parametrize("offset", [10, 1000])
+def test_large_mean(device, split, nhwc, way, offset):
+    if way == "split":
+        split(2, 64)
+    weight, bias = affine(6, device=device)
+    x = make((2, 6, 9, 13), nhwc, offset=offset, device=device)
+    # What float32 leaves of the mean: half a unit in its last place.
+    check(x, 2, weight, bias, relu=True, atol=offset * 2.0**-23)
+
+
+@LAYOUTS
+def test_large_group_of_large_mean(device, nhwc, monkeypatch):
+    """Half the elements of a group of the stem, mean 1000 times the standard deviation."""
+    monkeypatch.setattr(kernels, "_processors", lambda _: 1)
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 256, 256, device=device) + 1000
+    if nhwc:
+        x = x.to(memory_format=torch.channels_last)
+    assert not kernels.plan(nhwc, 1, 4, 2, 256 * 256, 1).resident
+    _, mean, rstd = kernels.forward(x, 2, None, None, 1e-5)
+    groups = x.double().reshape(1, 2, -1)
+    assert groups.shape[2] == 131072
+    expected = (groups.var(2, unbiased=False) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(mean.double(), groups.mean(2), rtol=1e-7, atol=0)
+    naive = (x.square().mean((2, 3)) - x.mean((2, 3)).square()).view(1, 2, 2).mean(2)
+    naive_error = ((naive + 1e-5).rsqrt() / expected - 1).abs().max()
+    assert not naive_error < 1e-3  # what the shift is for
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+@pytest.mark.parametrize("value", [0.0, 3.7])
+def test_constant_input_gives_beta(device, split, nhwc, way, value):
+    if way == "split":
+        split(2, 16)
+    weight, bias = affine(8, device=device)
+    x = torch.full((2, 8, 5, 7), value, device=device)
+    x = x.to(memory_format=torch.channels_last) if nhwc else x
+    y, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5)
+    assert torch.equal(y, bias[:, None, None].expand_as(y))
+    assert (mean == x[0, 0, 0, 0]).all()
+    torch.testing.assert_close(rstd, torch.full_like(rstd, 1e-5**-0.5))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+@pytest.mark.parametrize("bad, with_residual", [(NAN, True), (INF, False), (-INF, True)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's
+def test_what_is_not_finite_stays_in_its_group(device, split, nhwc, way, bad, with_residual):
+    if way == "split":
+        split(2, 8)
+    weight, bias = affine(6, device=device)
+    x = make((2, 6, 3, 5), nhwc, device=device)
+    residual = make(x.shape, nhwc, seed=2, device=device) if with_residual else None
+    dtype = torch.float32 if with_residual else None
+    dy = make(x.shape, seed=1, device=device)
+
+    def both(x):
+        y, mean, rstd = kernels.forward(x, 3, weight, bias, 1e-5, residual, True)
+        return y, kernels.backward(dy, x, y, mean, rstd, weight, bias, True, dtype)
+
+    y, gradients = both(x)
+    group = (1, slice(2, 4))
+    for element in ((3, 2, 3), (2, 0, 0)):  # any, and the one that is subtracted from all
+        spoilt = x.clone()
+        spoilt[(1, *element)] = bad
+        bad_y, bad_gradients = both(spoilt)
+        # As PyTorch: NaN goes through ReLU, and so does its gradient.
+        expected = F.group_norm(spoilt.double(), 3, weight.double(), bias.double()).relu()
+        assert expected[group].isnan().all()
+        assert bad_y[group].isnan().all()
+        assert bad_gradients[0][group].isnan().all()
+        if with_residual:
+            assert torch.equal(bad_gradients[3][group], dy[group])
+        for clean, with_bad in ((y, bad_y), (gradients[0], bad_gradients[0])):
+            with_bad[group] = clean[group]
+            assert torch.equal(with_bad, clean)
+        assert bad_gradients[1][2:4].isnan().all()
+        others = [0, 1, 4, 5]
+        assert torch.equal(bad_gradients[1][others], gradients[1][others])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+def test_gradient_of_any_layout(device, split, nhwc, way):
+    if way == "split":
+        split(2, 32)
+    weight, bias = affine(4, device=device)
+    x = make((2, 4, 6, 7), nhwc, device=device)
+    residual = make(x.shape, not nhwc, seed=2, device=device)
+    scalar = torch.full((1, 1, 1, 1), 0.5, device=device).expand(x.shape)
+    per_channel = torch.linspace(-1, 1, 4, device=device)[None, :, None, None].expand(x.shape)
+    cut = make((2, 8, 12, 7), seed=1, device=device)[:, ::2, 3:9]
+    other_layout = make(x.shape, not nhwc, seed=1, device=device)
+    for dy in (scalar, per_channel, cut, other_layout):
+        check(x, 2, weight, bias, residual, True, dy=dy)
+    check(x, 2, weight, bias, residual, False, dy=cut)
+    check(x, 2, weight, bias, dy=scalar)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+@pytest.mark.parametrize(
+    "dtype, residual_dtype, affine_dtype",
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes(device, split, nhwc, way, dtype, residual_dtype, affine_dtype):
+    if way == "split":
+        split(2, 32)
+    weight, bias = affine(6, affine_dtype, device)
+    x = make((2, 6, 5, 8), nhwc, dtype, device=device)
+    residual = make(x.shape, nhwc, residual_dtype, seed=2, device=device)
+    check(x, 2, weight, bias, residual, relu=True)
+    check(x, 2, weight, bias, residual, relu=False)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+def test_without_gamma_or_beta(device, split, nhwc, way):
+    if way == "split":
+        split(2, 32)
+    weight, bias = affine(6, device=device)
+    x = make((2, 6, 5, 8), nhwc, device=device)
+    for pair in ((None, None), (weight, None), (None, bias)):
+        check(x, 2, *pair, relu=True)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+def test_only_the_gradients_that_are_needed(device, split, nhwc, way):
+    if way == "split":
+        split(2, 32)
+    weight, bias = affine(4, device=device)
+    x = make((1, 4, 5, 8), nhwc, device=device)
+    residual = make(x.shape, nhwc, seed=2, device=device)
+    y, mean, rstd, gradients = check(x, 2, weight, bias, residual, relu=True)
+    dy = make(x.shape, seed=1, device=device)
+    for bits in range(16):
+        needs = tuple(bool(bits >> i & 1) for i in range(4))
+        some = kernels.backward(
+            dy, x, y, mean, rstd, weight, bias, True, residual.dtype, needs
+        )  # fmt: skip
+        for needed, a, b in zip(needs, some, gradients, strict=True):
+            assert a is None if not needed else torch.equal(a, b)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("relu", [False, True])
+def test_no_images(device, nhwc, relu):
+    """Zero RoIs: nothing is launched, gradients of gamma and beta are 0."""
+    weight, bias = affine(8, device=device)
+    x = make((0, 8, 7, 7), nhwc, torch.bfloat16, device=device)
+    residual = x.float()
+    y, mean, rstd = kernels.forward(x, 4, weight, bias, 1e-5, residual, relu)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    assert mean.shape == rstd.shape == (0, 4)
+    assert kernels.apply(x, mean, rstd, weight, bias, residual, relu).shape == x.shape
+    dx, dweight, dbias, dresidual = kernels.backward(
+        x, x, y, mean, rstd, weight, bias, relu, torch.float32
+    )
+    assert dx.shape == dresidual.shape == x.shape
+    assert dx.dtype == torch.bfloat16 and dresidual.dtype == torch.float32
+    assert torch.equal(dweight, torch.zeros(8, device=device))
+    assert torch.equal(dbias, torch.zeros(8, device=device))
+
+
+def test_mask_agrees_with_what_is_stored(device, split):
+    """float16 rounds tiny outputs to 0: there the gradient is 0, as PyTorch's from y."""
+    for way in ("resident", "split"):
+        if way == "split":
+            split(2, 32)
+        x = make((2, 4, 6, 8), dtype=torch.float16, device=device)
+        weight, bias = torch.full((2, 4), 2.0**-25, device=device)
+        y, mean, rstd, _ = check(x, 2, weight, bias * 0, relu=True)
+        dy = torch.ones_like(x)
+        dbias = kernels.backward(dy, x, None, mean, rstd, weight, bias * 0, True)[2]
+        assert torch.equal(dbias, (y > 0).sum((0, 2, 3)).float())
+        z = F.group_norm(x.float(), 2, weight)
+        assert ((z > 0) & (y == 0)).any() and (y > 0).any()
+
+
+class LastImage:
+    """Runs, of each launch, only the programs of the last image: the first or the last ones."""
+
+    def __init__(self, programs):
+        self.programs = programs
+
+    def __getattr__(self, name):
+        kernel = getattr(INTERPRETED, name)
+        programs = self.programs
+
+        class Launcher:
+            def __getitem__(self, grid):
+                return lambda *args, **kwargs: self.run(grid[0], *args, **kwargs)
+
+            def run(self, total, *args, **kwargs):
+                builder = interpreter.interpreter_builder
+                set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+                builder.set_grid_dim = lambda *_: set_dim(total, 1, 1)
+                backwards = name in ("apply", "gradient")
+                first = 0 if backwards else total - programs
+                builder.set_grid_idx = lambda i, *_: set_idx(first + i, 0, 0)
+                try:
+                    kernel[(programs,)](*args, **kwargs)
+                finally:
+                    del builder.set_grid_dim, builder.set_grid_idx
+
+        return Launcher()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
+def test_more_than_2_to_the_31_elements(interpreted, monkeypatch, split, nhwc, way):
+    """The last image of a tensor that exists but for that image only in address space.
+
+    As much space is reserved below each tensor: a wrapped offset would go there.
+    """
+    if way == "split":
+        split(1, 128)
+    c, h, w = 8, 16, 32
+    n = 2**31 // (c * h * w) + 2
+    regions = []
+
+    def reserve():
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        regions.append(mmap.mmap(-1, 2 * (2**32 + 2**20), flags=flags))
+        flat = torch.frombuffer(regions[-1], dtype=torch.float16)
+        flat = flat[-n * c * h * w :]
+        if nhwc:
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.view(n, c, h, w)
+
+    x, dy = reserve(), reserve()
+    assert x.numel() > 2**31
+    image, gradient = make((1, c, h, w), nhwc), make((1, c, h, w), nhwc, seed=1)
+    weight, bias = affine(c)
+    # What the last image gives on its own
+    x[-1:], dy[-1:] = image, gradient
+    last = x[-1:].clone(memory_format=torch.preserve_format)
+    y, mean, rstd = kernels.forward(last, 4, weight, bias, 1e-5, None, True)
+    dx = kernels.backward(dy[-1:], last, None, mean, rstd, weight, bias, True)[0]
+
+    how = kernels.plan(nhwc, n, c, 4, h * w, 132)
+    programs = triton.cdiv(4, how.groups) if how.resident else triton.cdiv(c, how.block) * 2
+    monkeypatch.setattr(kernels, "device", LastImage(programs))
+    monkeypatch.setattr(torch, "empty_like", lambda *_, **__: reserve())
+    # It copies all tensors back, here onto themselves.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    big_y, big_mean, big_rstd = kernels.forward(x, 4, weight, bias, 1e-5, None, True)
+    needs = (True, False, False, False)
+    big_dx = kernels.backward(
+        dy, x, None, big_mean, big_rstd, weight, bias, True, None, needs
+    )[0]  # fmt: skip
+    assert torch.equal(big_mean[-1:], mean) and torch.equal(big_rstd[-1:], rstd)
+    assert torch.equal(big_y[-1:], y) and torch.equal(big_dx[-1:], dx)
+
+
+def test_unsupported_says_why(interpreted):
+    weight, bias = affine(8)
+    x = make((2, 8, 5, 7))
+    assert kernels.unsupported(x, 4, weight, bias, x) == ""
+    assert kernels.unsupported(make((2, 8, 5, 7), True, torch.float16), 4, weight, None) == ""
+    assert kernels.unsupported(make((0, 8, 5, 7)), 4) == ""
+    half = weight.bfloat16()
+    for reason, arguments in (
+        ("3 dimensions", (x[0], 4)),
+        ("8 channels cannot be divided into 3", (x, 3)),
+        ("input is torch.float64", (x.double(), 4)),
+        ("residual is torch.float64", (x, 4, weight, bias, x.double())),
+        ("weight is torch.bfloat16", (x, 4, half)),
+        ("bias is torch.bfloat16", (x, 4, weight, half)),
+        ("residual has shape", (x, 4, weight, bias, x[:1])),
+        ("8 channels", (x, 4, weight[:4])),
+        ("strides", (x[:, :, ::2], 4)),
+        ("strides", (x.transpose(2, 3), 4)),
+        ("weight is on meta", (x, 4, weight.to("meta"))),
+        ("2^31", (torch.empty(1, 8, 2**14, 2**14, device="meta"), 4)),
+    ):
+        assert reason in kernels.unsupported(*arguments)
+
+
+def test_unsupported_on_cpu():
+    assert kernels.device is COMPILED
+    assert "not on a CUDA device" in kernels.unsupported(make((1, 8, 2, 2)), 4)
+
+
+@LAYOUTS
+def test_plans_cover_the_tensor_and_fill_the_gpu(nhwc):
+    sizes = [(c, hw) for c in (6, 64, 96, 256, 2048) for hw in (1, 49, 196, 1050, 4200, 268800)]
+    for n in (1, 2, 64):
+        for c, hw in sizes:
+            for g in (1, 2, 32, c):
+                if c % g:
+                    continue
+                how = kernels.plan(nhwc, n, c, g, hw, 132)
+                where = (n, c, g, hw, how)
+                assert hw % how.vec == 0 and 1 <= how.warps <= 16, where
+                if how.resident:
+                    assert how.lanes >= c // g and how.pixels >= hw, where
+                    continue
+                d = c // g
+                assert how.block == how.groups * d or how.groups == 1 and d % how.block == 0, where
+                assert how.lanes >= how.block and how.lanes * how.pixels <= 4096, where
+                for parts, tiles in (
+                    (how.splits, how.split_iters),
+                    (how.chunks, how.chunk_iters),
+                ):
+                    size = tiles * how.pixels
+                    assert (parts - 1) * size < hw <= parts * size, where
+                if n * c * hw >= 2 * 64 * 200 * 336:  # from 17 MB in bfloat16
+                    assert n * triton.cdiv(c, how.block) * how.splits >= 132, where
+
+
+# Full-size shapes of R50-FPN at 800 x 1344, 2 images.
+FULL_SIZE = [
+    ((2, 64, 400, 672), False, True),
+    ((2, 256, 200, 336), True, True),
+    ((2, 256, 200, 336), False, False),
+    ((2, 512, 100, 168), True, True),
+    ((2, 256, 50, 84), False, True),
+    ((2, 2048, 25, 42), True, True),
+    ((1024, 256, 7, 7), False, True),
+    ((256, 256, 14, 14), False, True),
+]
+
+
+@cuda
+@LAYOUTS
+@pytest.mark.parametrize("dtype", list(ULP), ids=str)
+@pytest.mark.parametrize("case", FULL_SIZE, ids=str)
+def test_full_size_on_a_gpu(nhwc, dtype, case):
+    shape, with_residual, relu = case
+    weight, bias = affine(shape[1], device="cuda")
+    x = make(shape, nhwc, dtype, device="cuda")
+    residual = make(shape, nhwc, dtype, seed=2, device="cuda") if with_residual else None
+    first = check(x, 32, weight, bias, residual, relu)
+    second = check(x, 32, weight, bias, residual, relu)
+    for a, b in zip((*first[:3], *first[3]), (*second[:3], *second[3]), strict=True):
+        assert a is b is None or torch.equal(a, b)  # bit for bit
+
+
+@cuda
+@LAYOUTS
+def test_more_than_2_to_the_31_elements_on_a_gpu(nhwc):
+    shape = (33, 256, 512, 512)
+    if torch.cuda.get_device_properties(0).total_memory < 24e9:
+        pytest.skip("four tensors of 4.4 GB do not fit")
+    weight, bias = affine(256, device="cuda")
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout).normal_()
+    y, mean, rstd = kernels.forward(x, 32, weight, bias, 1e-5, None, True)
+    dx = kernels.backward(
+        x, x, None, mean, rstd, weight, bias, True, needs=(True, False, False, False)
+    )[0]  # noqa: E501
+    check(x[-1:], 32, weight, bias, relu=True)
+    last, mean, rstd = kernels.forward(x[-1:], 32, weight, bias, 1e-5, None, True)
+    torch.testing.assert_close(y[-1:], last, rtol=2**-7, atol=1e-5)
+    last = kernels.backward(x[-1:], x[-1:], None, mean, rstd, weight, bias, True)[0]
+    torch.testing.assert_close(dx[-1:], last, rtol=2**-7, atol=1e-4)
