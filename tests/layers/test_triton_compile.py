@@ -1,0 +1,208 @@
+"""The Triton kernels as compiled for sm_80 and sm_90, which needs no GPU: what the interpreter of
+``test_triton_kernels.py`` cannot see. The launches are those of the layers of Mask R-CNN R50-FPN at
+800 x 1344, 2 images."""
+
+import collections
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gn_detect.layers import triton_kernels as kernels  # noqa: E402
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+
+# Shape, with a residual, ReLU; one of each kind of plan of the 69 layers
+LAYERS = [
+    ((2, 64, 400, 672), False, True),  # stem
+    ((2, 256, 200, 336), True, True),  # res2 conv3
+    ((2, 1024, 50, 84), True, True),  # res4 conv3: H * W = 8 * 525
+    ((2, 2048, 25, 42), False, False),  # res5 shortcut: H * W = 2 * 525
+    ((1024, 256, 7, 7), False, True),  # box head
+    ((256, 256, 14, 14), False, True),  # mask head
+]
+
+
+class Launch(collections.namedtuple("Launch", "kernel args warps")):
+    """A launch of a kernel on tensors of the meta device, to be compiled."""
+
+    def compile(self, arch):
+        """PTX and resources of the kernel, specialized as Triton would for these arguments."""
+        signature, constants, attributes = {}, {}, {}
+        for i, (parameter, value) in enumerate(zip(self.kernel.params, self.args, strict=True)):
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[parameter.name] = "constexpr"
+                constants[(i,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + TYPES[value.dtype]
+                attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32"
+                if value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        return triton.compile(
+            ASTSource(self.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": self.warps},
+        )
+
+    def __str__(self):
+        sizes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in self.args]
+        return f"{self.kernel.__name__}{sizes} with {self.warps} warps"
+
+
+class Recorder:
+    """Stands for ``triton_device``: records launches."""
+
+    def __init__(self, device):
+        self.device, self.launches = device, []
+
+    def __getattr__(self, name):
+        return _Kernel(getattr(self.device, name), self.launches)
+
+
+class _Kernel:
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, num_warps: self.launches.append(Launch(self.kernel, args, num_warps))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    def record(shape, with_residual, relu, dtype, layout):
+        recorder = Recorder(kernels.device)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "device", recorder)
+            x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+            weight = torch.empty(shape[1], device="meta")
+            residual = x if with_residual else None
+            y, mean, rstd = kernels.forward(x, 32, weight, weight, 1e-5, residual, relu)
+            residual_dtype = dtype if with_residual else None
+            kernels.backward(x, x, y, mean, rstd, weight, weight, relu, residual_dtype)
+        return recorder.launches
+
+    return record
+
+
+def resources(compiled, tmp_path):
+    """Registers, and bytes of stack and local memory per thread, from the bundled cuobjdump."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", out.stdout)
+    assert found, out.stdout
+    return tuple(map(int, found.groups()))
+
+
+def wide_accesses(compiled):
+    """128-bit loads and stores of global memory in the PTX."""
+    ptx = compiled.asm["ptx"]
+    return tuple(
+        len(re.findall(rf"{op}\.global(?:\.\w+(?:::\w+)*)*\.v4\.b32", ptx)) for op in ("ld", "st")
+    )
+
+
+def expected_accesses(launch):
+    """Least 128-bit loads and stores that move this launch's tiles: one per 16 bytes."""
+    names = {p.name: a for p, a in zip(launch.kernel.params, launch.args, strict=True)}
+    channels = names["GB"] * names["DP"] if "DP" in names else names["CB"]
+    elements = channels * names["P"] // (32 * launch.warps)
+    size = names["x"].element_size()
+    reads, writes = ("x", "dy", "residual"), ("dz", "dx", "y")
+    if "dy" in names:
+        reads, writes = ("x", "dy", "y"), ("dz", "dx")
+    return tuple(
+        sum(names.get(name) is not None for name in some) * elements * size // 16
+        for some in (reads, writes)
+    )
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, layout",
+    [
+        (90, torch.float32, NCHW),
+        (90, torch.float32, NHWC),
+        (90, torch.bfloat16, NCHW),
+        (90, torch.bfloat16, NHWC),
+        (80, torch.float32, NCHW),
+        (80, torch.bfloat16, NHWC),
+    ],
+    ids=str,
+)
+def test_kernels_of_the_model(launches, tmp_path, arch, dtype, layout):
+    """Nothing is spilled, two programs at least fit a multiprocessor, and accesses are 128 bits
+    wide where H * W allows."""
+    compiled = set()
+    for layer in LAYERS:
+        shape = layer[0]
+        alignment = 16 if layout is NHWC else shape[2] * shape[3] & -(shape[2] * shape[3])
+        for launch in launches(*layer, dtype, layout):
+            if str(launch) in compiled:
+                continue
+            compiled.add(str(launch))
+            binary = launch.compile(arch)
+            registers, stack, local = resources(binary, tmp_path)
+            assert stack == local == 0, f"{launch} spills registers"
+            assert registers * 32 * launch.warps <= 65536 // 2, f"{launch}: {registers} registers"
+            if alignment * dtype.itemsize >= 16:
+                for found, least in zip(
+                    wide_accesses(binary), expected_accesses(launch), strict=True
+                ):
+                    assert found >= least, f"{launch}: {found} accesses of 128 bits, not {least}"
+    assert len(compiled) >= 20
+
+
+def test_factor_of_the_image_size_widens_accesses(launches):
+    """Why ``VEC`` exists: 4200 = H * W is not divisible by 16, and Triton asks for nothing else."""
+    statistics = launches((2, 256, 50, 84), False, True, torch.float32, NCHW)[0]
+    assert statistics.kernel is kernels.device.statistics
+    names = [p.name for p in statistics.kernel.params]
+    size, factor = names.index("HWV"), names.index("VEC")
+    args = list(statistics.args)
+    assert args[size] == 525 and args[factor] == 8
+    assert wide_accesses(statistics.compile(90))[0] >= 4
+    args[size], args[factor] = 4200, 1
+    assert wide_accesses(statistics._replace(args=tuple(args)).compile(90)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "layout, groups, shape, dtypes",
+    [
+        (NHWC, 32, (2, 96, 40, 60), (torch.float16, torch.float32)),  # 3 channels per group
+        (NCHW, 32, (2, 96, 41, 61), (torch.float16, torch.float32)),
+        (NHWC, 1, (2, 2048, 25, 42), (torch.bfloat16, torch.bfloat16)),  # as LayerNorm
+        (NCHW, 256, (2, 256, 50, 84), (torch.float32, torch.bfloat16)),  # as InstanceNorm
+        (NHWC, 256, (2, 256, 50, 84), (torch.float32, torch.bfloat16)),
+        (NHWC, 32, (8, 256, 13, 21), (torch.bfloat16, torch.float32)),
+        (NCHW, 3, (8, 24, 1, 1), (torch.float16, torch.float16)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_affine", [True, False])
+def test_unusual_layers_compile(monkeypatch, layout, groups, shape, dtypes, with_affine):
+    """Types and shapes that the interpreter would not mind. dtypes: of x, of the residual."""
+    recorder = Recorder(kernels.device)
+    monkeypatch.setattr(kernels, "device", recorder)
+    dtype, residual_dtype = dtypes
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+    weight = torch.empty(shape[1], dtype=dtype, device="meta") if with_affine else None
+    y, mean, rstd = kernels.forward(
+        x, groups, weight, weight, 1e-5, x.to(residual_dtype), relu=True
+    )
+    kernels.apply(x, mean, rstd, weight, weight, relu=True)
+    kernels.backward(x, x, y, mean, rstd, weight, weight, True, residual_dtype)
+    assert len(recorder.launches) in (3, 5)
+    for launch in recorder.launches:
+        launch.compile(90)
