@@ -3,49 +3,69 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import recompute
+
+try:
+    from . import triton_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_kernels = None
+
+logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "triton", "torch")
 ACTIVATIONS = (None, "relu")
 
 
 def group_norm_act(
-    x: torch.Tensor,
+    x: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str | None = None,
     *,
     kernel: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """``activation(group_norm(x) + residual)``, with the GN of https://arxiv.org/abs/1803.08494.
 
     There is no autocast rule: what comes in bfloat16 goes out in bfloat16, with statistics, gamma
-    and beta in float32. (Autocast runs ``F.group_norm`` in float32, and so doubles its memory.)
+    and beta in float32. (Autocast runs ``F.group_norm`` of CUDA in float32, with the memory that
+    this takes.) ``torch.compile`` sees the Triton kernels as operators of the namespace
+    ``gn_detect``; ``torch.export`` and ONNX see PyTorch's operations.
 
     Args:
-        x: (N, C, *), any floating dtype.
+        x: (N, C, *), any floating dtype; N may be 0.
         num_groups: G; divides C.
         weight, bias: gamma and beta, (C,), of the dtype of ``x`` or float32; or None.
         eps: added to the variance.
         residual: of the shape of ``x``, added before the activation; or None.
         activation: ``"relu"`` or None.
-        kernel: ``"torch"`` for PyTorch's own operations, on any device.
+        kernel: ``"triton"``: fused kernels for CUDA, for maps (N, C, H, W) of float32, bfloat16 or
+            float16; ``"torch"``: PyTorch's operations; ``"auto"``: the first for all that it can
+            take. What auto took, and why, is logged once.
 
     Returns:
         Shape, dtype and memory format of ``x``.
 
     Raises:
-        ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ, or
-            ``activation`` or ``kernel`` is unknown.
+        ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ,
+            ``activation`` or ``kernel`` is unknown, or ``kernel="triton"`` cannot take the input.
     """
     _check(x, num_groups, residual, activation, kernel)
+    if x.is_cuda and x.dim() == 4 and not x.is_contiguous():
+        x = x.contiguous(memory_format=_memory_format(x))
+    if _takes_triton(kernel, x, num_groups, weight, bias, residual):
+        return _fused(x, num_groups, weight, bias, eps, residual, activation)
     return _reference(x, num_groups, weight, bias, eps, residual, activation)
 
 
@@ -66,8 +86,11 @@ def _check(x, num_groups, residual, activation, kernel) -> None:
         raise ValueError(f"kernel {kernel!r} is unknown; one of: {', '.join(KERNELS)}")
 
 
-def _reference(x, num_groups, weight, bias, eps, residual, activation) -> torch.Tensor:
-    """Plain PyTorch: any device and dtype, differentiable twice, exported as it is."""
+# --- PyTorch's operations ---
+
+
+def _reference(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
+    """Any device and dtype, differentiable twice, exported as it is."""
     with _without_autocast(x.device.type):
         y = _group_norm(x, num_groups, weight, bias, eps)
         if residual is not None:
@@ -91,9 +114,189 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
-def _group_norm(x, num_groups, weight, bias, eps) -> torch.Tensor:
+def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
     mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
     if not mixed or x.device.type == "cpu":  # where PyTorch's kernel mixes dtypes
         return F.group_norm(x, num_groups, weight, bias, eps)
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
     return F.group_norm(x.float(), num_groups, weight, bias, eps).to(x.dtype)
+
+
+# --- Triton kernels ---
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def _takes_triton(kernel, x, num_groups, weight, bias, residual) -> bool:
+    if kernel == "torch" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    if triton_kernels is None:
+        reason = "triton is not installed"
+    else:
+        reason = triton_kernels.unsupported(x, num_groups, weight, bias, residual)
+    if reason and kernel == "triton":
+        raise ValueError(
+            f"MODEL.GN.KERNEL is 'triton', but {reason}; set it to 'auto', which falls back to "
+            "PyTorch's operations, or to 'torch'"
+        )
+    if kernel == "auto" and not torch.compiler.is_compiling():
+        _say("torch" if reason else "triton", reason or f"{x.dtype} maps on {x.device}")
+    return not reason
+
+
+@functools.cache
+def _say(kernel: str, reason: str) -> None:
+    logger.info(f"GroupNorm with MODEL.GN.KERNEL auto runs {kernel}: {reason}")
+
+
+def _fused(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
+    relu = activation is not None
+    if torch.compiler.is_compiling():
+        return _operator(x, weight, bias, residual, num_groups, eps, relu)[0]
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    if not differentiable:
+        return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)[0]
+    y, mean, rstd = _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
+    if residual is None:
+        recompute.offer(
+            y,
+            lambda x, weight, bias: triton_kernels.apply(x, mean, rstd, weight, bias, None, relu),
+            (x, weight, bias),
+        )
+    return y
+
+
+class _GroupNormAct(torch.autograd.Function):
+    """The kernels in eager mode, where an operator of torch.library costs twice the time to call.
+
+    Returns y, mean and rstd; the last two, (N, G) in float32, have no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, num_groups, eps, relu):
+        y, mean, rstd = triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+        _save(ctx, (x, weight, bias, residual, num_groups, eps, relu), (y, mean, rstd))
+        ctx.mark_non_differentiable(mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 7
+        x, weight, bias, mean, rstd, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # create_graph: a gradient that is differentiated
+            gradients = _gradients_of_reference(ctx, dy, x, weight, bias, y, needs)
+        else:
+            gradients = triton_kernels.backward(
+                dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.residual_dtype, needs
+            )
+        dx, dweight, dbias, dresidual = gradients
+        return dx, dweight, dbias, dresidual, None, None, None
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, residual, ctx.num_groups, ctx.eps, ctx.relu = inputs
+    y, mean, rstd = output
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    mask = y if ctx.relu and residual is not None else None  # else found from x again
+    ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_of_reference(ctx, dy, x, weight, bias, y, needs) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = [None] * 4
+    if y is not None:
+        dy = dy.masked_fill(y <= 0, 0)
+    if needs[3]:
+        gradients[3] = dy.to(ctx.residual_dtype)
+    activation = "relu" if ctx.relu and y is None else None
+    inputs = (x, weight, bias)
+    wanted = [i for i in range(3) if needs[i]]
+    if wanted:
+        z = _reference(x, ctx.num_groups, weight, bias, ctx.eps, None, activation)
+        found = torch.autograd.grad(z, [inputs[i] for i in wanted], dy, create_graph=True)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+    return gradients
+
+
+@torch.library.custom_op("gn_detect::group_norm_act", mutates_args=())
+def _operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels for torch.compile: y, mean and rstd."""
+    return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+
+
+@_operator.register_fake
+def _(x, weight, bias, residual, num_groups, eps, relu):
+    statistics = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("gn_detect::group_norm_act_backward", mutates_args=())
+def _backward_operator(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    relu: bool,
+    residual_dtype: torch.dtype | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for (x, weight, bias, residual), in this order."""
+    gradients = triton_kernels.backward(
+        dy, x, y, mean, rstd, weight, bias, relu, residual_dtype, tuple(needs)
+    )
+    # Those of gamma and beta are views of one tensor, which an operator must not return.
+    return [g.clone() if g.dim() == 1 else g for g in gradients if g is not None]
+
+
+@_backward_operator.register_fake
+def _(dy, x, weight, bias, mean, rstd, y, relu, residual_dtype, needs):
+    likes = (x, weight, bias, x)
+    dtypes = (x.dtype, *(p if p is None else p.dtype for p in (weight, bias)), residual_dtype)
+    return [
+        torch.empty_like(like, dtype=dtype)
+        for like, dtype, need in zip(likes, dtypes, needs, strict=True)
+        if need
+    ]
+
+
+def _backward_of_operator(ctx, dy, *_):
+    gradients: list[Tensor | None] = [None] * 4
+    if dy is None:
+        return *gradients, None, None, None
+    x, weight, bias, mean, rstd, y = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    if needs[3] and not ctx.relu:  # an operator must not return its input
+        gradients[3], needs[3] = dy.to(ctx.residual_dtype), False
+    if any(needs):
+        found = iter(
+            _backward_operator(
+                dy, x, weight, bias, mean, rstd, y, ctx.relu, ctx.residual_dtype, needs
+            )
+        )
+        for i in range(4):
+            if needs[i]:
+                gradients[i] = next(found)
+    return *gradients, None, None, None
+
+
+_operator.register_autograd(
+    _backward_of_operator, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output)
+)

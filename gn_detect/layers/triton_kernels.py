@@ -164,7 +164,8 @@ def forward(
     Returns:
         y in shape, dtype and layout of x; mean and 1 / sqrt(variance + eps), float32 (N, G).
     """
-    mean, rstd = torch.empty((2, x.shape[0], num_groups), dtype=torch.float32, device=x.device)
+    mean = torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     return _forward(x, mean, rstd, weight, bias, eps, residual, relu, False), mean, rstd
 
 

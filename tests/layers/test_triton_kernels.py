@@ -4,9 +4,7 @@ The interpreter runs a second copy of the device code. It truncates where a GPU 
 so bfloat16 results are compared within one unit in the last place.
 """
 
-import importlib.util
 import mmap
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torch.nn import functional as F
 
 triton = pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
@@ -24,39 +21,17 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUD
 NAN, INF = float("nan"), float("inf")
 
 
-def load_interpreted():
-    path = Path(kernels.__file__).with_name("triton_device.py")
-    spec = importlib.util.spec_from_file_location("interpreted_triton_device", path)
-    module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    return module
-
-
-INTERPRETED = load_interpreted()
 COMPILED = kernels.device
 PLAN = kernels.plan.__wrapped__
 
 
-def use_interpreter(monkeypatch):
-    monkeypatch.setattr(kernels, "device", INTERPRETED)
-    # Triton's own functions in Python are for the compiler, as triton was imported without it.
-    monkeypatch.setattr(tl, "sum", interpreter.InterpretedFunction(tl.sum.fn))
-
-
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=cuda)])
-def device(request, monkeypatch):
+def device(request):
     """Where the tensors of a test go. On the CPU the kernels are those of the interpreter."""
     if request.param == "cuda":
         return "cuda"
-    use_interpreter(monkeypatch)
+    request.getfixturevalue("interpreted")
     return "cpu"
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    use_interpreter(monkeypatch)
 
 
 @pytest.fixture
@@ -445,11 +420,11 @@ def test_mask_agrees_with_what_is_stored(device, split):
 class LastImage:
     """Runs, of each launch, only the programs of the last image: the first or the last ones."""
 
-    def __init__(self, programs):
-        self.programs = programs
+    def __init__(self, programs, device):
+        self.programs, self.device = programs, device
 
     def __getattr__(self, name):
-        kernel = getattr(INTERPRETED, name)
+        kernel = getattr(self.device, name)
         programs = self.programs
 
         class Launcher:
@@ -505,7 +480,7 @@ def test_more_than_2_to_the_31_elements(interpreted, monkeypatch, split, nhwc, w
 
     how = kernels.plan(nhwc, n, c, 4, h * w, 132)
     programs = triton.cdiv(4, how.groups) if how.resident else triton.cdiv(c, how.block) * 2
-    monkeypatch.setattr(kernels, "device", LastImage(programs))
+    monkeypatch.setattr(kernels, "device", LastImage(programs, kernels.device))
     monkeypatch.setattr(torch, "empty_like", lambda *_, **__: reserve())
     # It copies all tensors back, here onto themselves.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)

@@ -1,0 +1,41 @@
+"""The Triton kernels without a GPU."""
+
+import importlib.util
+
+import pytest
+
+from gn_detect.layers import functional
+
+kernels = functional.triton_kernels
+
+
+@pytest.fixture(scope="session")
+def interpreted_device():
+    """A second copy of the device code, for Triton's interpreter; the first is for its compiler."""
+    triton = pytest.importorskip("triton")
+    spec = importlib.util.spec_from_file_location("interpreted", kernels.device.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def interpreted(interpreted_device, monkeypatch):
+    """Lets the kernels take tensors on the CPU, by Triton's interpreter."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(function, *args, **kwargs):
+        # Triton's own leaves its language patched, which the compiler then cannot use.
+        patches = interpreter._patch_lang(function.fn)
+        try:
+            return function.rewrite()(*args, **kwargs)
+        finally:
+            patches.restore()
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    # Triton's own functions in Python are for the compiler, as triton was imported without it.
+    monkeypatch.setattr(tl, "sum", interpreter.InterpretedFunction(tl.sum.fn))
+    monkeypatch.setattr(kernels, "device", interpreted_device)

@@ -1,0 +1,296 @@
+import itertools
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from gn_detect.layers import GroupNorm, functional, group_norm_act
+from gn_detect.layers.recompute import rebuild_norms
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+G, EPS = 4, 1e-5
+# (residual, activation)
+KINDS = list(itertools.product([False, True], [None, "relu"]))
+KINDS_IDS = ["plain", "relu", "residual", "residual+relu"]
+
+
+def inputs(residual, dtype=torch.float64, layout=torch.contiguous_format, shape=(2, 8, 3, 5)):
+    """x, gamma, beta and residual or None. No value before a ReLU is near its kink."""
+    for seed in itertools.count():
+        torch.manual_seed(seed)
+        x, r = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
+        gamma, beta = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+        if dtype == torch.float64:
+            gamma, beta = gamma.double(), beta.double()
+        if formula(x, gamma, beta, r if residual else None, None).abs().min() > 1e-3:
+            break
+    x, r = x.contiguous(memory_format=layout), r.contiguous(memory_format=layout)
+    for tensor in (x, gamma, beta, r):
+        tensor.requires_grad_()
+    return x, gamma, beta, r if residual else None
+
+
+def formula(x, gamma, beta, residual, activation):
+    """Eq. 1 to 7 of the GN paper, in float64."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    groups = x.double().reshape(len(x), G, -1)
+    mean = groups.mean(-1, keepdim=True)
+    variance = (groups - mean).square().mean(-1, keepdim=True)
+    y = ((groups - mean) / (variance + EPS).sqrt()).reshape(x.shape)
+    y = y * gamma.double().view(shape) + beta.double().view(shape)
+    y = y if residual is None else y + residual.double()
+    return y.clamp(min=0) if activation else y
+
+
+def call(x, gamma, beta, residual, activation, **kwargs):
+    return group_norm_act(x, G, gamma, beta, EPS, residual, activation, **kwargs)
+
+
+def given(*tensors):
+    return [t for t in tensors if t is not None]
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+@pytest.mark.parametrize("affine", ["trained", "frozen", "none"])
+@pytest.mark.parametrize("x_trained", [True, False])
+def test_derivatives(residual, activation, affine, x_trained):
+    x, gamma, beta, r = inputs(residual)
+    x.requires_grad_(x_trained)
+    if affine == "none":
+        gamma = beta = None
+    elif affine == "frozen":
+        gamma, beta = gamma.detach(), beta.detach()
+    trained = [t for t in given(x, gamma, beta, r) if t.requires_grad]
+    if not trained:
+        return
+
+    def function(*_):
+        return call(x, gamma, beta, r, activation)
+
+    assert gradcheck(function, trained)
+    assert gradgradcheck(function, trained)
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype, ulp", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_values_dtype_and_layout(residual, activation, layout, dtype, ulp):
+    x, gamma, beta, r = inputs(residual, dtype, layout)
+    y = call(x, gamma, beta, r, activation)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
+    # One rounding of the norm, and one of the sum with the residual.
+    torch.testing.assert_close(
+        y.double(), formula(x, gamma, beta, r, activation), rtol=2 * ulp, atol=4 * ulp
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 8, 7), (2, 8, 3, 4, 5)])
+def test_other_numbers_of_dimensions(shape):
+    x, gamma, beta, _ = inputs(False, shape=shape)
+    torch.testing.assert_close(
+        call(x, gamma, beta, None, "relu"), formula(x, gamma, beta, None, "relu")
+    )
+
+
+def test_no_images():
+    """Zero RoIs: empty outputs, zero gradients."""
+    x = torch.zeros(0, 8, 7, 7, requires_grad=True)
+    norm = GroupNorm(G, 8, activation="relu")
+    y = norm(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert torch.equal(norm.weight.grad, torch.zeros(8))
+    assert torch.equal(norm.bias.grad, torch.zeros(8))
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_autocast_leaves_bfloat16_alone(residual, activation):
+    x, gamma, beta, r = inputs(residual, torch.bfloat16)
+    expected = call(x, gamma, beta, r, activation)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(x, gamma, beta, r, activation)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    found.float().sum().backward()
+    assert gamma.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+
+
+def test_under_autocast_a_map_stays_bfloat16_between_convolutions():
+    conv, norm = torch.nn.Conv2d(8, 8, 3), GroupNorm(G, 8, activation="relu")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(conv(torch.randn(1, 8, 6, 6)))
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_compiled(residual, activation):
+    x, gamma, beta, r = inputs(residual, torch.float32)
+    trained = given(x, gamma, beta, r)
+    dy = torch.randn(x.shape)
+    eager = call(x, gamma, beta, r, activation)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(
+        x, gamma, beta, r, activation
+    )
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+    for found, expected in zip(
+        torch.autograd.grad(compiled, trained, dy),
+        torch.autograd.grad(eager, trained, dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_exported_with_dynamic_height_and_width():
+    """As PyTorch's operations, which runtimes know."""
+    norm = GroupNorm(G, 8, activation="relu").eval()
+    height, width = torch.export.Dim("height", min=2), torch.export.Dim("width", min=2)
+    x = torch.randn(1, 8, 6, 7)
+    shapes = {"x": {2: height, 3: width}, "residual": {2: height, 3: width}}
+    program = torch.export.export(norm, (x, x + 1), dynamic_shapes=shapes).run_decompositions()
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"aten.native_group_norm.default", "aten.relu.default"} <= targets
+    assert not any("gn_detect" in target for target in targets)
+    x, residual = torch.randn(2, 1, 8, 9, 4)
+    torch.testing.assert_close(program.module()(x, residual), norm(x, residual))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_groups": 3}, r"num_groups 3; x has the shape \[2, 8, 3, 5\]"),
+        ({"residual": torch.zeros(2, 8, 3, 1)}, r"residual has the shape \[2, 8, 3, 1\], x \[2, 8"),
+        ({"activation": "gelu"}, "activation 'gelu' is unknown"),
+        ({"kernel": "cuda"}, "kernel 'cuda' is unknown; one of: auto, triton, torch"),
+        ({"kernel": "triton"}, "MODEL.GN.KERNEL is 'triton', but the input is on cpu.*'auto'"),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        group_norm_act(torch.zeros(2, 8, 3, 5), **{"num_groups": 4, **change})
+
+
+def test_auto_says_once_what_it_took_and_why(caplog):
+    functional._say.cache_clear()
+    with caplog.at_level(logging.INFO, "gn_detect"):
+        for _ in range(3):
+            group_norm_act(torch.zeros(1, 4, 2, 2), 2)
+    assert [record.message for record in caplog.records] == [
+        "GroupNorm with MODEL.GN.KERNEL auto runs torch: the input is on cpu, not on a CUDA device"
+    ]
+
+
+def test_without_triton(monkeypatch):
+    """As on machines for which there is no triton."""
+    monkeypatch.setattr(functional, "triton_kernels", None)
+    x, gamma, beta, _ = inputs(False)
+    torch.testing.assert_close(
+        call(x, gamma, beta, None, None), formula(x, gamma, beta, None, None)
+    )
+    with pytest.raises(ValueError, match="triton is not installed"):
+        call(x, gamma, beta, None, None, kernel="triton")
+
+
+# The kernels, run by Triton's interpreter, behind autograd and the compiler.
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_kernels_behind_autograd(residual, activation, layout, interpreted):
+    x, gamma, beta, r = inputs(residual, torch.float32, layout)
+    trained, dy = given(x, gamma, beta, r), torch.randn(x.shape)
+    y = call(x, gamma, beta, r, activation, kernel="triton")
+    expected = formula(x, gamma, beta, r, activation)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, reference in zip(
+        torch.autograd.grad(y, trained, dy),
+        torch.autograd.grad(expected, trained, dy.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_gradients_of_gradients_of_kernels(residual, activation, interpreted):
+    x, gamma, beta, r = inputs(residual, torch.float32)
+    trained = given(x, gamma, beta, r)
+
+    def second(y):
+        first = torch.autograd.grad(y, trained, 2 * torch.ones_like(y), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [x, gamma])
+
+    found = second(call(x, gamma, beta, r, activation, kernel="triton"))
+    expected = second(formula(x, gamma, beta, r, activation))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", ["gamma and beta", "x", "all but the residual", "all"])
+def test_kernels_with_frozen_inputs(frozen, interpreted):
+    x, gamma, beta, r = inputs(True, torch.float32)
+    if frozen != "x":
+        gamma, beta = gamma.detach(), beta.detach()
+    if frozen != "gamma and beta":
+        x = x.detach()
+    if frozen == "all":
+        r = r.detach()
+    y = call(x, gamma, beta, r, "relu", kernel="triton")
+    expected = formula(x, gamma, beta, r, "relu")
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    trained = [t for t in (x, gamma, beta, r) if t.requires_grad]
+    assert y.requires_grad == bool(trained)
+    if trained:
+        for a, b in zip(
+            torch.autograd.grad(y.sum(), trained),
+            torch.autograd.grad(expected.sum(), trained),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_rebuild_their_output(interpreted):
+    """In a chain of two norms and convolutions, bit for bit, without its maps."""
+    x, gamma, beta, _ = inputs(False, torch.float32)
+    weight = torch.randn(8, 8, 1, 1, requires_grad=True)
+    trained, results = [x, gamma, beta, weight], []
+
+    def chain():
+        y = F.conv2d(call(x, gamma, beta, None, "relu", kernel="triton"), weight)
+        return F.conv2d(call(y, gamma, beta, None, "relu", kernel="triton"), weight)
+
+    for rebuild in (False, True):
+        if rebuild:
+            with rebuild_norms():
+                output = chain()
+        else:
+            output = chain()
+        results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_operator_of_torch_library(residual, activation, layout, interpreted):
+    x, gamma, beta, r = inputs(residual, torch.float32, layout)
+    arguments = (x, gamma, beta, r, G, EPS, activation is not None)
+    torch.library.opcheck(functional._operator, arguments)
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_kernels_compiled(residual, activation, interpreted):
+    """One graph, with the layout of the input, for all heights and widths."""
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 8, 3, 5), (1, 8, 4, 7)):
+        x, gamma, beta, r = inputs(residual, torch.float32, torch.channels_last, shape)
+        y = compiled(x, gamma, beta, r, activation, kernel="triton")
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        expected = formula(x, gamma, beta, r, activation)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        trained = given(x, gamma, beta, r)
+        for a, b in zip(
+            torch.autograd.grad(y.sum(), trained),
+            torch.autograd.grad(expected.sum(), trained),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
