@@ -18,6 +18,10 @@ is None where the mask of the ReLU is found from x. Arithmetic is float32, whate
 import triton
 import triton.language as tl
 
+# What changes with the size of the images. Triton would compile a kernel anew for each of them that
+# is 1 or a multiple of 16; training at many sizes would meet three times as many variants.
+SIZES = ("HWV", "S", "splits", "iters")
+
 
 @triton.jit
 def _tile(
@@ -126,7 +130,7 @@ def _relu_gradient(t, v, y, mean, a, beta, offset, mask):
     return tl.where(z <= 0.0, 0.0, t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics(
     x, part, HWV, C, D, block, S, iters,
     NHWC: tl.constexpr, VEC: tl.constexpr, GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
@@ -158,7 +162,7 @@ def statistics(
     tl.store(part + R, sum2, mask=g < C // D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply(
     x, residual, weight, bias, y, part, mean, rstd, eps, HWV, C, D, block, S, splits, iters,
     RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
@@ -203,7 +207,7 @@ def apply(
         base += P * (C if NHWC else 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_sums(
     dy, x, y, weight, bias, mean, rstd, dz, part, sums, HWV, C, D, block, S, iters,
     RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
@@ -246,7 +250,7 @@ def gradient_sums(
         tl.store(part + R, _per_group(sum2 * gamma, c, D, g, GB), mask=g < C // D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient(
     dy, x, y, weight, bias, mean, rstd, part, dx, HWV, C, D, block, S, splits, iters,
     RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
@@ -304,7 +308,7 @@ def _resident_tile(
     return n, g, n * G + g, g * D + d, valid, tile, valid & (p < HW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def resident(
     x, residual, weight, bias, y, mean, rstd, eps, HWV, G, KNOWN: tl.constexpr,
     RELU: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
@@ -341,7 +345,7 @@ def resident(
     tl.store(y + base + tile, z, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def resident_gradient(
     dy, x, y, weight, bias, mean, rstd, dz, sums, dx, HWV, G,
     RELU: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,

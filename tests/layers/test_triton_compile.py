@@ -37,7 +37,9 @@ class Launch(collections.namedtuple("Launch", "kernel args warps")):
         """PTX and resources of the kernel, specialized as Triton would for these arguments."""
         signature, constants, attributes = {}, {}, {}
         for i, (parameter, value) in enumerate(zip(self.kernel.params, self.args, strict=True)):
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            fixed = parameter.do_not_specialize
+            one = type(value) is int and value == 1 and not fixed
+            if parameter.is_constexpr or value is None or one:
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
             elif isinstance(value, torch.Tensor):
@@ -47,7 +49,7 @@ class Launch(collections.namedtuple("Launch", "kernel args warps")):
                 signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and not fixed:
                     attributes[(i,)] = [["tt.divisibility", 16]]
         return triton.compile(
             ASTSource(self.kernel, signature, constants, attributes),
