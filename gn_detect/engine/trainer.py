@@ -33,6 +33,7 @@ from gn_detect.data.loader import (
     build_test_loader,
     build_train_loader,
 )
+from gn_detect.solver import fuse_sgd
 
 from .hooks import FiniteLossCheck, ProgressBar
 from .prepare import shorten_expected_error
@@ -45,11 +46,11 @@ class Trainer(DefaultTrainer):
     """Train, evaluate and resume a detector from a config.
 
     What it changes in DefaultTrainer: data parallel training on CPUs (gloo); gradient
-    accumulation; bfloat16; a loss that is not finite names the images; the COCO evaluation; a
-    progress bar on a terminal; and a checkpoint that also holds the random state and the place in
-    the training data, so that a resumed run goes on as if it had not stopped. With several
-    processes, or with data loading workers, the order of the images continues exactly, but their
-    random augmentation does not.
+    accumulation; bfloat16; fused SGD on CPUs; a loss that is not finite names the images; the COCO
+    evaluation; a progress bar on a terminal; and a checkpoint that also holds the random state and
+    the place in the training data, so that a resumed run goes on as if it had not stopped. With
+    several processes, or with data loading workers, the order of the images continues exactly, but
+    their random augmentation does not.
 
     A run can be resumed with another number of images per iteration: it continues at the
     iteration that has seen as many images (rounded down, so that some may be seen twice), with
@@ -91,6 +92,12 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self._resumed_random_state: dict | None = None
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(cfg, model)
+        fuse_sgd(optimizer)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

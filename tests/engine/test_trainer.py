@@ -102,6 +102,20 @@ def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path)
     assert train("own", resume=True).start_iter == 3
 
 
+def test_the_optimizer_is_fused_on_a_cpu(train, monkeypatch):
+    trainer, calls, kernel = train("run", "SOLVER.MAX_ITER", 1), [], torch._fused_sgd_
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    def count(parameters, *args, **kwargs):
+        calls.append(len(parameters))
+        return kernel(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_sgd_", count)
+    trainer.train()
+    assert sum(calls) == len(trained)
+    assert not any(group["fused"] for group in trainer.optimizer.state_dict()["param_groups"])
+
+
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
 def test_an_iteration_takes_its_images_in_steps(train, sampler):
     trainer = train(
