@@ -46,6 +46,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     # "checkpoint" keeps the inputs of blocks alone and runs them twice. Same gradients.
     gn.setdefault("MEMORY", "fast")
 
+    # The weights of the convolutions of our components, and so the maps from the stem to the heads,
+    # in torch.channels_last, the layout in which tensor cores convolve. Same keys, same numbers.
+    cfg.MODEL.setdefault("CHANNELS_LAST", False)
+
     # Of the pre-activation ResNet (modeling/resnetv2.py); MODEL.RESNETS has its depth and widths.
     # "BiT": Big Transfer's, with a 7x7 convolution as stem; "D": the stem of three convolutions and
     # the shortcuts of ResNet-D, as in timm's resnetv2_50d_gn.

@@ -36,6 +36,7 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
         fc_norm: ``channels -> nn.Module`` on (R, C), or "".
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
         memory: what the backward pass keeps (``layers.recompute.MODES``).
+        channels_last: lay the weights, and with them the maps, out so.
 
     Raises:
         ConfigError: the groups do not divide a layer's channels.
@@ -52,6 +53,7 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
         fc_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
         memory: str = "fast",
+        channels_last: bool = False,
     ):
         conv_norm = GroupNormFactory() if conv_norm is None else conv_norm
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=conv_norm)
@@ -59,7 +61,7 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
             for k, fc in enumerate(self.fcs, start=1):
                 fc.bias = None
                 insert_after(self, f"fc{k}", f"fc_norm{k}", fc_norm(fc.out_features))
-        finish_norms(self, "roi_heads.box_head", weight_standardization, memory)
+        finish_norms(self, "roi_heads.box_head", weight_standardization, memory, channels_last)
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
         conv_norm: as ``get_norm`` takes it; by default none, as published.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
         memory: what the backward pass keeps (``layers.recompute.MODES``).
+        channels_last: lay the weights, and with them the maps, out so.
         **kwargs: of ``BaseKeypointRCNNHead``.
 
     Raises:
@@ -47,17 +48,19 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
         conv_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
         memory: str = "fast",
+        channels_last: bool = False,
         **kwargs,
     ):
         super().__init__(input_shape, num_keypoints=num_keypoints, conv_dims=conv_dims, **kwargs)
         for layer in self.children():
             if isinstance(layer, Conv2d):
                 add_norm(layer, conv_norm)
-        finish_norms(self, "roi_heads.keypoint_head", weight_standardization, memory)
+        finish_norms(self, "roi_heads.keypoint_head", weight_standardization, memory, channels_last)
 
     @in_memory_mode
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        return super().layers(x)
+        # Detectron2 takes a view of the heatmaps that only NCHW has.
+        return super().layers(x).contiguous()
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -33,6 +33,7 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
         deconv_norm: as ``get_norm`` takes it; by default none.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
         memory: what the backward pass keeps (``layers.recompute.MODES``).
+        channels_last: lay the weights, and with them the maps, out so.
         **kwargs: of ``BaseMaskRCNNHead`` (``loss_weight``, ``vis_period``).
 
     Raises:
@@ -50,6 +51,7 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
         deconv_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
         memory: str = "fast",
+        channels_last: bool = False,
         **kwargs,
     ):
         super().__init__(
@@ -63,7 +65,7 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
             self.deconv.bias = None
             norm = get_norm(deconv_norm, self.deconv.out_channels)
             insert_after(self, "deconv", "deconv_norm", norm)
-        finish_norms(self, "roi_heads.mask_head", weight_standardization, memory)
+        finish_norms(self, "roi_heads.mask_head", weight_standardization, memory, channels_last)
 
     @in_memory_mode
     def layers(self, x: torch.Tensor) -> torch.Tensor:

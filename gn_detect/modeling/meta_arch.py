@@ -38,6 +38,7 @@ class GNSemSegFPNHead(Block, SemSegFPNHead):
         *args, **kwargs: of ``SemSegFPNHead``.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
         memory: what the backward pass keeps (``layers.recompute.MODES``).
+        channels_last: lay the weights, and with them the maps, out so.
 
     Raises:
         ConfigError: ``MODEL.SEM_SEG_HEAD.NORM`` is unknown, or the groups do not divide a layer's
@@ -45,9 +46,16 @@ class GNSemSegFPNHead(Block, SemSegFPNHead):
     """
 
     @configurable
-    def __init__(self, *args, weight_standardization: str = "", memory: str = "fast", **kwargs):
+    def __init__(
+        self,
+        *args,
+        weight_standardization: str = "",
+        memory: str = "fast",
+        channels_last: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        finish_norms(self, "sem_seg_head", weight_standardization, memory)
+        finish_norms(self, "sem_seg_head", weight_standardization, memory, channels_last)
 
     @in_memory_mode
     def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -66,6 +74,7 @@ def build_detector(
     *,
     weight_standardization: str = "",
     memory: str = "fast",
+    channels_last: bool = False,
     **components,
 ) -> nn.Module:
     """Build a detector from components of Detectron2 whose norms come from a ``GroupNormFactory``.
@@ -77,11 +86,12 @@ def build_detector(
         meta_arch: such as ``GeneralizedRCNN``.
         weight_standardization: of every convolution before a GN (``layers.standardize_weight``).
         memory: what the backward pass keeps (``layers.recompute.MODES``).
+        channels_last: lay the weights, and with them the maps, out so.
         **components: arguments of ``meta_arch``.
 
     Raises:
         ConfigError: the groups do not divide a layer's channels.
     """
     model = meta_arch(**components)
-    finish_norms(model, "model", weight_standardization, memory)
+    finish_norms(model, "model", weight_standardization, memory, channels_last)
     return model

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from torch import nn
@@ -167,16 +168,21 @@ def weight_standardization_from_config(cfg: CfgNode) -> str:
     return value
 
 
-def finish_from_config(cfg: CfgNode) -> dict[str, str]:
+def finish_from_config(cfg: CfgNode) -> dict[str, str | bool]:
     """The last arguments of :func:`finish_norms`."""
     return {
         "weight_standardization": weight_standardization_from_config(cfg),
         "memory": cfg.MODEL.GN.MEMORY,
+        "channels_last": cfg.MODEL.CHANNELS_LAST,
     }
 
 
 def finish_norms(
-    module: nn.Module, name: str, weight_standardization: str = "", memory: str = "fast"
+    module: nn.Module,
+    name: str,
+    weight_standardization: str = "",
+    memory: str = "fast",
+    channels_last: bool = False,
 ) -> None:
     """Complete a component, in place, whose norms came from a :class:`GroupNormFactory`.
 
@@ -188,6 +194,9 @@ def finish_norms(
         name: its name in the model.
         weight_standardization: a variant of ``layers.standardize_weight``, or "" for none.
         memory: what its backward pass keeps, one of ``layers.recompute.MODES``.
+        channels_last: lay the weights of its convolutions out so (``torch.channels_last``). A
+            convolution with such weights puts out such a map, whatever it gets, and norms,
+            activations, sums, poolings and resampling keep the format.
 
     Raises:
         ConfigError: a norm could not be built; names each such layer, its channels, the groups,
@@ -224,6 +233,8 @@ def finish_norms(
     if memory not in MODES:
         raise ConfigError(f"MODEL.GN.MEMORY (memory) is {memory!r}; known: {', '.join(MODES)}")
     fuse_norms(module, memory)
+    if channels_last:
+        module.to(memory_format=torch.channels_last)
 
 
 def _convs_before_group_norm(module: nn.Module) -> Iterator[nn.Conv2d]:

@@ -189,7 +189,9 @@ def build_gn_resnetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             divide a layer's channels.
     """
     backbone = _build_resnetv2(cfg, input_shape)
-    finish_norms(backbone, "backbone", memory=cfg.MODEL.GN.MEMORY)
+    finish_norms(
+        backbone, "backbone", memory=cfg.MODEL.GN.MEMORY, channels_last=cfg.MODEL.CHANNELS_LAST
+    )
     return backbone
 
 

@@ -28,6 +28,7 @@ class GNRPNHead(Block, StandardRPNHead):
         conv_norm: as ``get_norm`` takes it; by default none, as published.
         weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
         memory: what the backward pass keeps (``layers.recompute.MODES``).
+        channels_last: lay the weights, and with them the maps, out so.
         **kwargs: of ``StandardRPNHead`` (``box_dim``, ``conv_dims``).
 
     Raises:
@@ -43,13 +44,16 @@ class GNRPNHead(Block, StandardRPNHead):
         conv_norm: GroupNormFactory | str = "",
         weight_standardization: str = "",
         memory: str = "fast",
+        channels_last: bool = False,
         **kwargs,
     ):
         super().__init__(in_channels=in_channels, num_anchors=num_anchors, **kwargs)
         for layer in self.conv.modules():
             if isinstance(layer, Conv2d):
                 add_norm(layer, conv_norm)
-        finish_norms(self, "proposal_generator.rpn_head", weight_standardization, memory)
+        finish_norms(
+            self, "proposal_generator.rpn_head", weight_standardization, memory, channels_last
+        )
 
     @in_memory_mode
     def forward(self, features: list[torch.Tensor]):

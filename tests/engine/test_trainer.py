@@ -72,8 +72,10 @@ def stream(start: int, stop: int) -> list[str]:
     return [files[i] for i in itertools.islice(indices, start, stop)]
 
 
-def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, channels_last):
     options = ("SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 2)
+    options += ("MODEL.CHANNELS_LAST", channels_last)
     whole = train("whole", *options)
     whole.train()
     assert (tmp_path / "whole" / "last_checkpoint").read_text() == "model_final.pth"
@@ -89,6 +91,26 @@ def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
     resumed.train()
     for key, value in weights(whole).items():
         assert torch.equal(weights(resumed)[key], value), key
+
+
+@pytest.mark.parametrize("old, new", [(True, False), (False, True)])
+def test_resuming_with_another_memory_format(train, tmp_path, old, new):
+    whole = train("whole", "MODEL.CHANNELS_LAST", old)
+    whole.train()
+    stopped = train("stopped", "MODEL.CHANNELS_LAST", old)
+    stopped.max_iter = 4
+    stopped.train()
+    saved = load_file(tmp_path / "stopped" / "model_final.safetensors")
+    resumed = train("stopped", "MODEL.CHANNELS_LAST", new, resume=True)
+    assert list(saved) == sorted(weights(resumed))
+    conv = "backbone.bottom_up.res2.0.conv1.weight"
+    assert weights(resumed)[conv].is_contiguous(memory_format=torch.channels_last) == new
+    for key, value in weights(stopped).items():
+        assert torch.equal(saved[key], value) and torch.equal(weights(resumed)[key], value), key
+    resumed.train()
+    for key, value in weights(whole).items():  # of a run without the change, up to rounding
+        change = (value - weights(stopped)[key]).norm()
+        assert (weights(resumed)[key] - value).norm() <= 1e-2 * change + 1e-6, key
 
 
 def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path):

@@ -38,6 +38,7 @@ model = L(build_detector)(
     meta_arch=GeneralizedRCNN,
     weight_standardization="",
     memory="fast",
+    channels_last=False,
     backbone=L(FPN)(
         bottom_up=L(ResNet)(
             stem=L(BasicStem)(in_channels=3, out_channels=64, norm=_gn),

@@ -18,6 +18,7 @@ model = L(build_detector)(
     meta_arch=RetinaNet,
     weight_standardization="",
     memory="fast",
+    channels_last=False,
     backbone=L(FPN)(
         bottom_up=L(ResNet)(
             stem=L(BasicStem)(in_channels=3, out_channels=64, norm=_gn),
