@@ -83,19 +83,17 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
             groups, block = 1, math.gcd(d, width)
         pixels = min(pixels, 4096 // triton.next_power_of_2(block))
         # Each program of the second kernel reads a block's sums of all splits.
-        most = 128 if groups > 1 else 512
+        most = 256 if groups > 1 else 512
     else:
         groups, block, most = 1, 1, 512
         pixels = min(pixels, 2048)
     lanes = triton.next_power_of_2(block)
     rows, tiles = n * triton.cdiv(c, block), triton.cdiv(hw, pixels)
-    # 4 programs per multiprocessor. NCHW reads few sums per group: more programs, but each of
-    # at least 2 tiles.
-    if nhwc:
-        splits = chunks = min(tiles, most, triton.cdiv(4 * processors, rows))
-    else:
-        splits = min(triton.cdiv(tiles, 2), most, triton.cdiv(8 * processors, rows))
-        chunks = triton.cdiv(tiles, 2)
+    # Whole waves where 2 programs (those of the gradients) or 3 fit a multiprocessor; of NCHW,
+    # which are smaller, 8. They are to be few, as each reads all sums of its groups.
+    most = min(tiles, most, max(1, (6 if nhwc else 8) * processors // rows))
+    splits = most if nhwc else min(most, triton.cdiv(tiles, 2))
+    chunks = most if nhwc else triton.cdiv(tiles, 2)
     split_iters, chunk_iters = triton.cdiv(tiles, splits), triton.cdiv(tiles, chunks)
     return Plan(
         False, vec, block, groups, lanes, pixels, _warps(lanes * pixels),
@@ -164,8 +162,8 @@ def forward(
     Returns:
         y in shape, dtype and layout of x; mean and 1 / sqrt(variance + eps), float32 (N, G).
     """
-    mean = torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    shape = x.shape[0], num_groups
+    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     return _forward(x, mean, rstd, weight, bias, eps, residual, relu, False), mean, rstd
 
 
@@ -206,23 +204,27 @@ def backward(
     Returns:
         Gradients of x, weight, bias and residual, each of the dtype of what it is for, or None.
         dx has the layout of x, the residual's gradient that of x, or without ReLU that of dy.
+
+    Raises:
+        ValueError: ``y`` is missing where it is needed.
     """
     needs_weight, needs_bias = needs[1] and weight is not None, needs[2] and bias is not None
     needs_residual = needs[3] and residual_dtype is not None
-    layout = _layout(x)
+    if not relu or residual_dtype is None:
+        y = None  # the mask is found from x
+    elif y is None:
+        raise ValueError("after a residual, the gradient of ReLU needs y, the output of forward")
     dresidual = dz = None
     if needs_residual and not relu:
         dresidual = dy.to(residual_dtype)
     elif needs_residual:
         dresidual = dz = torch.empty_like(x, dtype=residual_dtype)
-    elif residual_dtype is None:
-        y = None
     dx = torch.empty_like(x) if needs[0] else None
     sums = None
     if x.numel() == 0:
         sums = torch.zeros((1, 2, x.shape[1]), dtype=torch.float32, device=x.device)
     elif dx is not None or needs_weight or needs_bias or dz is not None:
-        dy = dy.contiguous(memory_format=layout)
+        dy = dy.contiguous(memory_format=_layout(x))
         wants_sums = needs_weight or needs_bias
         with _current(x):
             sums = _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums)

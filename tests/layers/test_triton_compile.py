@@ -166,6 +166,23 @@ def test_kernels_of_the_model(launches, tmp_path, arch, dtype, layout):
     assert len(compiled) >= 20
 
 
+@pytest.mark.parametrize("shape", [(2, 64, 200, 336), (64, 256, 14, 14)], ids=str)
+@pytest.mark.parametrize("with_residual, relu", [(True, True), (False, True), (True, False)])
+def test_tensors_that_backward_reads(launches, shape, with_residual, relu):
+    """y for the mask of ReLU after a residual, and only once: dz, the residual's gradient, serves
+    the second kernel."""
+    backward = [
+        dict(zip((p.name for p in launch.kernel.params), launch.args, strict=True))
+        for launch in launches(shape, with_residual, relu, torch.bfloat16, NHWC)
+    ]
+    backward = [names for names in backward if "dy" in names]
+    masked = with_residual and relu
+    assert [names["y"] is not None for names in backward] == [masked, False][: len(backward)]
+    assert (backward[0]["dz"] is not None) == masked
+    if masked and len(backward) == 2:
+        assert backward[1]["dy"] is backward[0]["dz"] and not backward[1]["RELU"]
+
+
 def test_factor_of_the_image_size_widens_accesses(launches):
     """Why ``VEC`` exists: 4200 = H * W is not divisible by 16, and Triton asks for nothing else."""
     statistics = launches((2, 256, 50, 84), False, True, torch.float32, NCHW)[0]
