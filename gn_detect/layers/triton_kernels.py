@@ -310,10 +310,12 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
 
 
 def _workspace(x: Tensor, rows: int, how: Plan, d: int) -> tuple[Tensor, int]:
-    """Space for pairs of partial sums of all groups, and a power of 2 >= the pairs of a group."""
+    """Space for pairs of partial sums of all groups, and a power of 2 >= the pairs of a group.
+
+    The power is 32 at least: each one is another compilation."""
     pairs = how.splits * (d // how.block if how.groups == 1 else 1)
     part = torch.empty((rows, 2, pairs), dtype=torch.float32, device=x.device)
-    return part, triton.next_power_of_2(pairs)
+    return part, max(32, triton.next_power_of_2(pairs))
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from triton.runtime import interpreter  # noqa: E402
 
@@ -586,18 +586,16 @@ def test_full_size_on_a_gpu(nhwc, dtype, case):
 @cuda
 @LAYOUTS
 def test_more_than_2_to_the_31_elements_on_a_gpu(nhwc):
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("the GPU has less than 40 GB")
     shape = (33, 256, 512, 512)
-    if torch.cuda.get_device_properties(0).total_memory < 24e9:
-        pytest.skip("four tensors of 4.4 GB do not fit")
     weight, bias = affine(256, device="cuda")
     layout = torch.channels_last if nhwc else torch.contiguous_format
     x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout).normal_()
-    y, mean, rstd = kernels.forward(x, 32, weight, bias, 1e-5, None, True)
-    dx = kernels.backward(
-        x, x, None, mean, rstd, weight, bias, True, needs=(True, False, False, False)
-    )[0]  # noqa: E501
-    check(x[-1:], 32, weight, bias, relu=True)
-    last, mean, rstd = kernels.forward(x[-1:], 32, weight, bias, 1e-5, None, True)
+    assert x.numel() > 2**31
+    y, mean, rstd = kernels.forward(x, 32, weight, bias, 1e-5)
+    dx = kernels.backward(x, x, None, mean, rstd, weight, bias)[0]
+    # One image is planned otherwise, so sums differ in their last digits.
+    last, _, _, gradients = check(x[-1:], 32, weight, bias, dy=x[-1:])
     torch.testing.assert_close(y[-1:], last, rtol=2**-7, atol=1e-5)
-    last = kernels.backward(x[-1:], x[-1:], None, mean, rstd, weight, bias, True)[0]
-    torch.testing.assert_close(dx[-1:], last, rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(dx[-1:], gradients[0], rtol=2**-7, atol=1e-4)
