@@ -87,10 +87,10 @@ def _pairs(D, block, S, GB: tl.constexpr):
 
 @triton.jit
 def _add_pairs(part, row, valid, R, RP: tl.constexpr):
-    """The two sums of the groups ``row`` (1, GB) from their R pairs in ``part`` (N * G, 2, R)."""
+    """The two sums of the groups ``row`` (1, GB) from their R pairs in ``part``."""
     r = tl.arange(0, RP)[:, None]
     mask = (r < R) & valid
-    part += row * 2 * R + r
+    part += row * (2 * R + 1) + r
     first = tl.load(part, mask=mask, other=0.0)
     second = tl.load(part + R, mask=mask, other=0.0)
     return tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
@@ -135,31 +135,36 @@ def statistics(
     x, part, HWV, C, D, block, S, iters,
     NHWC: tl.constexpr, VEC: tl.constexpr, GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x - k and of its square over this program's pixels, into ``part`` (N * G, 2, R).
+    """Sums of x - k and of its square over this program's pixels, and k, into ``part``.
 
-    k is the first element of the group.
+    Of each group, ``part`` (N * G, 2 R + 1) has R first sums, R second ones, and k: the mean of 32
+    elements of the first channel. One element would do but for outliers, say in a corner.
     """
     HW = HWV * VEC
     n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
         C, D, HW, block, S, iters, False, NHWC, GB, CB, P
     )
-    k = tl.load(x + image + c // D * D * (1 if NHWC else HW), mask=valid, other=0.0)
-    k = k.to(tl.float32)
+    sample = tl.arange(0, 32)[:, None] * (HW // 32) * (C if NHWC else 1)
+    sample += g * D * (1 if NHWC else HW)
+    sample = tl.load(x + image + sample, mask=g < C // D, other=0.0).to(tl.float32)
+    k = tl.sum(sample, axis=0, keep_dims=True) / 32
+    shift = _per_channel(k, c, D, g, GB)
     sum1 = tl.full([P, CB], 0.0, tl.float32)
     sum2 = tl.full([P, CB], 0.0, tl.float32)
     for i in range(iters):
         mask = (pixel < HW - (start + i * P)) & valid
         v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-        v = tl.where(mask, v - k, 0.0)
+        v = tl.where(mask, v - shift, 0.0)
         sum1 += v
         sum2 += v * v
         base += P * (C if NHWC else 1)
     sum1 = _per_group(tl.sum(sum1, axis=0, keep_dims=True), c, D, g, GB)
     sum2 = _per_group(tl.sum(sum2, axis=0, keep_dims=True), c, D, g, GB)
     R = _pairs(D, block, S, GB)
-    part += (n * (C // D) + g) * 2 * R + c0 % D // block * S + s
+    part += (n * (C // D) + g) * (2 * R + 1) + c0 % D // block * S + s
     tl.store(part, sum1, mask=g < C // D)
     tl.store(part + R, sum2, mask=g < C // D)
+    tl.store(part + 2 * R, k, mask=(g < C // D) & (s == 0) & (c0 % D == 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -177,11 +182,12 @@ def apply(
     if part is not None:
         row = n * (C // D) + g
         known = g < C // D
-        k = tl.load(x + image + g * D * (1 if NHWC else HW), mask=known, other=0.0)
-        sum1, sum2 = _add_pairs(part, row, known, _pairs(D, block, splits, GB), RP)
+        R = _pairs(D, block, splits, GB)
+        sum1, sum2 = _add_pairs(part, row, known, R, RP)
+        k = tl.load(part + row * (2 * R + 1) + 2 * R, mask=known, other=0.0)
         scale = 1.0 / (HW * D)
         shift = sum1 * scale
-        m = k.to(tl.float32) + shift
+        m = k + shift
         var = sum2 * scale - shift * shift
         r = tl.rsqrt(tl.where(var < 0.0, 0.0, var) + eps)  # a maximum would drop NaN
         # One program of each group tells the statistics.
@@ -214,7 +220,8 @@ def gradient_sums(
     GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and dz * xhat over this program's pixels: per channel into ``sums`` (N, S, 2, C),
-    times gamma and per group into ``part`` (N * G, 2, R). Either may be None. Writes dz if given.
+    times gamma and per group into ``part``, as in ``statistics`` but without k. Either may be None.
+    Writes dz if given.
     """
     HW = HWV * VEC
     n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
@@ -245,7 +252,7 @@ def gradient_sums(
         tl.store(sums + C, sum2, mask=valid)
     if part is not None:
         R = _pairs(D, block, S, GB)
-        part += (n * (C // D) + g) * 2 * R + c0 % D // block * S + s
+        part += (n * (C // D) + g) * (2 * R + 1) + c0 % D // block * S + s
         tl.store(part, _per_group(sum1 * gamma, c, D, g, GB), mask=g < C // D)
         tl.store(part + R, _per_group(sum2 * gamma, c, D, g, GB), mask=g < C // D)
 

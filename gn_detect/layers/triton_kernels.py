@@ -12,8 +12,8 @@ kernel add up the partial sums of their groups and write the result. The second 
 backwards through memory, to begin with what the first has left in the L2 cache. Nothing is added
 atomically, all sums have a fixed order: runs are identical bit for bit.
 
-The variance is that of x minus the first element of its group (resident: of x minus the mean), so a
-large mean costs no digits. All arithmetic is float32. The ReLU mask is found from x by the
+The variance is that of x minus a value near the mean of its group (resident: of x minus the mean),
+so a large mean costs no digits. All arithmetic is float32. The ReLU mask is found from x by the
 expression, rounding included, that made y, or read from y where a residual was added.
 """
 
@@ -89,9 +89,10 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
         pixels = min(pixels, 2048)
     lanes = triton.next_power_of_2(block)
     rows, tiles = n * triton.cdiv(c, block), triton.cdiv(hw, pixels)
-    # Whole waves where 2 programs (those of the gradients) or 3 fit a multiprocessor; of NCHW,
-    # which are smaller, 8. They are to be few, as each reads all sums of its groups.
-    most = min(tiles, most, max(1, (6 if nhwc else 8) * processors // rows))
+    # Two or three whole waves where 3 or 2 programs (2 are those of the gradients) fit a
+    # multiprocessor, two waves of the smaller NCHW programs, of which 6 fit. Not more, because each
+    # program of the second kernel reads all sums of its groups.
+    most = min(tiles, most, max(1, (6 if nhwc else 12) * processors // rows))
     splits = most if nhwc else min(most, triton.cdiv(tiles, 2))
     chunks = most if nhwc else triton.cdiv(tiles, 2)
     split_iters, chunk_iters = triton.cdiv(tiles, splits), triton.cdiv(tiles, chunks)
@@ -310,11 +311,11 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
 
 
 def _workspace(x: Tensor, rows: int, how: Plan, d: int) -> tuple[Tensor, int]:
-    """Space for pairs of partial sums of all groups, and a power of 2 >= the pairs of a group.
+    """Space for pairs of partial sums and a value of each group; a power of 2 >= its pairs.
 
     The power is 32 at least: each one is another compilation."""
     pairs = how.splits * (d // how.block if how.groups == 1 else 1)
-    part = torch.empty((rows, 2, pairs), dtype=torch.float32, device=x.device)
+    part = torch.empty((rows, 2 * pairs + 1), dtype=torch.float32, device=x.device)
     return part, max(32, triton.next_power_of_2(pairs))
 
 

@@ -262,6 +262,19 @@ def test_large_group_of_large_mean(device, nhwc, monkeypatch):
 
 @LAYOUTS
 @pytest.mark.parametrize("way", ["resident", "split"])
+def test_outlier_in_the_corner(device, split, nhwc, way):
+    """The first element of a group tells nothing of its mean."""
+    if way == "split":
+        split(2, 128)
+    x = make((1, 6, 20, 26), nhwc, device=device)
+    x[:, ::3, 0, 0] += 2000
+    _, _, rstd = kernels.forward(x, 2, None, None, 1e-5)
+    expected = (x.double().reshape(1, 2, -1).var(2, unbiased=False) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("way", ["resident", "split"])
 @pytest.mark.parametrize("value", [0.0, 3.7])
 def test_constant_input_gives_beta(device, split, nhwc, way, value):
     if way == "split":
