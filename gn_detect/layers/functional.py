@@ -55,7 +55,8 @@ def group_norm_act(
             take. What auto took, and why, is logged once.
 
     Returns:
-        Shape, dtype and memory format of ``x``.
+        Shape and dtype of ``x``; also its memory format, except that PyTorch's operations on CUDA
+        give NCHW.
 
     Raises:
         ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ,
