@@ -1,0 +1,127 @@
+"""Timing of variants side by side: A B C A B C, so that a machine that slows down hits all."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The quartiles of some samples."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
+        lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.lower:{spec}}-{self.upper:{spec}})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is measured how often.
+
+    Args:
+        variants: of ``detectors.VARIANTS``, or of ``kernels.VARIANTS``.
+        baselines: those among them that the others are compared with.
+        rounds, warmup: of :func:`interleave`.
+    """
+
+    variants: Sequence[str]
+    baselines: Sequence[str]
+    rounds: int = 1
+    warmup: int = 0
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    clock: Callable[[Callable[[], object]], float],
+) -> dict[str, list[float]]:
+    """Time each of ``runs`` once per round, in turn.
+
+    Args:
+        rounds: that are kept.
+        warmup: rounds before them.
+        clock: runs a function and gives its seconds.
+
+    Returns:
+        name -> seconds of each round; samples of one index belong to one round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(-warmup, rounds):
+        for name, run in runs.items():
+            seconds = clock(run)
+            if number >= 0:
+                samples[name].append(seconds)
+    return samples
+
+
+def ratio(samples: Sequence[float], baseline: Sequence[float]) -> Spread:
+    """``samples`` over ``baseline``, round by round."""
+    return Spread.of([a / b for a, b in zip(samples, baseline, strict=True)])
+
+
+def wall_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A clock from the start of the call to the end of all its work on ``device``."""
+
+    def clock(run: Callable[[], object]) -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    return clock
+
+
+def kernel_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """On CUDA, a clock of the device (events) that first fills the L2 cache with something else:
+    in a network, a layer does not find there what it read an iteration ago. On a CPU, the wall's.
+    """
+    if device.type != "cuda":
+        return wall_clock(device)
+    other = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+
+    def clock(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def as_cuda_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` recorded as a CUDA graph, whose replay is kernels alone, without Python."""
+    stream = torch.cuda.Stream()  # what is recorded has to be warm, on another stream than usual
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
