@@ -1,0 +1,171 @@
+"""The variants are what they are called, and differ in nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
+from helpers import TINY
+from torch import nn
+
+import gn_detect
+from gn_detect.benchmark.detectors import (
+    DETECTRON2_GN,
+    FROZEN_BN,
+    VARIANTS,
+    Detector,
+    Settings,
+    synthetic_batch,
+    variant_config,
+)
+from gn_detect.config import ConfigError
+from gn_detect.layers import GroupNorm
+from gn_detect.modeling.fused import Block
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = Settings(
+    gn_detect.get_config_file("quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"),
+    opts=tuple(map(str, TINY)),
+    size=(64, 96),
+    rois=16,
+)
+
+
+@pytest.fixture(scope="module")
+def detectors():
+    return {variant: Detector(variant, SETTINGS) for variant in VARIANTS}
+
+
+def test_norms(detectors):
+    """ResNet-18: 20 in the backbone; FPN 8, box head 4, mask head 4."""
+    modules = {name: list(d.model.modules()) for name, d in detectors.items()}
+    for name, of_model in modules.items():
+        frozen = sum(isinstance(m, FrozenBatchNorm2d) for m in of_model)
+        groups = [m.num_groups for m in of_model if isinstance(m, nn.GroupNorm)]
+        assert (frozen, groups) == ((20, []) if name == FROZEN_BN else (0, [32] * 36))
+        own = [m for m in of_model if type(m).__module__.startswith("gn_detect")]
+        assert bool(own) == name.startswith("ours-")
+        assert sum(isinstance(m, GroupNorm) for m in own) == (36 if own else 0)
+        blocks = [m for m in own if isinstance(m, Block)]
+        blocks = [b for b in blocks if any(isinstance(m, GroupNorm) for m in b.modules())]
+        assert len(blocks) == (11 if own else 0)  # stem, 8 residual blocks, 2 heads
+        memory = {block.memory for block in blocks}
+        assert memory == ({name.removeprefix("ours-")} if own else set())
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in of_model)
+
+
+def test_the_same_head_and_weights(detectors):
+    weights = {name: d.model.state_dict() for name, d in detectors.items()}
+    expected = weights[DETECTRON2_GN]
+    for name, detector in detectors.items():
+        heads = detector.model.roi_heads
+        assert isinstance(heads.box_head, FastRCNNConvFCHead)
+        assert isinstance(heads.mask_head, MaskRCNNConvUpsampleHead)
+        assert (len(heads.box_head.conv_norm_relus), len(heads.box_head.fcs)) == (4, 1)
+        if name != FROZEN_BN:
+            assert expected.keys() == weights[name].keys()
+        convolutions = [key for key in expected if expected[key].dim() == 4]
+        assert len(convolutions) == 20 + 8 + 3 + 4 + 4 + 2  # RPN has three, the mask predictor two
+        for key in convolutions:
+            torch.testing.assert_close(weights[name][key], expected[key], rtol=0, atol=0)
+
+
+def test_losses_are_detectron2s_and_the_rois_of_all_are_the_same(detectors):
+    losses = {}
+    for name, detector in detectors.items():
+        losses[name] = detector.forward().item()
+        assert detector.rois == [2 * 16, 2 * 4]
+    for name in losses.keys() - {FROZEN_BN}:
+        assert losses[name] == pytest.approx(losses[DETECTRON2_GN], rel=1e-4)
+
+
+@pytest.mark.parametrize("amp", ["none", "float16", "bfloat16"])
+def test_step(amp):
+    detector = Detector("ours-balanced", dataclasses.replace(SETTINGS, amp=amp))
+    dtypes = set()
+    detector.model.backbone.bottom_up.res2.register_forward_hook(
+        lambda _, inputs, output: dtypes.add(output.dtype)
+    )
+    before = detector.state_bytes()
+    detector.step()
+    parameters = list(detector.model.parameters())
+    assert all(p.grad is None for p in parameters)
+    # The optimizer has taken a step: a momentum for each parameter.
+    assert detector.state_bytes() - before >= sum(p.nbytes for p in parameters)
+    assert dtypes == {{"none": torch.float32}.get(amp) or getattr(torch, amp)}
+    detector.check_no_step_was_left_out("ours-balanced")
+
+
+def test_a_step_that_was_left_out_is_an_error():
+    detector = Detector("ours-fast", dataclasses.replace(SETTINGS, amp="float16"))
+    conv = detector.model.backbone.bottom_up.stem.conv1
+    conv.weight.register_hook(lambda gradient: gradient * float("inf"))
+    detector.step()
+    with pytest.raises(FloatingPointError, match="ours-fast overflowed float16"):
+        detector.check_no_step_was_left_out("ours-fast")
+
+
+def test_frozen_bn_normalizes(detectors):
+    detector, seen = detectors[FROZEN_BN], {}
+    norms = {
+        name: m for name, m in detector.model.named_modules() if isinstance(m, FrozenBatchNorm2d)
+    }
+    for name, norm in norms.items():
+        norm.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.__setitem__(name, output.double())
+        )
+    with torch.no_grad():
+        detector.model.backbone(detector.model.preprocess_image(detector.batch).tensor)
+    assert seen.keys() == norms.keys()
+    for name, output in seen.items():
+        variance, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
+        assert mean.abs().max() < 1e-3, name
+        assert (variance - 1).abs().median() < 1e-3, name  # without what eps is not small for
+
+
+def test_inference_gives_as_many_masks_as_it_may(detectors):
+    for detector in detectors.values():
+        (first, second) = detector.infer()
+        limit = detector.model.roi_heads.box_predictor.test_topk_per_image
+        for found in (first["instances"], second["instances"]):
+            assert 0 < len(found) <= limit
+            assert found.pred_masks.shape == (len(found), 64, 96)
+            assert set(found.pred_classes.tolist()) == {0}
+        assert detector.model.training
+
+
+def test_channels_last():
+    """Of Detectron2's: its weights, and so the maps that its convolutions give."""
+    detector = Detector(DETECTRON2_GN, dataclasses.replace(SETTINGS, channels_last=True))
+    for map_ in detector.backbone().values():
+        assert map_.is_contiguous(memory_format=torch.channels_last)
+        assert not map_.is_contiguous()
+
+
+def test_synthetic_batch():
+    batch = synthetic_batch(SETTINGS)
+    assert [item["image"].shape for item in batch] == [(3, 64, 96)] * 2
+    for item in batch:
+        boxes, masks = item["instances"].gt_boxes.tensor, item["instances"].gt_masks
+        assert len(boxes) == 4
+        assert (boxes >= 0).all() and (boxes[:, 2] <= 96).all() and (boxes[:, 3] <= 64).all()
+        torch.testing.assert_close(masks.get_bounding_boxes().tensor, boxes)
+    again = synthetic_batch(SETTINGS)
+    assert torch.equal(batch[0]["image"], again[0]["image"])
+    assert not torch.equal(batch[0]["image"], batch[1]["image"])
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("COCO-Detection/retinanet_R_50_FPN_gn_1x.yaml", "MODEL.BACKBONE.NAME"),
+        ("COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml", "MODEL.ROI_HEADS.NAME"),
+        ("COCO-Detection/faster_rcnn_R_50_FPN_gn_1x.yaml", "MODEL.MASK_ON False"),
+    ],
+)
+def test_other_models_are_refused(name, key):
+    settings = Settings(gn_detect.get_config_file(name))
+    with pytest.raises(ConfigError, match=f"{name}.*{key}.*Mask R-CNNs with FPN"):
+        variant_config(DETECTRON2_GN, settings)
