@@ -122,7 +122,7 @@ def test_frozen_bn_normalizes(detectors):
     for name, output in seen.items():
         variance, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
         assert mean.abs().max() < 1e-3, name
-        assert (variance - 1).abs().median() < 1e-3, name  # without what eps is not small for
+        assert (variance - 1).abs().median() < 1e-3, name  # median: eps makes small ones smaller
 
 
 def test_inference_gives_as_many_masks_as_it_may(detectors):
