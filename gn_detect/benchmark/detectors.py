@@ -81,12 +81,12 @@ def variant_config(variant: str, settings: Settings) -> CfgNode:
         ConfigError: the config is wrong, or no Mask R-CNN with FPN.
     """
     shared = [
+        *settings.opts,
         *("MODEL.WEIGHTS", "", "MODEL.DEVICE", settings.device, "SEED", settings.seed),
         *("MODEL.BACKBONE.FREEZE_AT", settings.freeze_at),
         *("MODEL.ROI_HEADS.NUM_CLASSES", 80),
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", settings.rois),
         *("SOLVER.BASE_LR", 1e-9),  # so that the work of each step is the same
-        *settings.opts,
         # What Detectron2's GN has.
         *("MODEL.GN.NUM_GROUPS", 32, "MODEL.GN.CHANNELS_PER_GROUP", 0),
         *("MODEL.GN.WEIGHT_STANDARDIZATION", ""),

@@ -1,0 +1,156 @@
+"""The tool's tables are those that its samples make."""
+
+import importlib.util
+import json
+import statistics
+
+import matplotlib.pyplot as plt
+import pytest
+from helpers import ROOT, TINY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = [
+    *("--device", "cpu", "--config-file"),
+    ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml",
+]
+STEP = [*SMALL, "--rounds", 3, "--warmup", 1, "--rois", 16]
+PAIR = ["--variants", "detectron2-gn", "ours-lean"]
+
+
+@pytest.fixture
+def benchmark(tmp_path, capsys):
+    """Run a question; its tables (a list of rows for each) and the content of its JSON."""
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools/benchmark.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(question, *args):
+        command = [question, "--output", tmp_path / "results", *args, "--", *TINY]
+        tool.main(list(map(str, command)))
+        printed = capsys.readouterr().out
+        files = [tmp_path / "results" / f"{question}.{kind}" for kind in ("json", "md", "png")]
+        content = json.loads(files[0].read_text())
+        assert content["benchmark"] == question and f"benchmark.py {question}" in content["command"]
+        tables = _tables(printed)
+        assert tables == _tables(files[1].read_text())
+        assert plt.imread(files[2]).std() > 0
+        return tables, content
+
+    run.main = tool.main
+    return run
+
+
+def _tables(text):
+    tables = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith("|"):
+            head, _, *rows = [
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in paragraph.strip().splitlines()
+            ]
+            tables.append([dict(zip(head, row, strict=True)) for row in rows])
+    return tables
+
+
+def _ratio(result, baseline):
+    pairs = zip(result["seconds"], baseline["seconds"], strict=True)
+    return f"{statistics.median(a / b for a, b in pairs):.3f}"
+
+
+def test_step(benchmark):
+    (table,), content = benchmark("step", *STEP, *PAIR, "--size", "64x96", "-n", 1)
+    gn, lean = content["results"]
+    assert [len(result["seconds"]) for result in (gn, lean)] == [3, 3]
+    assert [row["variant"] for row in table] == ["detectron2-gn", "ours-lean"]
+    for row, result in zip(table, (gn, lean), strict=True):
+        assert row["s / detectron2-gn"].split()[0] == _ratio(result, gn)
+        assert row["kept for backward, MiB"] == f"{result['saved_bytes'] / 2**20:.1f}"
+        assert row["RoIs, with mask"] == "16, 4"
+    assert lean["saved_bytes"] < gn["saved_bytes"]
+    assert gn["peak_bytes"] is None  # on a CPU, where nobody counts
+    assert content["settings"]["size"] == [64, 96]
+
+
+def test_scaling(benchmark):
+    sizes = ["--sizes", "64", "64x96", "--images", 1, 2]
+    (table,), content = benchmark("scaling", *STEP, *PAIR, *sizes)
+    assert len(table) == len(content["results"]) == 2 * 2 * 2
+    kept = {
+        (result["variant"], *result["size"], result["images"]): result["saved_bytes"]
+        for result in content["results"]
+    }
+    for variant in PAIR[1:]:  # what is kept grows with the pixels, less what RoIs keep
+        assert kept[variant, 64, 64, 1] < kept[variant, 64, 96, 1] < kept[variant, 64, 96, 2]
+    assert {row["images"] for row in table} == {
+        f"{n} x {size}" for n in (1, 2) for size in ("64x64", "64x96")
+    }
+
+
+def test_inference(benchmark):
+    (table,), content = benchmark("inference", *STEP, "--size", 64)
+    results = {result["variant"]: result for result in content["results"]}
+    assert list(results) == ["detectron2-frozenbn", "detectron2-gn", "ours-fast"]
+    for row in table:
+        result, base = results[row["variant"]], results["detectron2-gn"]
+        assert row["images/s / detectron2-gn"].split()[0] == _ratio(base, result)
+        rate = statistics.median(1 / seconds for seconds in result["seconds"])
+        assert row["images/s (quartiles)"].split()[0] == f"{rate:.3g}"
+        assert result["detections"] > 0
+
+
+def test_memory(benchmark):
+    (table,), content = benchmark("memory", *SMALL, "--size", 64)
+    kept = {result["variant"]: result["saved_bytes"] for result in content["results"]}
+    order = ["ours-checkpoint", "ours-lean", "ours-balanced", "ours-fast"]
+    assert sorted(kept[name] for name in order) == [kept[name] for name in order]
+    assert kept["ours-fast"] == kept["detectron2-gn"] > kept["detectron2-frozenbn"]
+    for row in table:
+        assert row["MiB"] == f"{kept[row['variant']] / 2**20:.1f}"
+        share = kept[row["variant"]] / kept["detectron2-gn"]
+        assert row["/ detectron2-gn"] == f"{share:.3f}"
+
+
+def test_kernels(benchmark):
+    settings = ["--size", 64, "--images", 1, "--dtypes", "bfloat16"]
+    tables, content = benchmark("kernels", *STEP, *settings)
+    forward, backward, totals = tables
+    assert len(forward) == len(backward) == len(content["results"]) // 2
+    for name in ("eager", "autocast", "ours"):
+        expected = [0.0, 0.0, 0.0]
+        for result in content["results"]:
+            if result["pass"] == "forward":
+                for number, seconds in enumerate(result["seconds"][name]):
+                    expected[number] += len(result["modules"]) * seconds * 1e3
+        (row,) = [r for r in totals if (r["variant"], r["pass"]) == (name, "forward")]
+        assert row["ms of all layers"].split()[0] == f"{statistics.median(expected):.3g}"
+    # A layer's row: the median, and the share of the copy's bandwidth that it is.
+    first = next(result for result in content["results"] if result["pass"] == "forward")
+    ours, copy = (statistics.median(first["seconds"][name]) for name in ("ours", "copy"))
+    bandwidth = f"{first['minimum_bytes'] / ours / 1e9:.0f} GB/s"
+    cell = f"{ours * 1e6:.1f} us, {bandwidth}, {100 * copy / ours:.0f} %"
+    assert forward[0]["ours"] == cell
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["step", "--variants", "ours-tiny"], "invalid choice: 'ours-tiny' (choose from"),
+        (["step", "--size", "800,1344"], "'800,1344' is no size; height x width in pixels"),
+        (["step", "--rounds", "0"], "'0' is no positive number"),
+        (
+            ["kernels", "--variants", "ours", "--baselines", "eager"],
+            "eager is not among --variants",
+        ),
+        (["speed"], "invalid choice: 'speed'"),
+        (["step", "--device", "cuda"], "--device cuda, but PyTorch finds no CUDA device"),
+        (["step", "--config-file", "absent.yaml"], "error: absent.yaml: "),
+        (["step", "--device", "cpu", "MODEL.GN.GROUPS", "32"], "Non-existent key: MODEL.GN.GROUPS"),
+    ],
+)
+def test_a_typo_is_a_sentence(benchmark, tmp_path, capsys, monkeypatch, command, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    question, *options = command
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main([question, "--output", str(tmp_path), *options])
+    assert message in capsys.readouterr().err + str(exit.value)
