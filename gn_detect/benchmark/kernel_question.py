@@ -111,7 +111,7 @@ def _total_rows(results: list[dict], sums: dict[str, list[float]], plan: Plan) -
     rows = []
     for name, seconds in sums.items():
         spread = Spread.of([1e3 * value for value in seconds])
-        row = {"variant": name, "ms of all layers": f"{spread:.3g}"}
+        row = {"variant": name, "ms of all layers": f"{spread}"}
         for base in plan.baselines:
             row[f"/ {base}"] = f"{ratio(seconds, sums[base]):.3f}" if base in sums else "-"
         large = [r for r in results if r["map_bytes"] >= _LARGE and "copy" in r["seconds"]]

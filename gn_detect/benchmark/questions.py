@@ -95,7 +95,7 @@ def inference(settings: Settings, plan: Plan) -> Report:
         rows.append(
             {
                 "variant": name,
-                "images/s (quartiles)": f"{Spread.of(rates):.3g}",
+                "images/s (quartiles)": f"{Spread.of(rates)}",
                 **{
                     # rates are to each other as times the other way round
                     f"images/s / {base}": f"{ratio(seconds[base], seconds[name]):.3f}"
@@ -162,7 +162,7 @@ def _steps(detectors: dict[str, Detector], plan: Plan) -> list[dict]:
 
 def _step_cells(result: dict, results: list[dict], plan: Plan) -> dict[str, str]:
     of_base = {r["variant"]: r for r in results if r["variant"] in plan.baselines}
-    cells = {"s/iter (quartiles)": f"{Spread.of(result['seconds']):.3g}"}
+    cells = {"s/iter (quartiles)": f"{Spread.of(result['seconds'])}"}
     for base in plan.baselines:
         cells[f"s / {base}"] = f"{ratio(result['seconds'], of_base[base]['seconds']):.3f}"
     cells["kept for backward, MiB"] = f"{result['saved_bytes'] / _MIB:.1f}"

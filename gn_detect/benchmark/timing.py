@@ -26,7 +26,17 @@ class Spread:
         return cls(median, lower, upper)
 
     def __format__(self, spec: str) -> str:
-        return f"{self.median:{spec}} ({self.lower:{spec}}-{self.upper:{spec}})"
+        """Median and quartiles; without ``spec``, in three digits or more."""
+        median, lower, upper = (
+            f"{value:{spec}}" if spec else three_digits(value)
+            for value in (self.median, self.lower, self.upper)
+        )
+        return f"{median} ({lower}-{upper})"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, and all those before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 @dataclasses.dataclass(frozen=True)

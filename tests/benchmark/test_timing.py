@@ -24,6 +24,11 @@ def test_ratios_are_of_one_round():
     assert f"{spread:.2f}" == "1.50 (1.00-2.00)"
 
 
+def test_cells_have_no_exponents():
+    assert f"{Spread(1151.4, 0.0123456, 120.4)}" == "1151 (0.0123-120)"
+    assert f"{Spread(2.5, 1.0, 99.96)}" == "2.50 (1.00-100)"
+
+
 def test_one_sample_has_no_spread():
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
