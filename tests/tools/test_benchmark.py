@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import statistics
 
 import matplotlib.pyplot as plt
@@ -37,7 +39,7 @@ def benchmark(tmp_path, capsys):
         assert plt.imread(files[2]).std() > 0
         return tables, content
 
-    run.main = tool.main
+    run.main, run.parse_args = tool.main, tool.parse_args
     return run
 
 
@@ -155,3 +157,12 @@ def test_a_typo_is_a_sentence(benchmark, tmp_path, capsys, monkeypatch, command,
     with pytest.raises(SystemExit) as exit:
         benchmark.main([question, "--output", str(tmp_path), *options])
     assert message in capsys.readouterr().err + str(exit.value)
+
+
+def test_commands_of_the_documentation(benchmark):
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    commands = re.findall(r"tools/benchmark\.py ([^`\n#]+)", text)
+    questions = {
+        benchmark.parse_args([*shlex.split(c), "--output", "x"]).question for c in commands
+    }
+    assert questions == {"memory", "step", "inference", "scaling", "kernels"}
