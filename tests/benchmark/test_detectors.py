@@ -136,12 +136,14 @@ def test_inference_gives_as_many_masks_as_it_may(detectors):
         assert detector.model.training
 
 
-def test_channels_last():
-    """Of Detectron2's: its weights, and so the maps that its convolutions give."""
-    detector = Detector(DETECTRON2_GN, dataclasses.replace(SETTINGS, channels_last=True))
+@pytest.mark.parametrize("variant", [FROZEN_BN, DETECTRON2_GN, "ours-lean"])
+def test_channels_last(variant, detectors):
+    detector = Detector(variant, dataclasses.replace(SETTINGS, channels_last=True))
     for map_ in detector.backbone().values():
         assert map_.is_contiguous(memory_format=torch.channels_last)
         assert not map_.is_contiguous()
+    expected = detectors[variant].forward().item()
+    assert detector.forward().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_synthetic_batch():
