@@ -160,7 +160,7 @@ def test_a_typo_is_a_sentence(benchmark, tmp_path, capsys, monkeypatch, command,
 
 
 def test_commands_of_the_documentation(benchmark):
-    text = (ROOT / "docs/benchmarks.md").read_text()
+    text = (ROOT / "docs/benchmarks.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"tools/benchmark\.py ([^`\n#]+)", text)
     questions = {
         benchmark.parse_args([*shlex.split(c), "--output", "x"]).question for c in commands
