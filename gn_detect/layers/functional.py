@@ -9,6 +9,7 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import recompute
 
@@ -154,14 +155,13 @@ def _say(kernel: str, reason: str) -> None:
 
 def _fused(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
     relu = activation is not None
+    arguments = x, weight, bias, residual, num_groups, eps, relu
     if torch.compiler.is_compiling():
-        return _operator(x, weight, bias, residual, num_groups, eps, relu)[0]
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    )
-    if not differentiable:
-        return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)[0]
-    y, mean, rstd = _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
+        return _operator(*arguments)[0]
+    tensors = [t for t in arguments[:4] if t is not None]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return _forward(*arguments)[0]
+    y, mean, rstd = _GroupNormAct.apply(*arguments)
     if residual is None:
         recompute.offer(
             y,
@@ -169,6 +169,12 @@ def _fused(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
             (x, weight, bias),
         )
     return y
+
+
+def _forward(x, weight, bias, residual, num_groups, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(x, FakeTensor):  # of a model without memory, to see what it would take
+        return _operator(x, weight, bias, residual, num_groups, eps, relu)
+    return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
 
 
 class _GroupNormAct(torch.autograd.Function):
@@ -179,7 +185,7 @@ class _GroupNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, num_groups, eps, relu):
-        y, mean, rstd = triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+        y, mean, rstd = _forward(x, weight, bias, residual, num_groups, eps, relu)
         _save(ctx, (x, weight, bias, residual, num_groups, eps, relu), (y, mean, rstd))
         ctx.mark_non_differentiable(mean, rstd)
         return y, mean, rstd
