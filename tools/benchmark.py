@@ -50,7 +50,8 @@ def parse_args(argv):
     for name in ("memory", "kernels", "step", "inference", "scaling"):
         add_options(commands.add_parser(name, help=f"its options: {name} --help"), name)
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    here = torch.cuda.is_available() or args.question == "memory"  # which needs no device
+    if args.device == "cuda" and not here:
         parser.error("--device cuda, but PyTorch finds no CUDA device: leave it out for the CPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = DEFAULTS[args.device] | {
@@ -111,7 +112,8 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
         parser.add_argument(
             "--amp", choices=["none", *AMP_DTYPES], default="none", help="mixed precision"
         )
-        parser.add_argument("--channels-last", action="store_true", help="of all variants")
+        if question != "memory":
+            parser.add_argument("--channels-last", action="store_true", help="of all variants")
         parser.add_argument(
             "--freeze-at", type=int, default=0, help="MODEL.BACKBONE.FREEZE_AT; default: 0"
         )

@@ -193,17 +193,6 @@ class Detector:
         self.model.train()
         return results
 
-    def backbone(self) -> dict[str, torch.Tensor]:
-        """The maps of the ResNet alone, without the FPN."""
-        height, width = self.settings.size
-        with self.settings.autocast():
-            images = torch.zeros(
-                self.settings.images, 3, height, width, device=self.settings.device
-            )
-            if self.settings.channels_last:
-                images = images.to(memory_format=torch.channels_last)
-            return self.model.backbone.bottom_up(images)
-
     def state_bytes(self) -> int:
         """Of weights, buffers and optimizer state, which stay from step to step."""
         tensors = [*self.model.parameters(), *self.model.buffers()]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from detectron2.modeling import build_backbone
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gn_detect.engine.train_loop import AMP_DTYPES
+
+from .detectors import Settings, variant_config
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
@@ -29,6 +36,38 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     total = sum(size for ref, size in created.sizes.items() if not ref.expired())
     del results
     return total
+
+
+def backbone_bytes(variant: str, settings: Settings) -> int:
+    """Bytes that the ResNet of a variant, alone, keeps for its backward pass.
+
+    Its tensors are fake: they have a device, which need not be there, and no memory. What the
+    autocast of a device changes, it changes here too.
+    """
+    height, width = settings.size
+    with FakeTensorMode(), torch.device(settings.device):
+        backbone = build_backbone(variant_config(variant, settings)).bottom_up
+
+        def forward() -> dict[str, torch.Tensor]:
+            with _autocast(settings):
+                return backbone(torch.empty(settings.images, 3, height, width))
+
+        return saved_bytes(forward)
+
+
+@contextlib.contextmanager
+def _autocast(settings: Settings) -> Iterator[None]:
+    """``settings.autocast()``, which is off where the device is not there."""
+    device = settings.device
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, settings.amp in AMP_DTYPES)
+    torch.set_autocast_dtype(device, AMP_DTYPES.get(settings.amp, before[1]))
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
 
 
 class _Storages(TorchDispatchMode):

@@ -71,16 +71,17 @@ class Report:
 def environment(device: str) -> dict[str, str | int | None]:
     """The machine, the versions and the date (UTC) of a measurement."""
     now = datetime.datetime.now(datetime.timezone.utc)
+    on_gpu = device == "cuda" and torch.cuda.is_available()  # memory is told without one, too
     return {
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "gn_detect": gn_detect.__version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "tf32 of matrices, convolutions": (
             f"{torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}"
         ),

@@ -6,9 +6,11 @@ from helpers import config
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from gn_detect.benchmark.memory import saved_bytes
+import gn_detect
+from gn_detect.benchmark.detectors import Settings
+from gn_detect.benchmark.memory import backbone_bytes, saved_bytes
 from gn_detect.layers import GroupNorm
-from gn_detect.layers.recompute import rebuild_norms, run_block
+from gn_detect.layers.recompute import MODES, rebuild_norms, run_block
 from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 X = 2 * 3 * 8 * 8 * 4  # bytes of the input of _network
 MAP = 2 * 4 * 8 * 8 * 4  # bytes of a map of its first convolution
 STATISTICS = 2 * 2 * 2 * 4  # bytes of the mean and rstd of its GN: 2 images, 2 groups
+R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+R50 = gn_detect.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml")
 FEATURES = ("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"])
 
 
@@ -83,15 +87,43 @@ def test_agrees_with_hooks_around_detectron2s_network(norm):
     del result
 
 
-# MiB of the ResNet-50 at 512x512: all that Detectron2's GN keeps are 428.0, and FrozenBN's 206.6.
+# MiB of the ResNet-50 at 512x512, float32: limits of ours, and what Detectron2's keep.
 @pytest.mark.parametrize(
-    "memory, limit", [("fast", 430), ("balanced", 370), ("lean", 255), ("checkpoint", 165)]
+    "variant, least, most",
+    [
+        ("detectron2-gn", 428, 428.1),
+        ("detectron2-frozenbn", 206.5, 206.7),
+        ("ours-fast", 400, 430),
+        ("ours-balanced", 300, 370),
+        ("ours-lean", 190, 255),
+        ("ours-checkpoint", 100, 165),
+    ],
 )
-def test_resnet_50_keeps_no_more(memory, limit):
-    cfg = config(
-        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml",
-        *("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.GN.MEMORY", memory, *FEATURES),
-    )
-    network = build_gn_resnet_backbone(cfg, ShapeSpec(channels=3))
-    kept = saved_bytes(lambda: network(torch.zeros(1, 3, 128, 128)))
-    assert 0.6 * limit < kept / 2**20 * 16 < limit
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_resnet_50(variant, least, most, device):
+    settings = Settings(R50, device=device, images=1, size=(512, 512))
+    assert least < backbone_bytes(variant, settings) / 2**20 < most
+
+
+def test_fake_tensors_keep_what_real_ones_keep():
+    for memory in MODES:
+        opts = ("MODEL.GN.MEMORY", memory, "MODEL.GN.NUM_GROUPS", 32, *FEATURES)
+        network = build_gn_resnet_backbone(config(R18, *opts), ShapeSpec(channels=3))
+        kept = saved_bytes(lambda network=network: network(torch.zeros(1, 3, 64, 96)))
+        settings = Settings(gn_detect.get_config_file(R18), images=1, size=(64, 96))
+        assert backbone_bytes(f"ours-{memory}", settings) == kept
+
+
+def test_autocast_of_cuda():
+    """A map of bfloat16 has half the bytes; Detectron2's GN keeps it in float32 as well."""
+    kept = {
+        (variant, amp): backbone_bytes(
+            variant, Settings(R50, device="cuda", images=1, size=(256, 256), amp=amp)
+        )
+        for variant in ("detectron2-gn", "ours-fast")
+        for amp in ("none", "bfloat16")
+    }
+    weights = 2 * 23.5e6  # cast to bfloat16, and kept
+    ours = kept["ours-fast", "none"] / 2 + weights
+    assert kept["ours-fast", "bfloat16"] == pytest.approx(ours, rel=0.02)
+    assert kept["detectron2-gn", "bfloat16"] > kept["detectron2-gn", "none"] + weights
