@@ -32,7 +32,8 @@ def run_block(memory: str, block: Callable, *inputs: torch.Tensor) -> torch.Tens
             changes none of its inputs and no input of a GroupNorm in place.
 
     Raises:
-        RuntimeError: in the backward pass, if what it rebuilds from was changed in place since.
+        RuntimeError: in the backward pass, if what it needs was changed in place since. (As that of
+            ``torch.utils.checkpoint``, the backward pass of ``"checkpoint"`` does not notice.)
     """
     if memory == "fast" or not torch.is_grad_enabled():
         return block(*inputs)
@@ -49,8 +50,8 @@ def rebuild_norms() -> Iterator[None]:
     """Within this context, outputs of ``group_norm_act`` without a residual are not kept for the
     backward pass, by whatever operation reads them, but rebuilt.
 
-    An outer ``saved_tensors_hooks`` does not see what is saved in here: PyTorch applies the
-    innermost alone.
+    An outer ``saved_tensors_hooks`` (``torch.utils.checkpoint``, ``save_on_cpu``) does not see what
+    is saved in here: PyTorch applies the innermost alone. ``torch.func`` knows no such hooks.
     """
     registry = _Registry()
     token = _active.set(registry)
@@ -59,6 +60,8 @@ def rebuild_norms() -> Iterator[None]:
             yield
     finally:
         _active.reset(token)
+        # PyTorch keeps the hooks while anything that was saved in here lives, and they the maps.
+        registry.entries.clear()
 
 
 def offer(y: torch.Tensor, rebuild: Callable, inputs: tuple, in_place_operations: int = 0) -> None:
@@ -71,26 +74,32 @@ def offer(y: torch.Tensor, rebuild: Callable, inputs: tuple, in_place_operations
         in_place_operations: on ``y``, still to come, which ``rebuild`` includes.
     """
     registry = _active.get()
-    if registry is not None and torch.is_grad_enabled():
+    if registry is not None and y.requires_grad:
         registry.offer(y, rebuild, inputs, in_place_operations)
 
 
-def rerun(function: Callable, x: torch.Tensor) -> torch.Tensor:
-    """``function(x)``, of which the backward pass has to keep nothing for a GroupNorm behind it:
-    inside :func:`rebuild_norms` it runs ``function`` again."""
-    y = function(x)
-    device = x.device.type
+def rerun(function: Callable, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """``function(*inputs)``, of which the backward pass has to keep nothing for a GroupNorm behind
+    it: inside :func:`rebuild_norms` it runs ``function`` again.
+
+    Args:
+        function: depends on ``inputs`` alone.
+    """
+    y = function(*inputs)
+    device = inputs[0].device.type
+    if device == "meta":  # of which torch knows no autocast
+        return y
     autocast = {
         "device_type": device,
         "dtype": torch.get_autocast_dtype(device),
         "enabled": torch.is_autocast_enabled(device),
     }
 
-    def again(x):
+    def again(*inputs):
         with torch.autocast(**autocast):
-            return function(x)
+            return function(*inputs)
 
-    offer(y, again, (x,))
+    offer(y, again, inputs)
     return y
 
 
@@ -101,7 +110,7 @@ class _Registry:
         self.entries: dict[int, tuple[weakref.ref, int, _Rebuilt]] = {}
 
     def offer(self, y, rebuild, inputs, in_place_operations) -> None:
-        rebuilt = _Rebuilt(rebuild, [t if t is None else self.pack(t.detach()) for t in inputs])
+        rebuilt = _Rebuilt(rebuild, [t if t is None else self.pack(t) for t in inputs])
         version = y._version + in_place_operations
         self.entries[_storage(y)] = weakref.ref(y), version, rebuilt
 
@@ -110,7 +119,7 @@ class _Registry:
         y = ref and ref()
         # Another tensor may have got the memory of one that is gone.
         if y is None or tensor._version != version or tensor.dtype != y.dtype:
-            return tensor
+            return _Kept(tensor)
         return _Slot(rebuilt, tensor)
 
 
@@ -126,18 +135,11 @@ class _Rebuilt:
 
     def __init__(self, rebuild: Callable, inputs: list):
         self.rebuild, self.inputs = rebuild, inputs
-        self.versions = [getattr(t, "_version", None) for t in inputs]
         self.users = self.to_come = 0
         self.value: torch.Tensor | None = None
 
     def get(self) -> torch.Tensor:
         if self.value is None:
-            if self.versions != [getattr(t, "_version", None) for t in self.inputs]:
-                raise RuntimeError(
-                    "a tensor that the backward pass rebuilds from was changed in place since the "
-                    "forward pass: the input, gamma or beta of a GroupNorm. Change it after the "
-                    "backward pass, or set MODEL.GN.MEMORY to 'fast'"
-                )
             with torch.no_grad():
                 self.value = self.rebuild(*map(_unpack, self.inputs))
             self.to_come = self.users
@@ -160,5 +162,22 @@ class _Slot:
         return self.rebuilt.get().as_strided(*self.view)
 
 
-def _unpack(packed):
-    return packed.get() if isinstance(packed, _Slot) else packed
+class _Kept:
+    """A tensor as it is. Where there are hooks, PyTorch does not look whether it was changed, and
+    an output that holds its own graph would never be freed."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def get(self) -> torch.Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "a tensor that the backward pass needs was changed in place since the forward "
+                f"pass; it has the shape {list(self.tensor.shape)}. Change it after the backward "
+                "pass, or change a copy"
+            )
+        return self.tensor
+
+
+def _unpack(packed: _Slot | _Kept | None) -> torch.Tensor | None:
+    return None if packed is None else packed.get()

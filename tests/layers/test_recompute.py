@@ -1,3 +1,6 @@
+import gc
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,18 +66,28 @@ def test_gradients_are_those_of_pytorch(memory, again, dtype, x):
     assert_equal(gradients(chain, output, x), gradients(chain, expected, x))
 
 
-def kept(memory, module, x):
-    """The number of outputs of convolutions and norms that the graph keeps alive."""
-    alive = {}
+def storages(module):
+    """Weak references to the storages of what the children of ``module`` put out."""
+    refs = []
     for child in module.modules():
         if isinstance(child, (nn.Conv2d, GroupNorm)):
             child.register_forward_hook(
-                lambda module, _, y: alive.update({module: y.untyped_storage()._weak_ref()})
+                lambda module, _, y: refs.append(y.untyped_storage()._weak_ref())
             )
+    return refs
+
+
+def living(refs):
+    return sum(not torch.UntypedStorage._expired(ref) for ref in refs)
+
+
+def kept(memory, module, x):
+    """The number of outputs of convolutions and norms that the graph keeps alive."""
+    refs = storages(module)
     output = run_block(memory, module, x)
-    storages = [torch.UntypedStorage._expired(ref) for ref in alive.values()]
+    number = living(refs)
     del output
-    return storages.count(False)
+    return number
 
 
 @pytest.mark.parametrize("memory, again, maps", [("fast", False, 6), ("balanced", False, 3)])
@@ -111,15 +124,59 @@ def test_gradients_of_gradients(x):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("what", ["gamma", "map"])
-def test_a_change_in_place_is_noticed(what, chain, x):
-    maps = []
+@pytest.mark.parametrize(
+    "what, again",
+    [
+        *itertools.product(["gamma", "weight of a convolution", "input"], [False, True]),
+        ("map", False),  # where convolutions run again, it is not needed
+    ],
+)
+def test_a_change_in_place_is_noticed(what, again, x):
+    """By all but PyTorch's checkpoint, as without any mode."""
+    chain, maps, x = Chain(again), [], x.clone()
     chain.convs[1].register_forward_hook(lambda module, inputs, y: maps.append(y))
     output = run_block("balanced", chain, x)
+    changed = {
+        "gamma": chain.norms[1].weight,
+        "map": maps[0],
+        "weight of a convolution": chain.convs[1].weight,
+        "input": x,
+    }
     with torch.no_grad():
-        (chain.norms[1].weight if what == "gamma" else maps[0]).mul_(2)
+        changed[what].mul_(2)
     with pytest.raises(RuntimeError, match="in place"):
         output.sum().backward()
+
+
+def test_a_change_of_the_output_is_noticed(x):
+    """Which the last ReLU keeps."""
+    norm = GroupNorm(4, 16, activation="relu")
+    output = run_block("balanced", lambda x: norm(x, residual=x), x.requires_grad_())
+    output.add_(1)
+    with pytest.raises(RuntimeError, match=r"in place.*\[2, 16, 64, 64\]"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_a_graph_that_is_dropped_is_freed(memory, x):
+    """As of a validation loss, or of a step that is left out."""
+    chain = Chain(again=memory == "lean")
+    refs = storages(chain)
+    output = run_block(memory, chain, x)
+    del output
+    gc.collect()
+    assert len(refs) == 6 and living(refs) == 0
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced"])
+def test_maps_are_freed_while_the_backward_pass_goes_on(memory, x):
+    chain = Chain()
+    refs, left = storages(chain), []
+    for conv in chain.convs:
+        conv.register_full_backward_hook(lambda *_: left.append(living(refs)))
+    run_block(memory, chain, x.requires_grad_()).sum().backward()
+    assert len(left) == 3 and left == sorted(left, reverse=True)
+    assert left[-1] < left[0] <= (6 if memory == "fast" else 3)
 
 
 def test_what_others_change_in_place_is_kept(x):
