@@ -6,12 +6,14 @@ whoever holds them (a model may, in lists beside its attributes) keeps them.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
@@ -26,18 +28,24 @@ class Block:
     memory: str = "fast"
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Called by ``torch.jit.script``, for which this becomes a module of Detectron2 again."""
-        bases = (c for c in type(self).__mro__ if issubclass(c, nn.Module))
-        self.__class__ = next(c for c in bases if not issubclass(c, Block))
-        return self
+        """Called by ``torch.jit.script``, for which this becomes a module of Detectron2 for good.
+        To go on training it in its mode, script a deep copy."""
+        return _plain(self, Block)
+
+
+def _plain(module: nn.Module, ours: type) -> nn.Module:
+    """Take back the class that :func:`fuse_norms` gave a module, a subclass of ``ours``."""
+    bases = (c for c in type(module).__mro__ if issubclass(c, nn.Module))
+    module.__class__ = next(c for c in bases if not issubclass(c, ours))
+    return module
 
 
 def in_memory_mode(method: Callable) -> Callable:
     """Run a method of a :class:`Block` in its mode."""
 
     @functools.wraps(method)
-    def run(self, *inputs):
-        return run_block(self.memory, functools.partial(method, self), *inputs)
+    def run(self, *inputs, **named):
+        return run_block(self.memory, functools.partial(method, self, **named), *inputs)
 
     return run
 
@@ -51,6 +59,39 @@ class GNBasicStem(Block, BasicStem):
         return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
 
 
+class _NormedConv:
+    """Over a convolution of ``norm``: adds a residual before the activation of the norm."""
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, run_again: bool = False
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: (N, in, H, W).
+            residual: of the shape of the output, or None.
+            run_again: in the backward pass, so that the norm needs not keep its input
+                (``layers.recompute.rerun``).
+        """
+        weight = self.standardized() if isinstance(self, WSConv2d) else self.weight
+        convolve = rerun if run_again else _call
+        return self.norm(convolve(self._conv_forward, x, weight, self.bias), residual=residual)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _plain(self, _NormedConv)
+
+
+def _call(function: Callable, *inputs: torch.Tensor | None) -> torch.Tensor:
+    return function(*inputs)
+
+
+class _NormedConv2d(_NormedConv, Conv2d):
+    pass
+
+
+class _NormedWSConv2d(_NormedConv, WSConv2d):
+    pass
+
+
 class _ResidualBlock(Block):
     """Over a block of Detectron2: the convolutions of ``convs``, and the sum with the shortcut."""
 
@@ -61,20 +102,10 @@ class _ResidualBlock(Block):
         out = x
         for conv in first:
             out = conv(out)
-        out = self._convolve(last, out)
+        lean = self.memory == "lean"
         if self.shortcut is not None:
-            x = self.shortcut.norm(self._convolve(self.shortcut, x))
-        return last.norm(out, residual=x)
-
-    def _convolve(self, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-        """The convolution without its norm; where memory is ``"lean"``, a 1x1 is run again."""
-
-        def convolve(x: torch.Tensor) -> torch.Tensor:
-            weight = conv.standardized() if isinstance(conv, WSConv2d) else conv.weight
-            return conv._conv_forward(x, weight, conv.bias)
-
-        again = self.memory == "lean" and conv.kernel_size == (1, 1)
-        return rerun(convolve, x) if again else convolve(x)
+            x = self.shortcut(x, run_again=lean)
+        return last(out, residual=x, run_again=lean and last.kernel_size == (1, 1))
 
     def __prepare_scriptable__(self) -> nn.Module:
         self.convs()[-1].norm.activation = None  # it comes behind the sum
@@ -104,6 +135,7 @@ class GNRetinaNetHead(Block, RetinaNetHead):
 
 
 _BLOCKS = {BottleneckBlock: GNBottleneckBlock, BasicBlock: GNBasicBlock}
+_CONVS = {Conv2d: _NormedConv2d, WSConv2d: _NormedWSConv2d}
 
 
 def fuse_norms(module: nn.Module, memory: str) -> None:
@@ -111,21 +143,29 @@ def fuse_norms(module: nn.Module, memory: str) -> None:
     :class:`Block` components have the mode ``memory``. In place.
 
     Knows ReLUs in Detectron2's ``Conv2d`` and in ``nn.Sequential``, the blocks of the ResNet and
-    RetinaNet's head. What it does not know is computed as before.
+    RetinaNet's head. What it does not know, such as subclasses of these, and norms in several
+    places, is computed as before.
     """
+    places = collections.Counter(m for _, m in module.named_modules(remove_duplicate=False))
+    alone = {m for m, count in places.items() if type(m) is GroupNorm and count == 1}
     for child in module.modules():
         if isinstance(child, nn.Conv2d) and _is_relu(getattr(child, "activation", None)):
-            if isinstance(child.norm, GroupNorm):
+            if getattr(child, "norm", None) in alone:
                 child.norm.activation, child.activation = "relu", None
     for child in module.modules():
         if isinstance(child, nn.Sequential):
-            _fuse_sequential(child)
+            if type(child).forward is nn.Sequential.forward or isinstance(child, Block):
+                _fuse_sequential(child, alone)
         elif type(child) in _BLOCKS:
-            if all(isinstance(c.norm, GroupNorm) for c in child.children()):
+            convs = list(child.children())
+            if all(type(c) in _CONVS and c.norm in alone and c.activation is None for c in convs):
                 child.__class__ = _BLOCKS[type(child)]
-                for conv in child.convs():
+                *first, last = child.convs()
+                for conv in (*first, last):
                     conv.norm.activation = "relu"
-        elif type(child) is BasicStem and isinstance(child.conv1.norm, GroupNorm):
+                for conv in {last, child.shortcut} - {None}:
+                    conv.__class__ = _CONVS[type(conv)]
+        elif type(child) is BasicStem and child.conv1.norm in alone:
             child.__class__ = GNBasicStem
             child.conv1.norm.activation = "relu"
         elif type(child) is RetinaNetHead:
@@ -135,15 +175,15 @@ def fuse_norms(module: nn.Module, memory: str) -> None:
             child.memory = memory
 
 
-def _fuse_sequential(module: nn.Sequential) -> None:
-    for (_, child), (name, after) in itertools.pairwise(list(module.named_children())):
+def _fuse_sequential(module: nn.Sequential, alone: set[nn.Module]) -> None:
+    for (_, child), (name, after) in itertools.pairwise(list(module._modules.items())):
         norm = child
         if isinstance(child, nn.Conv2d) and getattr(child, "activation", None) is None:
             norm = getattr(child, "norm", None)
-        if isinstance(norm, GroupNorm) and isinstance(after, nn.ReLU):
+        if norm in alone and type(after) is nn.ReLU:
             norm.activation = "relu"
             setattr(module, name, nn.Identity())
 
 
 def _is_relu(activation) -> bool:
-    return isinstance(activation, nn.ReLU) or activation in (F.relu, F.relu_)
+    return type(activation) is nn.ReLU or activation in (F.relu, F.relu_)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import build_model
@@ -207,6 +208,77 @@ def test_relus_in_sequences():
     assert [type(m) for m in module][2::2] == [nn.Identity, nn.Identity]
     assert torch.equal(module(x), before(x))
     assert module.state_dict().keys() == before.state_dict().keys()
+
+
+class Leaky(nn.ReLU):
+    def forward(self, x):
+        return F.leaky_relu(x)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x)) + self[2](x)
+
+
+def unusual_sequences():
+    norm, conv = GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+    yield "norm in two places", nn.Sequential(norm, nn.Conv2d(8, 8, 1), norm, nn.ReLU())
+    yield "convolution in two places", nn.Sequential(conv, GroupNorm(2, 8), conv, nn.ReLU())
+    yield "subclass of ReLU", nn.Sequential(GroupNorm(2, 8), Leaky())
+    yield "forward of its own", Doubled(nn.Conv2d(8, 8, 1), GroupNorm(2, 8), nn.ReLU())
+    shared = Conv2d(8, 8, 1, norm=norm, activation=F.relu)
+    yield "norm of two convolutions", nn.Sequential(shared, Conv2d(8, 8, 1, norm=norm))
+    plain = nn.Conv2d(8, 8, 1)
+    plain.activation = F.relu  # of which nn.Conv2d knows nothing
+    yield "foreign attribute", nn.Sequential(plain)
+
+
+UNUSUAL = dict(unusual_sequences())
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_not_known_is_computed_as_before(name):
+    module = randomize(UNUSUAL[name])
+    x = torch.randn(2, 8, 5, 5)
+    expected = module(x)
+    fuse_norms(module, "fast")
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_hooks_of_convolutions_run(memory):
+    """As of weight_norm and pruning, which make the weight anew before each call."""
+    torch.manual_seed(0)
+    block = BottleneckBlock(8, 16, bottleneck_channels=8, norm=GroupNormFactory(4))
+    twin = copy.deepcopy(block)
+    fuse_norms(block, memory)
+    x = torch.randn(1, 8, 6, 6)
+    for module in (block, twin):
+        for conv in (module.conv1, module.conv3, module.shortcut):
+            torch.nn.utils.prune.l1_unstructured(conv, "weight", amount=0.5)
+            conv.weight_orig.data.mul_(2)
+    output, expected = block(x), twin(x)
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(block.conv3.weight_orig.grad, twin.conv3.weight_orig.grad)
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+def test_weights_of_the_call_are_those_of_its_gradient(memory):
+    """Not those that the module has when backward runs."""
+    torch.manual_seed(0)
+    block = BottleneckBlock(8, 16, bottleneck_channels=8, norm=GroupNormFactory(4))
+    fuse_norms(block, memory)
+    others = {n: (3 * torch.randn_like(p)).requires_grad_() for n, p in block.named_parameters()}
+    x, results = torch.randn(1, 8, 6, 6), []
+    output = torch.func.functional_call(block, others, x)
+    results.append(torch.autograd.grad(output.square().sum(), list(others.values())))
+    block.load_state_dict(others)
+    block.memory = "fast"
+    results.append(torch.autograd.grad(block(x).square().sum(), list(block.parameters())))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("activation", [F.leaky_relu, nn.SiLU()])
