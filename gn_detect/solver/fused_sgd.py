@@ -12,36 +12,55 @@ import torch
 
 
 def fuse_sgd(optimizer: torch.optim.Optimizer) -> None:
-    """Let an SGD whose parameters are all on the CPU use PyTorch's fused kernel, in place.
+    """Let an SGD use PyTorch's fused kernel, in place, for parameters on the CPU.
 
-    Others are left as they are: CUDA, where PyTorch's ``foreach`` has few kernels, other
-    optimizers, and SGD with dampening. Checkpoints do not show it, so they can be resumed with
-    and without, anywhere. It is not told of a gradient scaler, which therefore unscales the
-    gradients before the step, where clipping sees them.
+    Left as they are: other optimizers; and groups on CUDA, where PyTorch's ``foreach`` has few
+    kernels, with dampening, with a sparse gradient, or with a parameter that shares its memory with
+    others. Checkpoints and copies do not show it, so they go on with and without, anywhere. It is
+    not told of a gradient scaler, which therefore unscales the gradients before the step, where
+    clipping sees them.
     """
-    groups = optimizer.param_groups
-    parameters = [p for group in groups for p in group["params"]]
-    if not isinstance(optimizer, torch.optim.SGD) or any(g["dampening"] for g in groups):
+    if not isinstance(optimizer, torch.optim.SGD):
         return
-    if any(p.device.type != "cpu" or not p.is_floating_point() for p in parameters):
-        return
-    optimizer.register_step_pre_hook(_prepare_step)
-    optimizer.register_state_dict_post_hook(_hide)
+    flags: list[dict[str, bool | None]] = []
+
+    def before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not flags:  # else the last step has failed
+            flags.extend({k: g[k] for k in ("fused", "foreach")} for g in optimizer.param_groups)
+        for group in filter(_is_for_the_kernel, optimizer.param_groups):
+            group.update(fused=True, foreach=False)
+            _prepare(optimizer, group)
+
+    def after(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group, own in zip(optimizer.param_groups, flags, strict=True):
+            group.update(own)
+        flags.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
 
 
-def _prepare_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    for group in optimizer.param_groups:
-        group.update(fused=True, foreach=False)  # each time: loading a state overwrites them
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            parameter.grad = _like(parameter, parameter.grad)
-            if group["momentum"]:
-                state = optimizer.state[parameter]
-                momentum = state.get("momentum_buffer")
-                if momentum is None:  # from which the first momentum is the gradient
-                    momentum = torch.zeros_like(parameter)
-                state["momentum_buffer"] = _like(parameter, momentum)
+def _is_for_the_kernel(group: dict) -> bool:
+    return not group["dampening"] and all(
+        p.device.type == "cpu"
+        and p.is_floating_point()
+        and (p.grad is None or not p.grad.is_sparse)
+        and p.stride() == torch.empty_like(p, device="meta").stride()  # no gaps, no overlap
+        for p in group["params"]
+    )
+
+
+def _prepare(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    for parameter in group["params"]:
+        if parameter.grad is None:
+            continue
+        parameter.grad = _like(parameter, parameter.grad)
+        if group["momentum"]:
+            state = optimizer.state[parameter]
+            momentum = state.get("momentum_buffer")
+            if momentum is None:  # from which the first momentum is the gradient
+                momentum = torch.zeros_like(parameter)
+            state["momentum_buffer"] = _like(parameter, momentum)
 
 
 def _like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -49,8 +68,3 @@ def _like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.stride() == parameter.stride():
         return tensor
     return torch.empty_like(parameter).copy_(tensor)
-
-
-def _hide(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    for group in state["param_groups"]:
-        group.update(fused=None, foreach=None)

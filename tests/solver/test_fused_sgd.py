@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -185,6 +187,36 @@ def test_what_the_kernel_cannot_do_is_left_as_it_was(fused_calls):
         optimizer.step()
 
     step(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9, dampening=0.5))
+    memory = torch.zeros(8, 10)
+    step(torch.optim.SGD([nn.Parameter(memory[:, :4])], lr=0.1))
+    assert torch.equal(memory, torch.cat([torch.full((8, 4), -0.1), torch.zeros(8, 6)], dim=1))
     step(torch.optim.Adam(parameters(), lr=0.1))
     step(torch.optim.SGD([nn.Parameter(p.to("meta")) for p in parameters()], lr=0.1))
     assert fused_calls == []
+
+
+def test_sparse_gradients_are_left_to_pytorch():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    fuse_sgd(optimizer)
+    expected = embedding.weight.detach().clone()
+    embedding(torch.tensor([2])).sum().backward()
+    optimizer.step()
+    expected[2] -= 0.1
+    torch.testing.assert_close(embedding.weight.detach(), expected)
+
+
+def test_a_copy_is_plain_sgd():
+    """Copies and pickles of an optimizer have its groups, but not its hooks."""
+    trained = [nn.Parameter(p.detach().to(memory_format=CHANNELS_LAST)) for p in parameters()[:1]]
+    plain = Plain(trained, **OPTIONS)
+    optimizer = torch.optim.SGD(trained, **OPTIONS)
+    fuse_sgd(optimizer)
+    for step in range(3):
+        if step == 1:
+            optimizer = copy.deepcopy(optimizer)
+            trained = optimizer.param_groups[0]["params"]
+        give(trained, gradients(step)[:1])
+        optimizer.step()
+        plain.step(gradients(step)[:1])
+    assert_same(trained, plain, **CLOSE)
