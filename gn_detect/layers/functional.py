@@ -47,7 +47,8 @@ def group_norm_act(
     Args:
         x: (N, C, *), any floating dtype; N may be 0.
         num_groups: G; divides C.
-        weight, bias: gamma and beta, (C,), of the dtype of ``x`` or float32; or None.
+        weight, bias: gamma and beta, (C,), of any floating dtype (for the Triton kernels, that of
+            ``x`` or float32); or None.
         eps: added to the variance.
         residual: of the shape of ``x``, added before the activation; or None.
         activation: ``"relu"`` or None.
@@ -117,11 +118,15 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
-    mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
-    if not mixed or x.device.type == "cpu":  # where PyTorch's kernel mixes dtypes
+    dtypes = {p.dtype for p in (x, weight, bias) if p is not None}
+    affine = weight is not None and bias is not None
+    # PyTorch's kernel of the CPU mixes these, and else none.
+    mixes = affine and x.device.type == "cpu" and x.dtype.itemsize == 2
+    if len(dtypes) == 1 or (mixes and weight.dtype == bias.dtype == torch.float32):
         return F.group_norm(x, num_groups, weight, bias, eps)
-    weight, bias = (None if p is None else p.float() for p in (weight, bias))
-    return F.group_norm(x.float(), num_groups, weight, bias, eps).to(x.dtype)
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    return F.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
 
 
 # --- Triton kernels ---
@@ -144,13 +149,14 @@ def _takes_triton(kernel, x, num_groups, weight, bias, residual) -> bool:
             "PyTorch's operations, or to 'torch'"
         )
     if kernel == "auto" and not torch.compiler.is_compiling():
-        _say("torch" if reason else "triton", reason or f"{x.dtype} maps on {x.device}")
+        _say(reason, x.dtype, x.device)
     return not reason
 
 
 @functools.cache
-def _say(kernel: str, reason: str) -> None:
-    logger.info(f"GroupNorm with MODEL.GN.KERNEL auto runs {kernel}: {reason}")
+def _say(reason: str, dtype: torch.dtype, device: torch.device) -> None:
+    kernel, why = ("torch", reason) if reason else ("triton", f"{dtype} maps on {device}")
+    logger.info(f"GroupNorm with MODEL.GN.KERNEL auto runs {kernel}: {why}")
 
 
 def _fused(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:

@@ -1,9 +1,12 @@
+import contextlib
+import gc
 import itertools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from gn_detect.layers import GroupNorm, functional, group_norm_act
@@ -64,7 +67,7 @@ def test_derivatives(residual, activation, affine, x_trained):
         gamma, beta = gamma.detach(), beta.detach()
     trained = [t for t in given(x, gamma, beta, r) if t.requires_grad]
     if not trained:
-        return
+        pytest.skip("nothing is trained")
 
     def function(*_):
         return call(x, gamma, beta, r, activation)
@@ -254,18 +257,51 @@ def test_kernels_rebuild_their_output(interpreted):
     weight = torch.randn(8, 8, 1, 1, requires_grad=True)
     trained, results = [x, gamma, beta, weight], []
 
+    maps = []
+
+    def layer(x):
+        y = call(x, gamma, beta, None, "relu", kernel="triton")
+        maps.append(y.untyped_storage()._weak_ref())
+        return F.conv2d(y, weight)
+
     def chain():
-        y = F.conv2d(call(x, gamma, beta, None, "relu", kernel="triton"), weight)
-        return F.conv2d(call(y, gamma, beta, None, "relu", kernel="triton"), weight)
+        return layer(layer(x))
 
     for rebuild in (False, True):
-        if rebuild:
-            with rebuild_norms():
-                output = chain()
-        else:
+        maps.clear()
+        with rebuild_norms() if rebuild else contextlib.nullcontext():
             output = chain()
+        gc.collect()
+        alive = [not torch.UntypedStorage._expired(ref) for ref in maps]
+        assert alive == [not rebuild] * 2
         results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
+def test_fake_tensors_of_cuda(residual, activation):
+    """A model without memory, on a device that need not be there."""
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(2, 8, 3, 5, dtype=torch.bfloat16, requires_grad=True)
+        gamma, beta = (torch.empty(8, requires_grad=True) for _ in range(2))
+        r = torch.empty(2, 8, 3, 5, requires_grad=True) if residual else None
+        y = call(x, gamma, beta, r, activation, kernel="triton")
+    assert (y.shape, y.dtype, y.stride(), y.device) == (x.shape, x.dtype, x.stride(), x.device)
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gamma_dtype, beta_dtype", [(torch.float32, None), (None, torch.float32)])
+def test_gamma_and_beta_of_another_dtype(dtype, gamma_dtype, beta_dtype):
+    x, gamma, beta, _ = inputs(False, dtype)
+    gamma = gamma.to(gamma_dtype) if gamma_dtype else None
+    beta = beta.to(beta_dtype) if beta_dtype else None
+    y = call(x, gamma, beta, None, None)
+    gamma = torch.ones(8) if gamma is None else gamma
+    beta = torch.zeros(8) if beta is None else beta
+    assert y.dtype == dtype
+    expected = formula(x, gamma, beta, None, None)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
