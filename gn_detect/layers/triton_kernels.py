@@ -82,8 +82,8 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
         else:
             groups, block = 1, math.gcd(d, width)
         pixels = min(pixels, 4096 // triton.next_power_of_2(block))
-        # Each program of the second kernel reads a block's sums of all splits.
-        most = 256 if groups > 1 else 512
+        # Each program of the second kernel reads the sums of all splits of its groups.
+        most = 512 if groups == 1 else max(128, 2048 // groups)
     else:
         groups, block, most = 1, 1, 512
         pixels = min(pixels, 2048)
