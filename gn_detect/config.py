@@ -42,7 +42,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     # where it can, and says once which it took and why.
     gn.setdefault("KERNEL", "auto")
     # What the backward pass keeps. "fast": everything. "balanced" rebuilds the outputs of GN+ReLU;
-    # "lean" also runs the last 1x1 convolution of each residual block, and its shortcut's, again;
+    # "lean" also runs the last 1x1 convolution of each residual block, and its shortcut's, again,
+    # where a norm follows (not in the pre-activation ResNet);
     # "checkpoint" keeps the inputs of blocks alone and runs them twice. Same gradients.
     gn.setdefault("MEMORY", "fast")
 

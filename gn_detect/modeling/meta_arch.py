@@ -85,7 +85,7 @@ def build_detector(
     Args:
         meta_arch: such as ``GeneralizedRCNN``.
         weight_standardization: of every convolution before a GN (``layers.standardize_weight``).
-        memory: what the backward pass keeps (``layers.recompute.MODES``).
+        memory: what the backward pass of all components keeps (``layers.recompute.MODES``).
         channels_last: lay the weights, and with them the maps, out so.
         **components: arguments of ``meta_arch``.
 

@@ -200,7 +200,8 @@ def finish_norms(
 
     Raises:
         ConfigError: a norm could not be built; names each such layer, its channels, the groups,
-            and values that work. Or ``memory`` is unknown.
+            and values that work. Or ``memory`` is unknown, or ``channels_last`` finds a deformable
+            convolution.
     """
     unbuilt = {n: m.reason for n, m in module.named_modules() if isinstance(m, _Unbuilt)}
     if unbuilt:
@@ -234,6 +235,12 @@ def finish_norms(
         raise ConfigError(f"MODEL.GN.MEMORY (memory) is {memory!r}; known: {', '.join(MODES)}")
     fuse_norms(module, memory)
     if channels_last:
+        for child_name, child in module.named_modules():
+            if isinstance(child, (DeformConv, ModulatedDeformConv)):
+                raise ConfigError(
+                    f"MODEL.CHANNELS_LAST is True, but {name}.{child_name} is a deformable "
+                    "convolution, whose kernel takes NCHW alone; set it to False"
+                )
         module.to(memory_format=torch.channels_last)
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from torchvision.ops import boxes
 
 import gn_detect
+from gn_detect.config import ConfigError
+from gn_detect.modeling import norm
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 SMALL = [
@@ -202,3 +204,11 @@ def test_a_lazy_config_has_it():
 def test_it_is_off_by_default():
     model = build_model(config(R18))
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_deformable_convolutions_are_refused(monkeypatch):
+    """Their kernel, which is not compiled here, reads the memory as that of NCHW."""
+    monkeypatch.setattr(norm, "DeformConv", nn.Conv2d)
+    module = nn.Sequential(nn.Conv2d(4, 4, 3))
+    with pytest.raises(ConfigError, match="MODEL.CHANNELS_LAST.*backbone.0 is a deformable"):
+        norm.finish_norms(module, "backbone", channels_last=True)
