@@ -25,14 +25,15 @@ def fuse_sgd(optimizer: torch.optim.Optimizer) -> None:
     flags: list[dict[str, bool | None]] = []
 
     def before(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if not flags:  # else the last step has failed
+        if not flags:  # else this step is nested in another, or the last one has failed
             flags.extend({k: g[k] for k in ("fused", "foreach")} for g in optimizer.param_groups)
         for group in filter(_is_for_the_kernel, optimizer.param_groups):
             group.update(fused=True, foreach=False)
             _prepare(optimizer, group)
 
     def after(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group, own in zip(optimizer.param_groups, flags, strict=True):
+        # Where Detectron2 clips gradients, one step is nested in another: the inner has done it.
+        for group, own in zip(optimizer.param_groups, flags, strict=False):
             group.update(own)
         flags.clear()
 

@@ -162,14 +162,18 @@ def test_resuming_is_exact():
     assert all(torch.equal(a, b) for a, b in zip(whole, trained, strict=True))
 
 
-def test_detectron2s_clipping_comes_first(fused_calls):
+@pytest.mark.parametrize("of_class", [False, True])
+def test_detectron2s_clipping_comes_first(of_class, fused_calls):
     cfg = get_cfg()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.2
     trained = parameters()
     plain = Plain(trained, **OPTIONS)
-    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(trained, **OPTIONS))
+    if of_class:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(trained, **OPTIONS)
+    else:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(trained, **OPTIONS))
     fuse_sgd(optimizer)
     for step in range(3):
         give(trained, gradients(step))
