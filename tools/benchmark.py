@@ -9,14 +9,16 @@
 
 All variants run in turn in one process (A B C A B C), and are compared round by round: a cell holds
 the median, and the quartiles in brackets. Tables (.md), all samples (.json) and a plot (.png) go
-into DIR. Without a GPU the defaults are small: images of 256x320 instead of 800x1344, with 64 RoIs
-of each instead of 512.
+into DIR, in files that are called after the settings. Without a GPU the defaults are small: images
+of 256x320 instead of 800x1344, with 64 RoIs of each instead of 512.
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -39,6 +41,9 @@ DEFAULTS = {
 }
 ROUNDS = {"cuda": 50, "cpu": 7}
 DTYPES = {"cuda": ["float32", "bfloat16"], "cpu": ["float32"]}
+# What the names of the files tell, and where they are.
+NAMED = ("question", "device", "amp", "channels_last", "dtypes", "layouts", "images", "size")
+NAMED += ("sizes", "threads", "output")
 LAYOUTS = {"cuda": list(kernels.LAYOUTS), "cpu": ["nchw"]}
 
 
@@ -54,6 +59,23 @@ def parse_args(argv):
     if args.device == "cuda" and not here:
         parser.error("--device cuda, but PyTorch finds no CUDA device: leave it out for the CPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    complete(args)
+    for base in args.baselines:
+        if base not in args.variants:
+            parser.error(f"--baselines: {base} is not among --variants {' '.join(args.variants)}")
+    plain = parser.parse_args([args.question, "--device", args.device, "--output", "."])
+    args.name = name_of(args, vars(complete(plain)))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}; it has to be a directory")
+    if not os.access(args.output, os.W_OK):
+        parser.error(f"--output {args.output}: no files can be written there")
+    return args
+
+
+def complete(args):
+    """Fill in the defaults that depend on the device or on other options, in place."""
     defaults = DEFAULTS[args.device] | {
         "rounds": ROUNDS[args.device],
         "warmup": 3,
@@ -69,10 +91,26 @@ def parse_args(argv):
     usual = ("eager",) if args.question == "kernels" else (DETECTRON2_GN, FROZEN_BN)
     if args.baselines is None:
         args.baselines = [b for b in usual if b in args.variants] or args.variants[:1]
-    for base in args.baselines:
-        if base not in args.variants:
-            parser.error(f"--baselines: {base} is not among --variants {' '.join(args.variants)}")
     return args
+
+
+def name_of(args, plain: dict) -> str:
+    """Of the files: the settings, and a checksum of those that differ from the ``plain`` ones."""
+    values = vars(args)
+    kinds = [["float32" if args.amp == "none" else args.amp]] if "amp" in values else []
+    kinds += [values[key] for key in ("dtypes", "layouts") if key in values]
+    sizes = values.get("sizes") or [args.size]
+    images = args.images if isinstance(args.images, list) else [args.images]
+    parts = [args.question, args.device, *("+".join(kind) for kind in kinds)]
+    if values.get("channels_last"):
+        parts.append("channels_last")
+    parts.append(f"{'+'.join(map(str, images))}x{'+'.join(f'{h}x{w}' for h, w in sizes)}")
+    if args.threads:
+        parts.append(f"{args.threads}threads")
+    others = [(k, str(v)) for k, v in values.items() if k not in NAMED and v != plain[k]]
+    if others:
+        parts.append(f"{zlib.crc32(repr(others).encode()):08x}")
+    return "-".join(parts)
 
 
 def add_options(parser: argparse.ArgumentParser, question: str) -> None:
@@ -177,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report.text())
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "tools/benchmark.py", *words])
-    print("Wrote", *report.write(args.output, command))
+    print("Wrote", *report.write(args.output, args.name, command))
 
 
 if __name__ == "__main__":

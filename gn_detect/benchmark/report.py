@@ -24,7 +24,7 @@ class Report:
     """What a benchmark found.
 
     Args:
-        name: of the benchmark, and of the files.
+        name: of the benchmark.
         settings: that it ran with.
         tables: title -> rows, each column -> cell.
         results: what the tables are made from, with all samples (seconds, bytes).
@@ -45,14 +45,13 @@ class Report:
             parts.append(f"{title}\n\n{table}\n")
         return "\n".join(parts)
 
-    def write(self, output: Path, command: str) -> list[Path]:
-        """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` into a directory, which is made.
+    def write(self, directory: Path, name: str, command: str) -> list[Path]:
+        """Write ``name.json``, ``name.md`` and ``name.png`` into a directory.
 
         Args:
             command: that was typed, for the record.
         """
-        output.mkdir(parents=True, exist_ok=True)
-        paths = [output / f"{self.name}.{suffix}" for suffix in ("json", "md", "png")]
+        paths = [directory / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
         content = {
             "benchmark": self.name,
             "command": command,

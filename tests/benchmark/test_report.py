@@ -17,8 +17,8 @@ def test_files(tmp_path):
         [{"variant": "a", "seconds": [1.0, 2.0, 4.0]}],
         lambda figure: bars(figure, {"time": values}),
     )
-    paths = report.write(tmp_path / "new" / "directory", "python tools/benchmark.py step")
-    assert [path.name for path in paths] == ["step.json", "step.md", "step.png"]
+    paths = report.write(tmp_path, "step-cpu", "python tools/benchmark.py step")
+    assert [path.name for path in paths] == ["step-cpu.json", "step-cpu.md", "step-cpu.png"]
     content = json.loads(paths[0].read_text())
     assert content["command"] == "python tools/benchmark.py step"
     assert content["settings"] == {"device": "cpu", "images": 2}

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import statistics
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -31,7 +32,9 @@ def benchmark(tmp_path, capsys):
         command = [question, "--output", tmp_path / "results", *args, "--", *TINY]
         tool.main(list(map(str, command)))
         printed = capsys.readouterr().out
-        files = [tmp_path / "results" / f"{question}.{kind}" for kind in ("json", "md", "png")]
+        files = list(map(Path, printed.rpartition("Wrote ")[2].split()))
+        assert [file.suffix for file in files] == [".json", ".md", ".png"]
+        assert {file.parent for file in files} == {tmp_path / "results"}
         content = json.loads(files[0].read_text())
         assert content["benchmark"] == question and f"benchmark.py {question}" in content["command"]
         tables = _tables(printed)
@@ -159,10 +162,46 @@ def test_a_typo_is_a_sentence(benchmark, tmp_path, capsys, monkeypatch, command,
     assert message in capsys.readouterr().err + str(exit.value)
 
 
-def test_commands_of_the_documentation(benchmark):
+def test_output_that_is_no_directory_is_a_sentence(benchmark, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):
+            benchmark.parse_args(["memory", "--output", str(output)])
+        assert f"--output {output}: " in capsys.readouterr().err
+    made = tmp_path / "new" / "directory"
+    benchmark.parse_args(["memory", "--output", str(made)])
+    assert made.is_dir()
+
+
+def test_files_are_called_after_the_settings(benchmark, tmp_path, monkeypatch):
+    def name(command):
+        words = [*command.split(), "--output", str(tmp_path)]
+        return benchmark.parse_args(words).name
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert name("step") == "step-cuda-float32-2x800x1344"
+    assert name("step --amp none --device cuda --rounds 50 --warmup 3") == name("step")
+    amp = "step --amp bfloat16 --channels-last"
+    assert name(amp) == "step-cuda-bfloat16-channels_last-2x800x1344"
+    assert (
+        name("memory --device cpu --size 64 --threads 2") == "memory-cpu-float32-1x64x64-2threads"
+    )
+    assert name("scaling --sizes 64 64x96") == "scaling-cuda-float32-1+2x64x64+64x96"
+    kernels = "kernels --dtypes float32 --layouts nchw channels_last"
+    assert name(kernels) == "kernels-cuda-float32-nchw+channels_last-1+2x800x1344"
+    others = ["--rounds 3", "--rois 16", "--freeze-at 2", "--variants ours-fast", "--warmup 5"]
+    others += ["--config-file other.yaml", "--rounds 4", "MODEL.FPN.OUT_CHANNELS 128"]
+    names = {name(f"step {other}") for other in others}
+    assert len(names) == len(others)
+    pattern = "step-cuda-float32-2x800x1344-[0-9a-f]{8}"
+    assert [n for n in names if not re.fullmatch(pattern, n)] == []
+
+
+def test_commands_of_the_documentation(benchmark, tmp_path):
     text = (ROOT / "docs/benchmarks.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"tools/benchmark\.py ([^`\n#]+)", text)
     questions = {
-        benchmark.parse_args([*shlex.split(c), "--output", "x"]).question for c in commands
+        benchmark.parse_args([*shlex.split(c), "--output", str(tmp_path)]).question
+        for c in commands
     }
     assert questions == {"memory", "step", "inference", "scaling", "kernels"}
