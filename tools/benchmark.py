@@ -30,6 +30,7 @@ from gn_detect.benchmark.kernel_question import ask_kernels
 from gn_detect.benchmark.timing import Plan
 from gn_detect.engine import sentence
 from gn_detect.engine.train_loop import AMP_DTYPES
+from gn_detect.layers import functional
 
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 INFERENCE = (FROZEN_BN, DETECTRON2_GN, "ours-fast")  # where modes of memory do not differ
@@ -59,10 +60,14 @@ def parse_args(argv):
     if args.device == "cuda" and not here:
         parser.error("--device cuda, but PyTorch finds no CUDA device: leave it out for the CPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and args.question != "memory" and functional.triton_kernels is None:
+        parser.error("--device cuda: triton is not installed, whose kernels would be measured")
     complete(args)
     for base in args.baselines:
         if base not in args.variants:
             parser.error(f"--baselines: {base} is not among --variants {' '.join(args.variants)}")
+    if args.variants == ["autocast"] and "float32" in args.dtypes:
+        parser.error("--variants autocast, which is for --dtypes bfloat16 and float16, not float32")
     plain = parser.parse_args([args.question, "--device", args.device, "--output", "."])
     args.name = name_of(args, vars(complete(plain)))
     try:
@@ -103,7 +108,7 @@ def name_of(args, plain: dict) -> str:
     images = args.images if isinstance(args.images, list) else [args.images]
     parts = [args.question, args.device, *("+".join(kind) for kind in kinds)]
     if values.get("channels_last"):
-        parts.append("channels_last")
+        parts.append("channels_last" + "_ours" * (args.channels_last == "ours"))
     parts.append(f"{'+'.join(map(str, images))}x{'+'.join(f'{h}x{w}' for h, w in sizes)}")
     if args.threads:
         parts.append(f"{args.threads}threads")
@@ -136,6 +141,7 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
     if question != "memory":
         parser.add_argument("--rounds", type=positive, help="default: 50, on a CPU 7")
         parser.add_argument("--warmup", type=positive, help="rounds before them; default: 3")
+    if question not in ("memory", "inference"):
         parser.add_argument("--rois", type=positive, help="of each image, a quarter with masks")
     if question == "kernels":
         parser.add_argument("--dtypes", nargs="+", choices=kernels.DTYPES, help="of the maps")
@@ -151,7 +157,21 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
             "--amp", choices=["none", *AMP_DTYPES], default="none", help="mixed precision"
         )
         if question != "memory":
-            parser.add_argument("--channels-last", action="store_true", help="of all variants")
+            parser.add_argument(
+                "--channels-last",
+                nargs="?",
+                choices=["all", "ours"],
+                const="all",
+                default="",
+                help="all variants, or ours alone",
+            )
+        if question in ("step", "scaling"):
+            parser.add_argument(
+                "--optimizer",
+                choices=["own", "same"],
+                default="own",
+                help="the SGD that each comes with, or ours for all",
+            )
         parser.add_argument(
             "--freeze-at", type=int, default=0, help="MODEL.BACKBONE.FREEZE_AT; default: 0"
         )
@@ -182,7 +202,7 @@ def ask(args):
     values = {
         name: getattr(args, name)
         for name in ("config_file", "device", "images", "size", "rois", "amp")
-        + ("channels_last", "freeze_at")
+        + ("channels_last", "freeze_at", "optimizer")
         if hasattr(args, name)
     }
     plan = Plan(args.variants, args.baselines)

@@ -45,11 +45,13 @@ class Settings:
         opts: more of it, KEY VALUE.
         device: ``"cpu"`` or ``"cuda"``.
         amp: ``"none"``, or autocast to ``"float16"`` (with a gradient scaler) or ``"bfloat16"``.
-        channels_last: the memory format of weights and maps, of all variants.
+        channels_last: have weights and maps of ``"all"`` variants, or of ``"ours"``, in
+            ``torch.channels_last``; ``""``: of none.
         images: of a step.
         size: height and width of each, in pixels.
         rois: of each image, a quarter of them with masks, for the heads in training.
         freeze_at: ``MODEL.BACKBONE.FREEZE_AT``.
+        optimizer: each variant has its ``"own"`` SGD, or all have the ``"same"``, which is ours.
         seed: of weights, images and sampling.
     """
 
@@ -57,12 +59,18 @@ class Settings:
     opts: tuple[str, ...] = ()
     device: str = "cpu"
     amp: str = "none"
-    channels_last: bool = False
+    channels_last: str = ""
     images: int = 2
     size: tuple[int, int] = (256, 320)
     rois: int = 64
     freeze_at: int = 0
+    optimizer: str = "own"
     seed: int = 0
+
+    @property
+    def kernel(self) -> str:
+        """``MODEL.GN.KERNEL`` of ours: what auto takes, or an error in place of another one."""
+        return "triton" if self.device == "cuda" else "torch"
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """As in ``engine.AccumulatingTrainer``."""
@@ -80,39 +88,48 @@ def variant_config(variant: str, settings: Settings) -> CfgNode:
     Raises:
         ConfigError: the config is wrong, or no Mask R-CNN with FPN.
     """
-    shared = [
-        *settings.opts,
-        *("MODEL.WEIGHTS", "", "MODEL.DEVICE", settings.device, "SEED", settings.seed),
-        *("MODEL.BACKBONE.FREEZE_AT", settings.freeze_at),
-        *("MODEL.ROI_HEADS.NUM_CLASSES", 80),
-        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", settings.rois),
-        *("SOLVER.BASE_LR", 1e-9),  # so that the work of each step is the same
-        # What Detectron2's GN has.
-        *("MODEL.GN.NUM_GROUPS", 32, "MODEL.GN.CHANNELS_PER_GROUP", 0),
-        *("MODEL.GN.WEIGHT_STANDARDIZATION", ""),
-        *(word for key in _NORM_KEYS for word in (f"MODEL.{key}.NORM", "GN")),
-    ]
-    if variant.startswith("ours-"):
-        own = ["MODEL.GN.MEMORY", variant.removeprefix("ours-")]
-        if settings.channels_last:
-            own += ["MODEL.CHANNELS_LAST", True]
-    else:
-        own = [
-            word for key, (_, name) in _DETECTRON2_NAMES.items() for word in (f"MODEL.{key}", name)
-        ]
-        if variant == FROZEN_BN:
-            own += [word for key in _NORM_KEYS for word in (f"MODEL.{key}.NORM", "")]
-            own += ["MODEL.RESNETS.NORM", "FrozenBN"]
+    ours = variant.startswith("ours-")
+    fixed = {
+        "MODEL.WEIGHTS": "",
+        "MODEL.DEVICE": settings.device,
+        "SEED": settings.seed,
+        "MODEL.BACKBONE.FREEZE_AT": settings.freeze_at,
+        "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": settings.rois,
+        "SOLVER.BASE_LR": 1e-9,  # so that the work of each step is the same
+        # Detectron2 has no other GN, and no norms in more places.
+        "MODEL.GN.NUM_GROUPS": 32,
+        "MODEL.GN.CHANNELS_PER_GROUP": 0,
+        "MODEL.GN.EPS": 1e-5,
+        "MODEL.GN.ZERO_INIT_RESIDUAL": False,
+        "MODEL.GN.WEIGHT_STANDARDIZATION": "",
+        "MODEL.RPN.NORM": "",
+        "MODEL.ROI_BOX_HEAD.FC_NORM": "",
+        "MODEL.ROI_MASK_HEAD.DECONV_NORM": "",
+        **{f"MODEL.{key}.NORM": "" if variant == FROZEN_BN else "GN" for key in _NORM_KEYS},
+        **{f"MODEL.{key}": names[not ours] for key, names in _DETECTRON2_NAMES.items()},
+        "MODEL.GN.MEMORY": variant.removeprefix("ours-") if ours else "fast",
+        "MODEL.GN.KERNEL": settings.kernel,
+        "MODEL.CHANNELS_LAST": ours and bool(settings.channels_last),
+    }
+    if variant == FROZEN_BN:
+        fixed["MODEL.RESNETS.NORM"] = "FrozenBN"
+    for key in fixed.keys() & set(settings.opts[::2]):
+        raise ConfigError(
+            f"the command line: {key} is set by the benchmark itself, so that its variants differ "
+            "in nothing else; leave it out (some such keys have an option: --help)"
+        )
     cfg = load_config(settings.config_file, list(settings.opts))
-    for key, (ours, _) in _DETECTRON2_NAMES.items():
+    for key, (expected, _) in _DETECTRON2_NAMES.items():
         node, name = key.split(".")
-        if not cfg.MODEL.MASK_ON or cfg.MODEL[node][name] != ours:
+        if not cfg.MODEL.MASK_ON or cfg.MODEL[node][name] != expected:
             raise ConfigError(
                 f"{settings.config_file}: MODEL.{key} is {cfg.MODEL[node][name]!r} and "
                 f"MODEL.MASK_ON {cfg.MODEL.MASK_ON}; the benchmark compares Mask R-CNNs with FPN, "
-                f"which have {ours!r}, with Detectron2's"
+                f"which have {expected!r}, with Detectron2's"
             )
-    return load_config(settings.config_file, [*shared, *own])
+    words = [word for pair in fixed.items() for word in pair]
+    return load_config(settings.config_file, [*settings.opts, *words])
 
 
 class Detector:
@@ -137,12 +154,12 @@ class Detector:
             torch.manual_seed(settings.seed)
             others = build_model(variant_config(DETECTRON2_GN, settings))
             self.model.load_state_dict(others.state_dict(), strict=False)
-        if settings.channels_last and not variant.startswith("ours-"):
+        ours = variant.startswith("ours-")
+        if settings.channels_last == "all" and not ours:
             self.model.to(memory_format=torch.channels_last)
         _set_statistics(self.model, self.batch)
         _detect_one_class(self.model)
-        # Each with the optimizer that it comes with.
-        build = Trainer.build_optimizer if variant.startswith("ours-") else build_optimizer
+        build = Trainer.build_optimizer if ours or settings.optimizer == "same" else build_optimizer
         self.optimizer = build(cfg, self.model)
         self.scaler = torch.amp.GradScaler(
             settings.device, init_scale=_SCALE, enabled=settings.amp == "float16"

@@ -67,8 +67,8 @@ def ask_kernels(
                 label = f"{name}, {number} x {dtype} {layout}"
                 panels[kind][label] = Spread.of([1e3 * value for value in values])
     count = sum(map(len, layers.values()))
-    tables[f"All {count} layers"] = totals
-    values = dataclasses.asdict(settings) | dataclasses.asdict(plan)
+    tables[f"All {count} layers, ours with {settings.kernel}"] = totals
+    values = dataclasses.asdict(settings) | dataclasses.asdict(plan) | {"kernel": settings.kernel}
     values |= {"images": images, "dtypes": dtypes, "layouts": layouts, "graph": graph}
     titled = {f"ms of all {count} layers, {kind}": bar for kind, bar in panels.items()}
     return Report("kernels", values, tables, results, lambda f: bars(f, titled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -73,7 +74,7 @@ def gn_layers(settings: Settings) -> dict[Layer, list[str]]:
     backbone on ``settings.images`` of ``settings.size``, the heads on ``settings.rois`` of each
     image and a quarter of them.
     """
-    settings = dataclasses.replace(settings, device="meta", channels_last=False, amp="none")
+    settings = dataclasses.replace(settings, device="meta", channels_last="", amp="none")
     model = build_model(variant_config("ours-fast", settings))
     layers: dict[Layer, list[str]] = collections.defaultdict(list)
 
@@ -88,7 +89,9 @@ def gn_layers(settings: Settings) -> dict[Layer, list[str]]:
     for name, module in model.named_modules():
         if isinstance(module, GroupNorm):
             note(name, module)
-    features = model.backbone(torch.empty(settings.images, 3, *settings.size, device="meta"))
+    step = model.backbone.size_divisibility  # to which the model pads images
+    size = (math.ceil(side / step) * step for side in settings.size)
+    features = model.backbone(torch.empty(settings.images, 3, *size, device="meta"))
     channels = features["p2"].shape[1]
     heads, rois = model.roi_heads, settings.images * settings.rois
     side = heads.box_pooler.output_size
@@ -177,13 +180,9 @@ def _function(
     parameters = list(norm.parameters())
     if name == "ours":
         activation = "relu" if layer.relu else None
-
-        def ours(x, residual):
-            return group_norm_act(
-                x, layer.num_groups, norm.weight, norm.bias, layer.eps, residual, activation
-            )
-
-        return ours, parameters
+        kernel = Settings("", device=device.type).kernel
+        fixed = layer.num_groups, norm.weight, norm.bias, layer.eps
+        return lambda x, r: group_norm_act(x, *fixed, r, activation, kernel=kernel), parameters
     eager = _then(norm, layer)
     if name == "eager":
         return eager, parameters

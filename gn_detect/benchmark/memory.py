@@ -45,8 +45,10 @@ def backbone_bytes(variant: str, settings: Settings) -> int:
     autocast of a device changes, it changes here too.
     """
     height, width = settings.size
+    cfg = variant_config(variant, settings)
+    cfg.MODEL.GN.KERNEL = "auto"
     with FakeTensorMode(), torch.device(settings.device):
-        backbone = build_backbone(variant_config(variant, settings)).bottom_up
+        backbone = build_backbone(cfg).bottom_up
 
         def forward() -> dict[str, torch.Tensor]:
             with _autocast(settings):

@@ -33,7 +33,7 @@ def step(settings: Settings, plan: Plan) -> Report:
     }
     return Report(
         "step",
-        dataclasses.asdict(settings) | dataclasses.asdict(plan),
+        _values(settings, plan),
         {title: rows},
         results,
         lambda f: bars(f, panels),
@@ -68,9 +68,7 @@ def scaling(
         line = f"{result['variant']}, {result['images']} x"
         for series, value in zip(panels.values(), values, strict=True):
             series.setdefault(line, []).append((pixels, value))
-    values = (
-        dataclasses.asdict(settings) | dataclasses.asdict(plan) | {"size": sizes, "images": images}
-    )
+    values = _values(settings, plan) | {"size": sizes, "images": images}
     title = f"Cost of a training step, {_describe(settings, batch=False)}"
     return Report(
         "scaling",
@@ -113,7 +111,7 @@ def inference(settings: Settings, plan: Plan) -> Report:
     title = f"Inference, {_describe(settings)}"
     return Report(
         "inference",
-        dataclasses.asdict(settings) | dataclasses.asdict(plan),
+        _values(settings, plan),
         {title: rows},
         results,
         lambda f: bars(f, panels),
@@ -136,8 +134,9 @@ def memory(settings: Settings, plan: Plan) -> Report:
         for name, value in kept.items()
     ]
     panels = {"MiB kept for backward": {name: _exactly(v / _MIB) for name, v in kept.items()}}
-    title = f"The ResNet alone keeps for backward, {_describe(settings)}"
-    values = dataclasses.asdict(settings) | dataclasses.asdict(plan)
+    title = f"The ResNet alone keeps for backward, {_describe(settings, kernel=False)}"
+    values = dataclasses.asdict(settings)
+    values |= {"variants": plan.variants, "baselines": plan.baselines}
     return Report("memory", values, {title: rows}, results, lambda f: bars(f, panels))
 
 
@@ -174,13 +173,21 @@ def _step_cells(result: dict, results: list[dict], plan: Plan) -> dict[str, str]
     return cells
 
 
+def _values(settings: Settings, plan: Plan) -> dict:
+    """For the record."""
+    return dataclasses.asdict(settings) | dataclasses.asdict(plan) | {"kernel": settings.kernel}
+
+
 def _exactly(value: float) -> Spread:
     return Spread(value, value, value)
 
 
-def _describe(settings: Settings, batch: bool = True) -> str:
+def _describe(settings: Settings, batch: bool = True, kernel: bool = True) -> str:
     height, width = settings.size
     parts = [f"{settings.images} x {height}x{width}"] if batch else []
     parts += [settings.device, "float32" if settings.amp == "none" else f"AMP {settings.amp}"]
-    parts += ["channels_last"] if settings.channels_last else []
+    if settings.channels_last:
+        parts.append("channels_last" + " of ours" * (settings.channels_last == "ours"))
+    parts += ["the same SGD"] * (settings.optimizer == "same")
+    parts += [f"ours with {settings.kernel}"] * kernel
     return ", ".join(parts)

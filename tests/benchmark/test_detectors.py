@@ -25,9 +25,13 @@ from gn_detect.modeling.fused import Block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# Of these, but for the keys that the benchmark sets.
+NODES = ("MODEL.FPN", "MODEL.RPN", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_MASK_HEAD")
+PAIRS = zip(TINY[::2], TINY[1::2], strict=True)
+OPTS = tuple(str(word) for pair in PAIRS if pair[0].startswith(NODES) for word in pair)
 SETTINGS = Settings(
     gn_detect.get_config_file("quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"),
-    opts=tuple(map(str, TINY)),
+    opts=OPTS,
     size=(64, 96),
     rois=16,
 )
@@ -136,15 +140,63 @@ def test_inference_gives_as_many_masks_as_it_may(detectors):
         assert detector.model.training
 
 
+@pytest.mark.parametrize("whose", ["all", "ours"])
 @pytest.mark.parametrize("variant", [FROZEN_BN, DETECTRON2_GN, "ours-lean"])
-def test_channels_last(variant, detectors):
-    detector = Detector(variant, dataclasses.replace(SETTINGS, channels_last=True))
-    images = torch.zeros(2, 3, 64, 96).to(memory_format=torch.channels_last)
-    for map_ in detector.model.backbone.bottom_up(images).values():
-        assert map_.is_contiguous(memory_format=torch.channels_last)
-        assert not map_.is_contiguous()
+def test_channels_last(variant, whose, detectors):
+    detector = Detector(variant, dataclasses.replace(SETTINGS, channels_last=whose))
+    expected = whose == "all" or variant.startswith("ours-")
+    for map_ in detector.model.backbone.bottom_up(torch.zeros(2, 3, 64, 96)).values():
+        assert map_.is_contiguous(memory_format=torch.channels_last) == expected
+        assert map_.is_contiguous() != expected
     expected = detectors[variant].forward().item()
     assert detector.forward().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_optimizer_of_each(detectors):
+    """PyTorch's fused SGD takes parameters on a CPU that ours lets it have."""
+    for whose in ("own", "same"):
+        for variant in (DETECTRON2_GN, "ours-fast"):
+            detector = Detector(variant, dataclasses.replace(SETTINGS, optimizer=whose))
+            detector.step()
+            fused = whose == "same" or variant.startswith("ours-")
+            groups = detector.optimizer.param_groups
+            assert {bool(group["fused"]) for group in groups} == {fused}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.GN.MEMORY", "lean"),
+        ("MODEL.GN.NUM_GROUPS", "16"),
+        ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+        ("MODEL.RESNETS.NORM", "BN"),
+    ],
+)
+def test_keys_of_the_benchmark_are_refused(key, value):
+    for variant in VARIANTS:
+        with pytest.raises(ConfigError, match=f"{key} is set by the benchmark itself"):
+            variant_config(variant, dataclasses.replace(SETTINGS, opts=(*OPTS, key, value)))
+
+
+def test_a_config_file_adds_no_norms(tmp_path):
+    """Of ours, which Detectron2 would not build."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"_BASE_: {SETTINGS.config_file}\n"
+        "MODEL: {GN: {EPS: 0.1, ZERO_INIT_RESIDUAL: True}, RPN: {NORM: GN},"
+        " ROI_BOX_HEAD: {FC_NORM: GN}, ROI_MASK_HEAD: {DECONV_NORM: GN}}\n"
+    )
+    settings = dataclasses.replace(SETTINGS, config_file=str(path))
+    others, ours = (Detector(variant, settings) for variant in (DETECTRON2_GN, "ours-fast"))
+    assert others.model.state_dict().keys() == ours.model.state_dict().keys()
+    assert others.forward().item() == pytest.approx(ours.forward().item(), rel=1e-4)
+
+
+def test_on_cuda_ours_has_to_be_triton():
+    settings = dataclasses.replace(SETTINGS, device="cuda")
+    assert variant_config("ours-lean", settings).MODEL.GN.KERNEL == "triton"
+    assert variant_config("ours-lean", SETTINGS).MODEL.GN.KERNEL == "torch"
 
 
 def test_synthetic_batch():

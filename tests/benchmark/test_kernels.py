@@ -64,8 +64,10 @@ def test_resnet_50_fpn():
     assert len(norms) == len(found) == 69 and norms == set(found)
 
 
-def test_shapes_are_those_of_a_training_step():
-    detector = Detector(DETECTRON2_GN, SMALL)
+@pytest.mark.parametrize("size", [(64, 96), (70, 90)])
+def test_shapes_are_those_of_a_training_step(size):
+    settings = dataclasses.replace(SMALL, size=size)
+    detector = Detector(DETECTRON2_GN, settings)
     shapes = {}
     for name, module in detector.model.named_modules():
         if isinstance(module, nn.GroupNorm):
@@ -73,7 +75,7 @@ def test_shapes_are_those_of_a_training_step():
                 lambda _, inputs, name=name: shapes.__setitem__(name, tuple(inputs[0].shape))
             )
     detector.forward()
-    layers = gn_layers(SMALL)
+    layers = gn_layers(settings)
     assert {name: layer.shape for layer, names in layers.items() for name in names} == shapes
 
 

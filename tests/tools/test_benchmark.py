@@ -17,7 +17,12 @@ SMALL = [
     *("--device", "cpu", "--config-file"),
     ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml",
 ]
-STEP = [*SMALL, "--rounds", 3, "--warmup", 1, "--rois", 16]
+ROUNDS = ["--rounds", 3, "--warmup", 1]
+STEP = [*SMALL, *ROUNDS, "--rois", 16]
+# Without the keys that the benchmark sets.
+NODES = ("MODEL.FPN", "MODEL.RPN", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_MASK_HEAD")
+PAIRS = zip(TINY[::2], TINY[1::2], strict=True)
+OPTS = [word for pair in PAIRS if pair[0].startswith(NODES) for word in pair]
 PAIR = ["--variants", "detectron2-gn", "ours-lean"]
 
 
@@ -29,7 +34,7 @@ def benchmark(tmp_path, capsys):
     spec.loader.exec_module(tool)
 
     def run(question, *args):
-        command = [question, "--output", tmp_path / "results", *args, "--", *TINY]
+        command = [question, "--output", tmp_path / "results", *args, "--", *OPTS]
         tool.main(list(map(str, command)))
         printed = capsys.readouterr().out
         files = list(map(Path, printed.rpartition("Wrote ")[2].split()))
@@ -75,6 +80,7 @@ def test_step(benchmark):
     assert lean["saved_bytes"] < gn["saved_bytes"]
     assert gn["peak_bytes"] is None  # on a CPU, where nobody counts
     assert content["settings"]["size"] == [64, 96]
+    assert content["settings"]["kernel"] == "torch"
 
 
 def test_scaling(benchmark):
@@ -93,7 +99,7 @@ def test_scaling(benchmark):
 
 
 def test_inference(benchmark):
-    (table,), content = benchmark("inference", *STEP, "--size", 64)
+    (table,), content = benchmark("inference", *SMALL, *ROUNDS, "--size", 64)
     results = {result["variant"]: result for result in content["results"]}
     assert list(results) == ["detectron2-frozenbn", "detectron2-gn", "ours-fast"]
     for row in table:
@@ -110,6 +116,7 @@ def test_memory(benchmark):
     order = ["ours-checkpoint", "ours-lean", "ours-balanced", "ours-fast"]
     assert sorted(kept[name] for name in order) == [kept[name] for name in order]
     assert kept["ours-fast"] == kept["detectron2-gn"] > kept["detectron2-frozenbn"]
+    assert not {"rounds", "warmup"} & content["settings"].keys()
     for row in table:
         assert row["MiB"] == f"{kept[row['variant']] / 2**20:.1f}"
         share = kept[row["variant"]] / kept["detectron2-gn"]
@@ -150,6 +157,9 @@ def test_kernels(benchmark):
         ),
         (["speed"], "invalid choice: 'speed'"),
         (["step", "--device", "cuda"], "--device cuda, but PyTorch finds no CUDA device"),
+        (["kernels", "--variants", "autocast", "--dtypes", "float32"], "not float32"),
+        (["inference", "--rois", "8"], "unrecognized arguments: --rois"),
+        (["step", "--device", "cpu", "SEED", "1"], "SEED is set by the benchmark itself"),
         (["step", "--config-file", "absent.yaml"], "error: absent.yaml: "),
         (["step", "--device", "cpu", "MODEL.GN.GROUPS", "32"], "Non-existent key: MODEL.GN.GROUPS"),
     ],
@@ -173,6 +183,14 @@ def test_output_that_is_no_directory_is_a_sentence(benchmark, tmp_path, capsys):
     assert made.is_dir()
 
 
+def test_a_gpu_without_triton_is_a_sentence(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("gn_detect.layers.functional.triton_kernels", None)
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["step", "--output", str(tmp_path)])
+    assert "triton is not installed" in capsys.readouterr().err
+
+
 def test_files_are_called_after_the_settings(benchmark, tmp_path, monkeypatch):
     def name(command):
         words = [*command.split(), "--output", str(tmp_path)]
@@ -183,6 +201,8 @@ def test_files_are_called_after_the_settings(benchmark, tmp_path, monkeypatch):
     assert name("step --amp none --device cuda --rounds 50 --warmup 3") == name("step")
     amp = "step --amp bfloat16 --channels-last"
     assert name(amp) == "step-cuda-bfloat16-channels_last-2x800x1344"
+    ours = "step --amp bfloat16 --channels-last ours"
+    assert name(ours) == "step-cuda-bfloat16-channels_last_ours-2x800x1344"
     assert (
         name("memory --device cpu --size 64 --threads 2") == "memory-cpu-float32-1x64x64-2threads"
     )
