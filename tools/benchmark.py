@@ -225,17 +225,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "tools/benchmark.py", *words])
     try:
-        report = ask(args)
+        for report in ask(args):  # written as it grows: what is measured is not lost
+            paths = report.write(args.output, args.name, command)
     except Exception as error:
         message = sentence(error)
         if message is None:
             raise
         sys.exit(f"error: {message}")
     print(report.text())
-    words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "tools/benchmark.py", *words])
-    print("Wrote", *report.write(args.output, args.name, command))
+    print("Wrote", *paths)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class Detector:
 
     def __init__(self, variant: str, settings: Settings):
         cfg = variant_config(variant, settings)
-        self.settings, self.batch = settings, synthetic_batch(settings)
+        self.use(settings)
         torch.manual_seed(settings.seed)
         self.model = build_model(cfg)
         if variant == FROZEN_BN:  # has biases where others have norms, which shift random numbers
@@ -161,9 +161,6 @@ class Detector:
         _detect_one_class(self.model)
         build = Trainer.build_optimizer if ours or settings.optimizer == "same" else build_optimizer
         self.optimizer = build(cfg, self.model)
-        self.scaler = torch.amp.GradScaler(
-            settings.device, init_scale=_SCALE, enabled=settings.amp == "float16"
-        )
         self.rois = [0, 0]
         heads = self.model.roi_heads
         for index, head in enumerate((heads.box_head, heads.mask_head)):
@@ -174,6 +171,9 @@ class Detector:
     def use(self, settings: Settings) -> None:
         """Go on with the images of other settings, which differ in nothing else."""
         self.settings, self.batch = settings, synthetic_batch(settings)
+        self.scaler = torch.amp.GradScaler(
+            settings.device, init_scale=_SCALE, enabled=settings.amp == "float16"
+        )
 
     def forward(self) -> torch.Tensor:
         """The sum of the losses in training; () float32, scaled for float16."""
@@ -185,30 +185,29 @@ class Detector:
     def step(self) -> None:
         """Forward, backward and optimizer step. No gradients stay behind, as other variants share
         the memory."""
-        self.forward().backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        try:
+            self.forward().backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        finally:
+            self.optimizer.zero_grad()
 
-    def check_no_step_was_left_out(self, name: str) -> None:
+    def check_no_step_was_left_out(self) -> None:
         """
         Raises:
             FloatingPointError: gradients have overflowed float16, so that some steps were shorter.
         """
         if self.settings.amp == "float16" and self.scaler.get_scale() < _SCALE:
             raise FloatingPointError(
-                f"gradients of {name} overflowed float16, and its optimizer left steps out: the "
-                "times would not be those of whole steps; measure --amp bfloat16 instead"
+                "gradients overflowed float16, so that the optimizer left steps out; measure "
+                "--amp bfloat16"
             )
 
     @torch.no_grad()
     def infer(self) -> list[dict]:
-        """The detections in the batch, with masks in the size of the images."""
-        self.model.eval()
+        """The detections of ``model.eval()`` in the batch, with masks in the size of the images."""
         with self.settings.autocast():
-            results = self.model([{"image": item["image"]} for item in self.batch])
-        self.model.train()
-        return results
+            return self.model([{"image": item["image"]} for item in self.batch])
 
     def state_bytes(self) -> int:
         """Of weights, buffers and optimizer state, which stay from step to step."""

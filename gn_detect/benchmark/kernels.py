@@ -17,7 +17,7 @@ from gn_detect.layers import GroupNorm
 from gn_detect.layers.functional import group_norm_act
 
 from .detectors import Settings, variant_config
-from .timing import as_cuda_graph, interleave, kernel_clock
+from .timing import as_cuda_graph, failing, interleave, kernel_clock
 
 # "copy": Tensor.copy_ of as many bytes as the layer has to read and write at the least.
 VARIANTS = ("eager", "autocast", "compiled", "frozenbn", "ours", "copy")
@@ -111,6 +111,7 @@ def time_layer(
     rounds: int,
     warmup: int,
     graph: bool,
+    failures: dict[str, str],
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each variant, interleaved: pass -> variant -> samples.
 
@@ -118,16 +119,22 @@ def time_layer(
         layout: a key of ``LAYOUTS``.
         graph: on CUDA, replay CUDA graphs, so that the time is that of the kernels. Without, a
             short kernel waits for Python.
+        failures: of ``timing.failing``; a variant that fails is left out from there on.
     """
     torch.manual_seed(0)
     torch.compiler.reset()  # compiled for each shape alone
-    runs = {name: layer_runs(name, layer, device, dtype, LAYOUTS[layout]) for name in variants}
-    clock, samples = kernel_clock(device), {}
+    runs, samples = {}, {}
+    for name in variants:
+        with failing(name, failures):
+            runs[name] = layer_runs(name, layer, device, dtype, LAYOUTS[layout])
+    clock = kernel_clock(device)
     for kind in PASSES:
-        of_pass = {name: run[kind] for name, run in runs.items()}
+        of_pass = {name: run[kind] for name, run in runs.items() if name not in failures}
         if graph and device.type == "cuda":
-            of_pass = {name: as_cuda_graph(run) for name, run in of_pass.items()}
-        samples[kind] = interleave(of_pass, rounds, warmup, clock)
+            for name, run in of_pass.items():
+                with failing(name, failures):
+                    of_pass[name] = as_cuda_graph(run)
+        samples[kind] = interleave(of_pass, rounds, warmup, clock, failures)
     return samples
 
 

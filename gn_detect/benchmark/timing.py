@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -60,6 +61,7 @@ def interleave(
     rounds: int,
     warmup: int,
     clock: Callable[[Callable[[], object]], float],
+    failures: dict[str, str],
 ) -> dict[str, list[float]]:
     """Time each of ``runs`` once per round, in turn.
 
@@ -67,6 +69,7 @@ def interleave(
         rounds: that are kept.
         warmup: rounds before them.
         clock: runs a function and gives its seconds.
+        failures: of :func:`failing`. Those that fail, or have failed, are left out.
 
     Returns:
         name -> seconds of each round; samples of one index belong to one round.
@@ -74,10 +77,24 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(-warmup, rounds):
         for name, run in runs.items():
-            seconds = clock(run)
-            if number >= 0:
-                samples[name].append(seconds)
-    return samples
+            if name in failures:
+                continue
+            with failing(name, failures):
+                seconds = clock(run)
+                if number >= 0:
+                    samples[name].append(seconds)
+    return {name: values for name, values in samples.items() if name not in failures}
+
+
+@contextlib.contextmanager
+def failing(name: str, failures: dict[str, str]) -> Iterator[None]:
+    """Note in ``failures`` that a variant is out of memory or overflows, and go on with others."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        failures[name] = "out of memory"
+    except FloatingPointError as error:
+        failures[name] = str(error)
 
 
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> Spread:

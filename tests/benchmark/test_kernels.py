@@ -150,6 +150,7 @@ def test_every_variant_is_timed_in_both_passes():
         rounds=2,
         warmup=1,
         graph=True,
+        failures={},
     )
     assert list(samples) == list(PASSES)
     for of_pass in samples.values():

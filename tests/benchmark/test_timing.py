@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from gn_detect.benchmark.timing import Spread, interleave, ratio
+from gn_detect.benchmark.timing import Spread, failing, interleave, ratio
 
 
 def test_variants_run_in_turn_and_warmup_is_dropped():
@@ -12,9 +13,26 @@ def test_variants_run_in_turn_and_warmup_is_dropped():
         run()
         return next(times)
 
-    samples = interleave(runs, rounds=2, warmup=1, clock=clock)
+    samples = interleave(runs, rounds=2, warmup=1, clock=clock, failures={})
     assert calls == list("abc" * 3)
     assert samples == {"a": [3, 6], "b": [4, 7], "c": [5, 8]}
+
+
+def test_a_variant_that_fails_leaves_the_others():
+    def overflow():
+        raise FloatingPointError("an overflow")
+
+    def exhaust():
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
+
+    calls, failures = [], {"d": "had failed"}
+    runs = {"a": overflow, "b": lambda: calls.append("b"), "c": exhaust, "d": overflow}
+    samples = interleave(runs, 3, 0, lambda run: (run(), 1.0)[1], failures)
+    assert samples == {"b": [1.0] * 3}
+    assert failures == {"a": "an overflow", "c": "out of memory", "d": "had failed"}
+    with pytest.raises(RuntimeError, match="anything else"), failing("b", failures):
+        raise RuntimeError("anything else")
 
 
 def test_ratios_are_of_one_round():

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from helpers import ROOT, TINY
+
+from gn_detect.benchmark import detectors, kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +146,99 @@ def test_kernels(benchmark):
     bandwidth = f"{first['minimum_bytes'] / ours / 1e9:.0f} GB/s"
     cell = f"{ours * 1e6:.1f} us, {bandwidth}, {100 * copy / ours:.0f} %"
     assert forward[0]["ours"] == cell
+
+
+def _fail(monkeypatch, owner, function, when, *errors):
+    """Let ``owner.function`` raise, in turn, where ``when(its arguments)``."""
+    original, errors = getattr(owner, function), list(errors)
+
+    def failing(*args, **kwargs):
+        if errors and when(*args, **kwargs):
+            raise errors.pop(0)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, function, failing)
+
+
+def _exhausted():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_scaling_out_of_memory(benchmark, monkeypatch, tmp_path):
+    """The baseline is, at the first point. At the third the program ends."""
+    _fail(
+        monkeypatch,
+        detectors.Detector,
+        "step",
+        lambda d: _is_detectron2(d.model) and d.settings.size == (64, 96),
+        _exhausted(),
+    )
+    _fail(
+        monkeypatch,
+        detectors.Detector,
+        "use",
+        lambda d, settings: settings.size == (96, 96),
+        KeyboardInterrupt(),
+    )
+    sizes = ["--sizes", "64x96", "64", "96", "--images", 1]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("scaling", *STEP, *PAIR, *sizes)
+    (path,) = (tmp_path / "results").glob("scaling-*.json")
+    results = json.loads(path.read_text())["results"]
+    found = [(r["variant"], r["size"], r.get("failure")) for r in results]
+    assert found == [
+        ("detectron2-gn", [64, 96], "out of memory"),
+        ("ours-lean", [64, 96], None),
+        ("detectron2-gn", [64, 64], None),
+        ("ours-lean", [64, 64], None),
+    ]
+    ((failed, other, *_),) = _tables(path.with_suffix(".md").read_text())
+    assert failed["s/iter (quartiles)"] == "out of memory" and failed["s / detectron2-gn"] == ""
+    assert other["s/iter (quartiles)"] and other["s / detectron2-gn"] == ""
+
+
+@pytest.mark.parametrize("question, where", [("step", "forward"), ("inference", "infer")])
+def test_one_variant_out_of_memory(benchmark, monkeypatch, question, where):
+    detector = detectors.Detector
+    _fail(monkeypatch, detector, where, lambda d: _is_detectron2(d.model), _exhausted())
+    options = [*SMALL, *ROUNDS, *PAIR, "--size", 64, "-n", 1]
+    (table,), content = benchmark(question, *options)
+    gn, ours = content["results"]
+    assert gn == {"variant": "detectron2-gn", "failure": "out of memory"}
+    assert len(ours["seconds"]) == 3
+    assert [row["variant"] for row in table] == PAIR[1:]
+    assert "out of memory" in table[0].values() and "out of memory" not in table[1].values()
+
+
+def _is_detectron2(model):
+    return not type(model.roi_heads.box_head).__module__.startswith("gn_detect")
+
+
+def test_all_variants_out_of_memory(benchmark, monkeypatch):
+    errors = [_exhausted(), _exhausted()]
+    _fail(monkeypatch, detectors.Detector, "__init__", lambda *_: True, *errors)
+    _, content = benchmark("step", *STEP, *PAIR, "--size", 64, "-n", 1)
+    assert [result["failure"] for result in content["results"]] == ["out of memory"] * 2
+
+
+def test_a_layer_out_of_memory(benchmark, monkeypatch):
+    """In its first backward pass, as ours runs it."""
+    maps = []
+
+    def second_of_ours(*args, **kwargs):
+        maps.append(args)
+        return len(maps) == 6  # 1 + 3 forward passes before
+
+    _fail(monkeypatch, kernels, "group_norm_act", second_of_ours, _exhausted())
+    settings = ["--size", 64, "--images", 1, "--variants", "eager", "ours"]
+    (forward, backward, totals), content = benchmark("kernels", *STEP, *settings)
+    assert "us" in forward[0]["ours"] and backward[0]["ours"] == "out of memory"
+    assert "us" in backward[0]["eager"] and "us" in backward[1]["ours"]
+    cells = {(row["variant"], row["pass"]): row["ms of all layers"] for row in totals}
+    assert cells.pop(("ours", "forward+backward")) == "out of memory"
+    assert len(cells) == 3 and "out of memory" not in cells.values()
+    (failed,) = [result for result in content["results"] if result["failures"]]
+    assert failed["failures"] == {"ours": "out of memory"} and "ours" not in failed["seconds"]
 
 
 @pytest.mark.parametrize(
