@@ -117,15 +117,16 @@ def wall_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 def kernel_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """On CUDA, a clock of the device (events) that first fills the L2 cache with something else:
-    in a network, a layer does not find there what it read an iteration ago. On a CPU, the wall's.
+    in a network, a layer does not find there what it read an iteration ago. It is filled by reading
+    what then need not be written back. On a CPU, the wall's.
     """
     if device.type != "cuda":
         return wall_clock(device)
-    other = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    other, total = torch.zeros(64 * 2**20, device=device), torch.zeros((), device=device)  # 256 MiB
 
     def clock(run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        other.zero_()
+        torch.sum(other, dim=0, out=total)
         start.record()
         run()
         end.record()

@@ -16,6 +16,7 @@ from gn_detect.benchmark.detectors import (
     VARIANTS,
     Detector,
     Settings,
+    peak_bytes,
     synthetic_batch,
     variant_config,
 )
@@ -111,6 +112,34 @@ def test_a_step_that_was_left_out_is_an_error():
         detector.check_no_step_was_left_out()
     detector.use(detector.settings)  # which starts anew
     detector.check_no_step_was_left_out()
+
+
+def test_peak_is_that_of_a_detector_alone(monkeypatch):
+    """What a step adds to the 700 bytes that are there, which are also other detectors', and what
+    this one has itself. Before the step that counts there was one, which made the momentum."""
+    calls = []
+
+    class Alone:
+        settings = dataclasses.replace(SETTINGS, device="cuda")
+
+        def step(self):
+            calls.append("step")
+
+        def state_bytes(self):
+            return 30
+
+    fake = {
+        "synchronize": lambda: calls.append("synchronize"),
+        "reset_peak_memory_stats": lambda: calls.append("reset"),
+        "memory_allocated": lambda: calls.append("before") or 700,
+        "max_memory_allocated": lambda: calls.append("peak") or 1000,
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert peak_bytes(Alone()) == 1000 - 700 + 30
+    assert calls == ["step", "synchronize", "reset", "before", "step", "synchronize", "peak"]
+    Alone.settings = SETTINGS
+    assert peak_bytes(Alone()) is None
 
 
 def test_frozen_bn_normalizes(detectors):

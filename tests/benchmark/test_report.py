@@ -49,6 +49,11 @@ def test_lines_are_sorted():
 
 
 def test_environment_names_machine_and_versions():
-    found = environment("cpu")
-    assert found["device"] and found["threads"] == torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = environment("cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert found["device"] and found["threads"] == 3
     assert found["cuda"] == torch.version.cuda and found["cudnn"] is None

@@ -1,7 +1,78 @@
+import contextlib
+
 import pytest
 import torch
 
-from gn_detect.benchmark.timing import Spread, failing, interleave, ratio
+from gn_detect.benchmark.timing import (
+    Spread,
+    as_cuda_graph,
+    failing,
+    interleave,
+    kernel_clock,
+    ratio,
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is called of ``torch.cuda``, in order; no GPU is needed."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+            self.number = calls.count("record")
+
+        def synchronize(self):
+            calls.append(f"synchronize {self.number}")
+
+        def elapsed_time(self, end):
+            assert (self.number, end.number) == (1, 2)
+            return 250.0  # ms
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def within(what):
+        calls.append(f"enter {getattr(what, 'name', 'graph')}")
+        yield
+        calls.append(f"leave {getattr(what, 'name', 'graph')}")
+
+    replaced = {"Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": within}
+    replaced |= {"stream": within, "current_stream": lambda: Stream("usual")}
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: "total" if size == ((),) else "other")
+    monkeypatch.setattr(torch, "sum", lambda x, dim, out: calls.append(f"read {x} into {out}"))
+    return calls
+
+
+def test_clock_of_the_device(calls):
+    clock = kernel_clock(torch.device("cuda"))
+    assert clock(lambda: calls.append("run")) == 0.25
+    expected = ["read other into total", "record", "run", "record", "synchronize 2"]
+    assert calls == expected
+
+
+def test_a_graph_is_recorded_warm_and_replayed(calls):
+    replay = as_cuda_graph(lambda: calls.append("run"))
+    before = ["side waits for usual", "enter side", "run", "run", "run", "leave side"]
+    before += ["usual waits for side", "enter graph", "run", "leave graph"]
+    assert calls == before
+    replay()
+    assert calls == [*before, "replay"]
 
 
 def test_variants_run_in_turn_and_warmup_is_dropped():
