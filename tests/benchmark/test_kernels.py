@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from helpers import config
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gn_detect
 from gn_detect.benchmark.detectors import DETECTRON2_GN, Detector, Settings
@@ -156,3 +157,21 @@ def test_every_variant_is_timed_in_both_passes():
     for of_pass in samples.values():
         assert list(of_pass) == variants
         assert all(len(times) == 2 and min(times) > 0 for times in of_pass.values())
+
+
+def test_on_cuda_ours_has_to_be_triton(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "gn_detect.benchmark.kernels.group_norm_act", lambda *args, kernel: found.append(kernel)
+    )
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():  # the device need not be there
+            runs = layer_runs(
+                "ours",
+                Layer((1, 8, 4, 4), 4, relu=True, residual=True),
+                torch.device(device),
+                torch.float32,
+                LAYOUTS["nchw"],
+            )
+            runs["forward"]()
+    assert found == ["torch", "triton"]
