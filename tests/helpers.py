@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from PIL import Image
 
 import gn_detect
@@ -118,3 +119,25 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, std=0.2)
     return model
+
+
+def training_image(height=64, width=96):
+    """An image of two objects, with every kind of ground truth."""
+    generator = torch.Generator().manual_seed(0)
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6, 40, 50], [20, 20, 60, 60]]))
+    instances.gt_classes = torch.tensor([0, 0])
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    masks[0, 6:50, 4:40] = masks[1, 30:60, 20:50] = True
+    instances.gt_masks = BitMasks(masks)
+    points = torch.rand(2, 17, 2, generator=generator) * 20 + 20  # in both boxes
+    instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((2, 17, 1), 2.0)], 2))
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    sem_seg = torch.randint(0, 54, (height, width), generator=generator)
+    return {
+        "image": image,
+        "instances": instances,
+        "sem_seg": sem_seg,
+        "height": height,
+        "width": width,
+    }

@@ -11,9 +11,8 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
-from helpers import ROOT
+from helpers import ROOT, training_image
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -148,22 +147,6 @@ def step(model) -> dict[str, float]:
         losses = model([training_image()])
     sum(losses.values()).backward()
     return {name: loss.item() for name, loss in losses.items()}
-
-
-def training_image(height=64, width=96):
-    """An image of two objects, with every kind of ground truth."""
-    generator = torch.Generator().manual_seed(0)
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6, 40, 50], [20, 20, 60, 60]]))
-    instances.gt_classes = torch.tensor([0, 0])
-    masks = torch.zeros(2, height, width, dtype=torch.bool)
-    masks[0, 6:50, 4:40] = masks[1, 30:60, 20:50] = True
-    instances.gt_masks = BitMasks(masks)
-    points = torch.rand(2, 17, 2, generator=generator) * 20 + 20  # in both boxes
-    instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((2, 17, 1), 2.0)], 2))
-    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-    sem_seg = torch.randint(0, 54, (height, width), generator=generator)
-    return {"image": image, "instances": instances, "sem_seg": sem_seg}
 
 
 def depth_of(name):

@@ -10,9 +10,9 @@ from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from helpers import TINY, config, randomize, run_script
+from helpers import TINY, config, randomize, run_script, training_image
 from torch import nn
 
 from gn_detect.config import ConfigError
@@ -45,21 +45,6 @@ DETECTORS = {
 }
 
 
-def training_batch():
-    """One image with two objects, for any detector."""
-    instances = Instances((64, 96))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6, 40, 50], [20, 20, 60, 60]]))
-    instances.gt_classes = torch.tensor([0, 0])
-    masks = torch.zeros(2, 64, 96, dtype=torch.bool)
-    masks[0, 6:50, 4:40] = masks[1, 20:60, 20:60] = True
-    instances.gt_masks = BitMasks(masks)
-    points = torch.rand(2, 17, 3, generator=torch.Generator().manual_seed(0)) * 30 + 10
-    points[:, :, 2] = 2
-    instances.gt_keypoints = Keypoints(points)
-    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(1)) * 255
-    return [{"image": image, "instances": instances, "sem_seg": torch.zeros(64, 96).long()}]
-
-
 def losses_and_gradients(model, amp=False, steps=1):
     model.train().zero_grad()
     model.loss_normalizer = 100  # RetinaNet's moving average
@@ -67,7 +52,7 @@ def losses_and_gradients(model, amp=False, steps=1):
         for step in range(steps):
             torch.manual_seed(step)  # proposals and RoIs are sampled
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                losses = model(training_batch())
+                losses = model([training_image()])
             sum(losses.values()).backward()
     losses = {name: loss.detach() for name, loss in losses.items()}
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -311,7 +296,7 @@ def test_deployed():
     cfg = config(R18, *TINY, "MODEL.GN.MEMORY", "lean", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     torch.manual_seed(0)
     model = randomize(build_model(cfg)).eval()
-    image = training_batch()[0]["image"]
+    image = training_image()["image"]
 
     @torch.no_grad()
     def predict(model, inputs):
