@@ -157,13 +157,15 @@ def fuse_norms(module: nn.Module, memory: str) -> None:
             if type(child).forward is nn.Sequential.forward or isinstance(child, Block):
                 _fuse_sequential(child, alone)
         elif type(child) in _BLOCKS:
-            convs = list(child.children())
-            if all(type(c) in _CONVS and c.norm in alone and c.activation is None for c in convs):
+            if all(
+                type(c) in _CONVS and c.norm in alone and c.activation is None
+                for c in child.children()
+            ):
                 child.__class__ = _BLOCKS[type(child)]
-                *first, last = child.convs()
-                for conv in (*first, last):
+                convs = child.convs()
+                for conv in convs:
                     conv.norm.activation = "relu"
-                for conv in {last, child.shortcut} - {None}:
+                for conv in {convs[-1], child.shortcut} - {None}:
                     conv.__class__ = _CONVS[type(conv)]
         elif type(child) is BasicStem and child.conv1.norm in alone:
             child.__class__ = GNBasicStem
