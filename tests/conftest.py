@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Two threads: the machines of CI are small."""
+"""Fixtures of all tests."""
 
 import os
 
@@ -10,7 +10,8 @@ os.environ.pop("DETECTRON2_DATASETS", None)
 
 from helpers import SHARED_DATA, CocoFiles
 
-torch.set_num_threads(2)
+# The machines of CI are small: two cores, which the workers of pytest-xdist share.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="module")
