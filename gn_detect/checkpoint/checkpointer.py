@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from .convert import Weights, read_weights
 from .coverage import Coverage, cover
 from .origin import Origin
+from .resumed import check_resumed
 from .saving import (
     PERIODIC,
     periodic_checkpoints,
@@ -39,7 +41,8 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: of the checkpoints.
         guards: of the run.
         keep: how many periodic checkpoints to keep of this run and of what it resumes, 0 for all.
-        config: of the run, as text, for the ``.safetensors``.
+        config: of the run, as YAML, saved with the weights.
+        classes: names of the classes of the data, in order, saved with the weights.
         **checkpointables: of DetectionCheckpointer.
     """
 
@@ -51,6 +54,7 @@ class Checkpointer(DetectionCheckpointer):
         guards: WeightGuards,
         keep: int = 0,
         config: str = "",
+        classes: Sequence[str] = (),
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -58,6 +62,7 @@ class Checkpointer(DetectionCheckpointer):
         self._keep = keep
         self._saved: list[str] = []  # periodic checkpoints of this run, oldest first
         self._config = config
+        self._classes = list(classes)
 
     @property
     def origin(self) -> Origin:
@@ -73,6 +78,7 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         kwargs["origin"] = dataclasses.asdict(self.origin)
+        kwargs |= {"config": self._config, "classes": self._classes}
         basename = f"{name}.pth"
         # Fewer are to be kept than before, perhaps because there is no room for another one.
         self._remove_old()
@@ -115,8 +121,12 @@ class Checkpointer(DetectionCheckpointer):
             return
         if os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
             return
-        origin = json.dumps(dataclasses.asdict(self.origin))
-        metadata = {"format": "pt", "gn_detect.origin": origin, "gn_detect.config": self._config}
+        metadata = {
+            "format": "pt",
+            "gn_detect.origin": json.dumps(dataclasses.asdict(self.origin)),
+            "gn_detect.config": self._config,
+            "gn_detect.classes": json.dumps(self._classes),
+        }
         content = to_safetensors(self.model.state_dict(), metadata)
         path = os.path.join(self.save_dir, "model_final.safetensors")
         write_atomically(path, lambda f: f.write(content))
@@ -131,7 +141,8 @@ class Checkpointer(DetectionCheckpointer):
 
         Args:
             path: any name of weights that ``sources.locate`` knows; "" for none.
-            checkpointables: which of the other states to load, if they are there; None for all.
+            checkpointables: which of the other states to load, if they are there; None for all,
+                as for a run that is resumed: it must then have the model of the checkpoint.
 
         Returns:
             the rest of the file.
@@ -146,6 +157,9 @@ class Checkpointer(DetectionCheckpointer):
             self._guards.check_origin(origin, path)  # before a download
         logger.info(f"Loading weights from {path}")
         weights = read_weights(path, self.model.state_dict())
+        if checkpointables is None:
+            covered = cover(weights, self.model)
+            check_resumed(weights, covered, path, self._classes, self._config)
         coverage = self.check(weights, path)
         self.model.load_state_dict(coverage.loaded, strict=False)
         if self.save_dir and path == self.get_checkpoint_file():  # the run goes on

@@ -6,52 +6,44 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gn_detect.config import ConfigError
 
 from .coco import DataError
 
 
-class ResumableTrainingSampler(TrainingSampler):
-    """Detectron2's TrainingSampler, one batch after the other, from any batch on.
+class ResumableSampler(Sampler[int]):
+    """A sampler of Detectron2, one batch after the other, from any batch on.
 
     Detectron2 groups images by orientation after they are loaded, so where its stream stands
     depends on images that wait in its buckets. Grouping the indices gives the same batches, and
     skips ``start`` of them without loading an image.
 
     Args:
+        sampler: an endless stream of indices that follows from the seeds it has drawn.
         groups: one group for each image; the images of a batch are of one group.
         batch_size: images per process.
-        seed: of the shuffling; the same in all processes.
 
     Attributes:
         start: batches to skip.
     """
 
-    def __init__(self, groups: list[int], batch_size: int, seed: int):
-        super().__init__(len(groups), seed=seed)
+    def __init__(self, sampler: Sampler[int], groups: list[int], batch_size: int):
+        self.sampler = sampler
         self.groups = groups
         self.batch_size = batch_size
         self.start = 0
-
-    @property
-    def seed(self) -> int:
-        return self._seed
-
-    @seed.setter
-    def seed(self, value: int) -> None:
-        self._seed = value
 
     def __iter__(self) -> Iterator[int]:
         batches = itertools.islice(self._batches(), self.start, None)
@@ -59,46 +51,86 @@ class ResumableTrainingSampler(TrainingSampler):
 
     def _batches(self) -> Iterator[list[int]]:
         buckets: dict[int, list[int]] = {}
-        for index in super().__iter__():
+        for index in self.sampler:
             bucket = buckets.setdefault(self.groups[index], [])
             bucket.append(index)
             if len(bucket) == self.batch_size:
                 yield bucket.copy()
                 bucket.clear()
 
+    def state_dict(self) -> dict:
+        """What decides the order: the kind of the sampler, the number of images, and what it has
+        drawn, which are its seeds and its tables of indices."""
+        drawn = {
+            name: value
+            for name, value in vars(self.sampler).items()
+            if ("seed" in name and isinstance(value, int))
+            or (isinstance(value, torch.Tensor) and not value.is_floating_point())
+        }
+        kind = type(self.sampler).__name__
+        return {"sampler": kind, "num_images": len(self.groups), "drawn": drawn}
+
+    def load_state_dict(self, state: dict) -> str:
+        """Take the order of an earlier run. Returns why that cannot be; "" if it can."""
+        ours = self.state_dict()
+        if not ours["drawn"]:
+            return f"{ours['sampler']} keeps no seed"
+        for what in ("sampler", "num_images"):
+            if state[what] != ours[what]:
+                return f"its {what} is {ours[what]}, the checkpoint's {state[what]}"
+        vars(self.sampler).update(state["drawn"])
+        return ""
+
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
-    """Detectron2's train loader, with a :class:`ResumableTrainingSampler` where it would take a
-    ``TrainingSampler``, and errors that name the image.
+    """Detectron2's train loader of ``cfg``, made :func:`resumable <resumable_train_loader>`, with
+    errors that name the image.
 
     ``SOLVER.IMS_PER_BATCH`` counts the images of an iteration; a batch of the loader is what one
     of its ``SOLVER.ACCUMULATE_STEPS`` forward passes takes.
     """
     mapper = NamingDatasetMapper(cfg, is_train=True)
-    total_batch_size = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATE_STEPS or 1)
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        return build_detection_train_loader(cfg, mapper=mapper, total_batch_size=total_batch_size)
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    dataset = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-    by_orientation = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    sampler = ResumableTrainingSampler(
-        [int(by_orientation and d["width"] > d["height"]) for d in dataset],
-        batch_size=total_batch_size // comm.get_world_size(),
-        seed=comm.shared_random_seed() if cfg.SEED < 0 else cfg.SEED,
-    )
+    arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
+    arguments["total_batch_size"] //= cfg.SOLVER.ACCUMULATE_STEPS or 1
+    return resumable_train_loader(**arguments)
+
+
+def resumable_train_loader(
+    dataset: list[dict] | Dataset,
+    *,
+    total_batch_size: int,
+    sampler: Sampler[int] | None = None,
+    aspect_ratio_grouping: bool = True,
+    **arguments,
+) -> DataLoader:
+    """Detectron2's ``build_detection_train_loader``, whose order a resumed run can continue.
+
+    Args:
+        dataset: of dicts in Detectron2's format; others are passed on as they are.
+        total_batch_size: images of all processes.
+        sampler: a ``TrainingSampler`` if None.
+        aspect_ratio_grouping: batches are of images of one orientation.
+        **arguments: of ``build_detection_train_loader``.
+    """
+    if isinstance(dataset, list):
+        sampler = ResumableSampler(
+            sampler or TrainingSampler(len(dataset)),
+            [_orientation(d) if aspect_ratio_grouping else 0 for d in dataset],
+            batch_size=total_batch_size // comm.get_world_size(),
+        )
+        aspect_ratio_grouping = False  # the sampler has done it
     return build_detection_train_loader(
         dataset,
-        mapper=mapper,
-        sampler=sampler,
         total_batch_size=total_batch_size,
-        aspect_ratio_grouping=False,  # the sampler has done it
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        sampler=sampler,
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        **arguments,
     )
+
+
+def _orientation(dataset_dict: dict) -> int:
+    """1 for landscape images, 0 for others."""
+    return int(dataset_dict["width"] > dataset_dict["height"])
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from tqdm import tqdm
 
 
@@ -52,6 +52,22 @@ class FiniteLossCheck(HookBase):
             return batches[-1], "previous ", losses[-1] if losses else self._previous
         # The gradient is that of all batches.
         return list(itertools.chain(*batches)), "", self.trainer.mean_losses()
+
+
+class FirstIterations(HookBase):
+    """Print the metrics of iterations 1, 2, 5 and 10, too: the 20 of Detectron2's writers can be
+    minutes away.
+
+    Args:
+        max_iter: of the run.
+    """
+
+    def __init__(self, max_iter: int):
+        self._printer = CommonMetricPrinter(max_iter)
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 - self.trainer.start_iter in (1, 2, 5, 10):
+            self._printer.write()
 
 
 class ProgressBar(EventWriter):

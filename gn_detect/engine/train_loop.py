@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import time
 from collections.abc import Iterable
 
@@ -10,6 +12,10 @@ import torch
 from detectron2.engine import SimpleTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gn_detect.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # The values of SOLVER.AMP.DTYPE.
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -127,21 +133,64 @@ class AccumulatingTrainer(SimpleTrainer):
         }
 
     def _check_gradients(self) -> None:
-        # Clipping to an infinite norm changes nothing. It is the cheapest way to the norm: a few
-        # kernels for all parameters, and one wait for the device.
+        # The norm costs a few kernels for all parameters, and one wait for the device.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not torch.nn.utils.clip_grad_norm_(parameters, max_norm=float("inf")).isfinite():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
             raise FloatingPointError("a gradient is not finite")
 
     def state_dict(self) -> dict:
-        """SimpleTrainer's, and ``grad_scaler`` as in AMPTrainer's."""
+        """SimpleTrainer's, with the name of each parameter of the optimizer, and ``grad_scaler``
+        as in AMPTrainer's."""
         state = super().state_dict()
+        groups = zip(state["optimizer"]["param_groups"], self._parameter_names(), strict=True)
+        for group, names in groups:
+            group["param_names"] = names
         if self.grad_scaler:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the state of a run with, or without, mixed precision."""
-        super().load_state_dict(state)
+        """Load the state of a run with, or without, mixed precision.
+
+        The optimizer takes what it has gathered (momentum), parameter by parameter, and keeps its
+        options (rates, weight decay), which are those of this run.
+
+        Raises:
+            ConfigError: the state is of another number of parameters, and does not name them.
+        """
+        super().load_state_dict({**state, "optimizer": self._with_our_options(state["optimizer"])})
         if self.grad_scaler and "grad_scaler" in state:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+    def _with_our_options(self, theirs: dict) -> dict:
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # as a scheduler does
+        ours = self.optimizer.state_dict()
+        names = list(itertools.chain(*self._parameter_names()))
+        indices = list(itertools.chain(*(g["params"] for g in theirs["param_groups"])))
+        if all("param_names" in group for group in theirs["param_groups"]):
+            named = itertools.chain(*(g["param_names"] for g in theirs["param_groups"]))
+        elif len(indices) == len(names):  # of Detectron2, in the order of its groups
+            named = names
+        else:
+            raise ConfigError(
+                f"the checkpoint's optimizer has {len(indices)} parameters, this run's "
+                f"{len(names)}; start a new OUTPUT_DIR with the checkpoint as MODEL.WEIGHTS"
+            )
+        index = dict(zip(named, indices, strict=True))
+        gathered = {name: theirs["state"].get(index.get(name)) for name in names}
+        fresh = [name for name in names if name not in index]
+        if fresh:
+            logger.warning(
+                f"the checkpoint's optimizer does not know {len(fresh)} parameters of this run, "
+                f"such as {fresh[0]}; they start without momentum"
+            )
+        state = {i: value for i, value in enumerate(gathered.values()) if value is not None}
+        return {"state": state, "param_groups": ours["param_groups"]}
+
+    def _parameter_names(self) -> list[list[str]]:
+        """Of each group of the optimizer."""
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        return [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]

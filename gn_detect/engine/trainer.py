@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import random
 import sys
 import weakref
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -26,17 +23,13 @@ from detectron2.utils.events import CommonMetricPrinter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
-from gn_detect.config import ConfigError
 from gn_detect.data.coco import COCO_EVALUATORS
-from gn_detect.data.loader import (
-    ResumableTrainingSampler,
-    build_test_loader,
-    build_train_loader,
-)
+from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.solver import fuse_sgd
 
-from .hooks import FiniteLossCheck, ProgressBar
+from .hooks import FiniteLossCheck, FirstIterations, ProgressBar
 from .prepare import shorten_expected_error
+from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,15 +40,8 @@ class Trainer(DefaultTrainer):
 
     What it changes in DefaultTrainer: data parallel training on CPUs (gloo); gradient
     accumulation; bfloat16; fused SGD on CPUs; a loss that is not finite names the images; the COCO
-    evaluation; a progress bar on a terminal; and a checkpoint that also holds the random state and
-    the place in the training data, so that a resumed run goes on as if it had not stopped. With
-    several processes, or with data loading workers, the order of the images continues exactly, but
-    their random augmentation does not.
-
-    A run can be resumed with another number of images per iteration: it continues at the
-    iteration that has seen as many images (rounded down, so that some may be seen twice), with
-    the learning rate that its own config has there. Which images of an epoch were seen is exact
-    but for those that had waited for a batch of their orientation.
+    evaluation; a progress bar on a terminal; and a run that is resumed goes on as if it had not
+    stopped (:class:`~gn_detect.engine.resume.Resume`).
     """
 
     def __init__(self, cfg: CfgNode):
@@ -85,13 +71,16 @@ class Trainer(DefaultTrainer):
             guards=WeightGuards.from_config(cfg),
             keep=cfg.SOLVER.CHECKPOINT_KEEP,
             config=cfg.dump(),
+            classes=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ()),
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._resumed_random_state: dict | None = None
-        self.register_hooks(self.build_hooks())
+        self._resume = Resume(
+            self._trainer, cfg.SOLVER.IMS_PER_BATCH, self.max_iter, cfg.SOLVER.CHECKPOINT_PERIOD
+        )
+        self.register_hooks([self._resume, *self.build_hooks()])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -129,19 +118,21 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
         """Evaluate; leaves the random state as it was, so that training goes on the same."""
-        with _preserved_random_state():
+        with preserved_random_state():
             return super().test(cfg, model, evaluators)
 
     def build_hooks(self) -> list:
         ret = super().build_hooks()
         if not self.cfg.DATASETS.TEST:
             ret = [h for h in ret if not isinstance(h, hooks.EvalHook)]
+        if comm.is_main_process():
+            ret.append(FirstIterations(self.max_iter))
         return ret
 
-    @property
-    def _sampler(self) -> ResumableTrainingSampler | None:
-        sampler = getattr(getattr(self.data_loader, "dataset", None), "sampler", None)
-        return sampler if isinstance(sampler, ResumableTrainingSampler) else None
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self._resume.start(self.start_iter, self.scheduler)
 
     def train(self):
         """Train to the end, with a progress bar if the output is a terminal."""
@@ -160,12 +151,6 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        if self._sampler:
-            self._sampler.start = self.start_iter * self._trainer.accumulate_steps
-        # Creating the iterator draws from torch's generator: first that, then the saved state.
-        self._trainer._data_loader_iter  # noqa: B018
-        if self._resumed_random_state:
-            _set_random_state(self._resumed_random_state)
         if self.start_iter >= self.max_iter > 0:  # finished, but perhaps on a full disk
             self.checkpointer.save_safetensors()
 
@@ -183,101 +168,6 @@ class Trainer(DefaultTrainer):
             message = self._finite_losses.describe(self.iter, error, remedy)
             raise FloatingPointError(message) from None
 
-    def state_dict(self) -> dict:
-        state = super().state_dict()
-        state["random_state"] = _get_random_state()
-        state["batch"] = self._batch
-        if self._sampler:
-            state["data_seed"] = self._sampler.seed
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        base_lrs = self.scheduler.base_lrs  # loading puts those of the checkpoint in their place
-        super().load_state_dict(state)
-        self._continue_at_same_image(state.get("batch", self._batch), base_lrs)
-        # The state is of the first process; the others keep the seeds that they have, as sharing
-        # it would give all of them the same augmentations.
-        if comm.is_main_process():
-            self._resumed_random_state = state.get("random_state")
-        if self._sampler and "data_seed" in state:
-            self._sampler.seed = state["data_seed"]
-
-    @property
-    def _batch(self) -> dict[str, int]:
-        """How the images of an iteration come about."""
-        return {
-            "images_per_iteration": self.cfg.SOLVER.IMS_PER_BATCH,
-            "accumulate_steps": self._trainer.accumulate_steps,
-            "processes": comm.get_world_size(),
-        }
-
-    def _continue_at_same_image(self, saved: dict[str, int], base_lrs: list[float]) -> None:
-        """Translate the loaded state of a run with the batch ``saved`` to that of this run."""
-        if saved == self._batch:
-            return
-        old, new = saved["images_per_iteration"], self._batch["images_per_iteration"]
-        if old == new:
-            logger.warning(
-                f"resuming with {_describe(self._batch)}, where the checkpoint had "
-                f"{_describe(saved)}: an iteration still has {new} images, but their order and "
-                "augmentation are not those of a run without the change"
-            )
-            return
-        done = self.iter + 1  # iterations; self.iter is the last one of the checkpoint
-        start = done * old // new
-        if (start - self.max_iter) * new >= old + new:  # more than rounding can make
-            raise ConfigError(
-                f"the checkpoint's {done} iterations of {old} images saw more than the "
-                f"SOLVER.MAX_ITER {self.max_iter} iterations of {new} images of this run; scale "
-                "SOLVER.MAX_ITER with the images, or let SOLVER.IMS_PER_GPU do it"
-            )
-        start = min(start, self.max_iter)
-        self.iter = start - 1
-        # The optimizer keeps its momentum, but takes the learning rate of this config.
-        self.scheduler.base_lrs, self.scheduler.last_epoch = base_lrs, start
-        rates = self.scheduler.get_lr()
-        for group, base_lr, rate in zip(self.optimizer.param_groups, base_lrs, rates, strict=True):
-            group["initial_lr"], group["lr"] = base_lr, rate
-        logger.warning(
-            f"resuming with SOLVER.IMS_PER_BATCH {new} (images per iteration), where the "
-            f"checkpoint had {old}: its {done} iterations saw {done * old} images, so this run "
-            f"continues at iteration {start} of {self.max_iter}, after {start * new} images, with "
-            f"the learning rate of its own config there, {rates[0]:.4g}"
-        )
-
-
-def _describe(batch: dict[str, int]) -> str:
-    return f"{batch['processes']} process(es) and {batch['accumulate_steps']} accumulation step(s)"
-
 
 def _is_not_metrics(record: logging.LogRecord) -> bool:
     return record.name != CommonMetricPrinter.__module__
-
-
-def _get_random_state() -> dict:
-    """The state of the generators that training draws from, in types that ``torch.load`` with
-    ``weights_only`` accepts."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, keys.tolist(), *rest),
-        "python": random.getstate(),
-    }
-
-
-def _set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-
-
-@contextlib.contextmanager
-def _preserved_random_state():
-    state = _get_random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)

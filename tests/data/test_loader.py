@@ -1,7 +1,9 @@
+import io
 import itertools
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, BoxMode
@@ -10,7 +12,8 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from gn_detect.config import ConfigError
-from gn_detect.data.loader import NamingDatasetMapper, ResumableTrainingSampler
+from gn_detect.data.coco import register_coco_json
+from gn_detect.data.loader import NamingDatasetMapper, ResumableSampler, build_train_loader
 
 SIZES = [(100, 60), (60, 100), (50, 50), (120, 40), (40, 120), (30, 90), (90, 30)]
 GROUPS = [int(w > h) for w, h in SIZES]
@@ -26,22 +29,51 @@ def detectron2_batches(batch_size, seed):
         yield [d["id"] for d in batch]
 
 
+def take(sampler, count: int) -> list[int]:
+    return list(itertools.islice(sampler, count))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 1, 25])
 def test_the_batches_of_detectron2_from_any_on(batch_size, start):
-    sampler = ResumableTrainingSampler(GROUPS, batch_size, seed=5)
+    sampler = ResumableSampler(TrainingSampler(len(SIZES), seed=5), GROUPS, batch_size)
     sampler.start = start
-    indices = list(itertools.islice(sampler, 12 * batch_size))
+    indices = take(sampler, 12 * batch_size)
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     expected = itertools.islice(detectron2_batches(batch_size, 5), start, start + 12)
     assert batches == list(expected)
 
 
-def test_the_seed_can_be_set_to_that_of_an_earlier_run():
-    sampler = ResumableTrainingSampler(GROUPS, 2, seed=5)
-    sampler.seed = 6
-    expected = ResumableTrainingSampler(GROUPS, 2, seed=6)
-    assert list(itertools.islice(sampler, 20)) == list(itertools.islice(expected, 20))
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "RandomSubsetTrainingSampler",
+        "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
+    ],
+)
+def test_every_sampler_of_detectron2_is_continued(coco_files, sampler):
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    cfg = config(MASK_RCNN, "DATASETS.TRAIN", ("own",), "SOLVER.IMS_PER_BATCH", 2)
+    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.9])
+    # Read, but not among the defaults of every Detectron2.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO, cfg.DATASETS.TRAIN_REPEAT_FACTOR = 0.7, [["own", 1.5]]
+
+    def build(seed):
+        np.random.seed(seed)
+        return build_train_loader(cfg).dataset.sampler
+
+    first, other = build(1), build(2)
+    state = first.state_dict()
+    torch.save(state, buffer := io.BytesIO())
+    buffer.seek(0)
+    expected = take(first, 40)
+    assert take(other, 40) != expected
+    assert other.load_state_dict(torch.load(buffer, weights_only=True)) == ""
+    other.start = 10
+    assert take(other, 20) == expected[20:]
 
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"

@@ -260,10 +260,14 @@ def test_the_state_of_the_scaler_is_that_of_amp_trainer():
 @pytest.mark.parametrize("old, new", [(None, torch.float16), (torch.float16, None)])
 def test_mixed_precision_is_switched_between_runs(old, new):
     trained = model()
-    state = AccumulatingTrainer(trained, [], sgd(trained, lr=0.5), amp_dtype=old).state_dict()
+    trainer = AccumulatingTrainer(trained, batches(images(4), 2), sgd(trained), amp_dtype=old)
+    run(trainer, 2)
     optimizer = sgd(trained)
-    AccumulatingTrainer(trained, [], optimizer, amp_dtype=new).load_state_dict(state)
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    other = AccumulatingTrainer(trained, [], optimizer, amp_dtype=new)
+    other.load_state_dict(trainer.state_dict())
+    for parameter in trained.parameters():
+        expected = trainer.optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], expected)
 
 
 class Steep(nn.Module):
@@ -288,6 +292,18 @@ def test_a_gradient_that_is_not_finite(gradient, amp_dtype):
     assert steep.weight == 1
 
 
+def test_the_check_of_gradients_only_reads_them():
+    trained, versions = model(), []
+    optimizer = sgd(trained)
+    optimizer.register_step_pre_hook(
+        lambda *_: versions.append([p.grad._version for p in trained.parameters()])
+    )
+    loader = batches(images(4), 2)
+    run(AccumulatingTrainer(trained, loader, optimizer), 1)
+    run(AccumulatingTrainer(trained, loader, optimizer, check_gradients=False), 1)
+    assert versions[0] == versions[1]
+
+
 def test_clipping_by_value_mends_an_infinite_gradient():
     steep = Steep(math.inf)
     optimizer = clipping(steep, "value", 0.5, lr=1.0)
@@ -301,6 +317,7 @@ SAME_IMAGES = """
 import copy, sys, torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from helpers import TINY, config
 from gn_detect.data.coco import register_coco_json
 from gn_detect.engine import Trainer
@@ -313,7 +330,7 @@ def main(json_file, images, output, accumulate_steps):
         "INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 5,
         "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", accumulate_steps,
         "SOLVER.WARMUP_ITERS", 1, "SOLVER.MOMENTUM", 0.9)
-    torch.manual_seed(0)
+    seed_all_rng(0)
     trainer = Trainer(cfg)
     seen = []
 
@@ -410,6 +427,6 @@ def test_mask_rcnn_weighs_images_by_the_foreground_in_the_mask_loss_alone(monkey
     plain = differences([1.0, 1.0])
     one, nine = foreground[1], foreground[3]  # of the RoIs; RPN's come before
     assert 0 < one < nine
-    assert plain["rpn_head"] < 1e-5 and plain["box_head"] < 1e-5 and plain["mask_head"] > 0.05
+    assert plain["rpn_head"] < 1e-5 and plain["box_head"] < 1e-5 and plain["mask_head"] > 0.01
     mean = (one + nine) / 2
     assert max(differences([one / mean, nine / mean]).values()) < 1e-4

@@ -1,0 +1,83 @@
+"""What a run that is resumed must share with the checkpoint that it goes on from, and what not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import yaml
+
+from gn_detect.config import ConfigError
+
+from .convert import Weights
+from .coverage import Coverage
+
+logger = logging.getLogger(__name__)
+
+
+def check_resumed(
+    weights: Weights, coverage: Coverage, path: str, classes: Sequence[str], config: str
+) -> None:
+    """Refuse to go on with another model or other classes; log which options have changed.
+
+    Args:
+        weights: of the checkpoint, as read.
+        coverage: of the run's model by them.
+        path: of the checkpoint, for the message.
+        classes: names of the classes of the run's data, in order; empty if not known.
+        config: of the run, as YAML.
+
+    Raises:
+        ConfigError: says what the checkpoint has, what the run has, and the way out.
+    """
+    differences = [*_classes(weights.rest.get("classes"), list(classes)), *_model(coverage)]
+    if differences:
+        raise ConfigError(
+            f"--resume: {path} is of another model than this run's: {'; '.join(differences)}. "
+            f"To go on from its weights, start a new OUTPUT_DIR with MODEL.WEIGHTS {path} (in lazy "
+            "configs train.output_dir and train.init_checkpoint)"
+        )
+    theirs = weights.rest.get("config")
+    if theirs and config:
+        old, new = _options(theirs), _options(config)
+        changed = [
+            f"{key} {new.get(key, 'absent')} (it was {old.get(key, 'absent')})"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            logger.warning(f"--resume: the options of this run hold: {', '.join(changed)}")
+
+
+def _classes(theirs: list[str] | None, ours: list[str]) -> Iterator[str]:
+    if theirs and ours and theirs != ours:
+        yield (
+            f"it has {len(theirs)} classes ({', '.join(theirs)}), the data {len(ours)} "
+            f"({', '.join(ours)})"
+        )
+
+
+def _model(coverage: Coverage) -> Iterator[str]:
+    for name, shape in list(coverage.mismatched.items())[:3]:
+        yield f"{name} is {list(shape)} in it, {list(coverage.shapes[name])} here"
+    for names, what in ((coverage.missing, "it lacks"), (coverage.unexpected, "only it has")):
+        if names:
+            yield f"{what} {len(names)} of the parameters, such as {names[0]}"
+
+
+def _options(config: str) -> dict[str, str]:
+    """The values in a YAML, by their keys (A.B.C), as text: it may name Python's objects."""
+    return dict(_leaves(yaml.compose(config, Loader=yaml.SafeLoader)))
+
+
+def _leaves(node: yaml.Node, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _leaves(value, f"{key}.{name.value}" if key else name.value)
+    elif isinstance(node, yaml.ScalarNode):
+        yield key, node.value or node.tag
+    elif all(isinstance(value, yaml.ScalarNode) for value in node.value):
+        yield key, f"[{', '.join(value.value for value in node.value)}]"
+    else:
+        for index, value in enumerate(node.value):
+            yield from _leaves(value, f"{key}[{index}]")

@@ -1,0 +1,180 @@
+"""What a resumed run takes up beside its model and optimizer: its place in the data, and the random
+numbers of each process. For both trainers: a hook, whose state is saved with theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch.optim.lr_scheduler import LRScheduler
+
+from gn_detect.config import ConfigError
+from gn_detect.data.loader import ResumableSampler
+
+from .train_loop import AccumulatingTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class Resume(HookBase):
+    """Lets a run go on as if it had not stopped.
+
+    On the CPU, in one process without data loading workers, the result is that of an uninterrupted
+    run, bit for bit. With data loading workers the order of the images continues exactly, but their
+    random augmentation does not.
+
+    A run can be resumed with another number of images per iteration: it continues at the
+    iteration that has seen as many images (rounded down, so that some may be seen twice). Which
+    images of an epoch were seen is exact but for those that had waited for a batch of their
+    orientation.
+
+    Args:
+        loop: of the run.
+        images_per_iteration: of all processes and forward passes.
+        max_iter: iterations of the run.
+        checkpoint_period: in iterations. Register this hook before the one that saves.
+    """
+
+    def __init__(
+        self,
+        loop: AccumulatingTrainer,
+        images_per_iteration: int,
+        max_iter: int,
+        checkpoint_period: int,
+    ):
+        self._loop = loop
+        self._max_iter = max_iter
+        self._period = checkpoint_period
+        self._batch = {
+            "images_per_iteration": images_per_iteration,
+            "accumulate_steps": loop.accumulate_steps,
+            "processes": comm.get_world_size(),
+        }
+        sampler = getattr(getattr(loop.data_loader, "dataset", None), "sampler", None)
+        self._sampler = sampler if isinstance(sampler, ResumableSampler) else None
+        self._others: list[dict] = []  # random states of the other processes
+        self._resumed: dict = {}
+        self._start_iter = 0
+
+    def state_dict(self) -> dict:
+        return {
+            "batch": self._batch,
+            "random_states": [get_random_state(), *self._others],
+            "sampler": self._sampler.state_dict() if self._sampler else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self._resumed = state
+
+    def start(self, iterations: int, scheduler: LRScheduler | None = None) -> int:
+        """The iteration at which a run goes on whose checkpoint has been loaded.
+
+        Args:
+            iterations: those of the checkpoint.
+            scheduler: is set to that iteration, and to the rates of this run's optimizer, where
+                it exists already.
+
+        Raises:
+            ConfigError: the checkpoint has seen more images than this run will.
+        """
+        self._start_iter = self._same_image(iterations)
+        if scheduler:
+            groups = self._loop.optimizer.param_groups
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            scheduler.last_epoch = self._start_iter
+            for group, rate in zip(groups, scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        saved = self._resumed.get("sampler")
+        if not self._sampler:
+            reason = "its loader is not of gn_detect.data.loader, or its data no list of images"
+        elif saved:
+            reason = self._sampler.load_state_dict(saved)
+        else:
+            reason = "the checkpoint does not say where it was in the data"
+        if reason:
+            logger.warning(f"the order of the images is drawn anew: {reason}")
+        return self._start_iter
+
+    def _same_image(self, iterations: int) -> int:
+        """The iteration of this run that has seen as many images as ``iterations`` of the
+        checkpoint's."""
+        saved = self._resumed.get("batch", self._batch)
+        if saved == self._batch:
+            return iterations
+        old, new = saved["images_per_iteration"], self._batch["images_per_iteration"]
+        if old == new:
+            logger.warning(
+                f"resuming with {_describe(self._batch)}, where the checkpoint had "
+                f"{_describe(saved)}: an iteration still has {new} images, but their order and "
+                "augmentation are not those of a run without the change"
+            )
+            return iterations
+        start = iterations * old // new
+        if (start - self._max_iter) * new >= old + new:  # more than rounding can make
+            raise ConfigError(
+                f"the checkpoint's {iterations} iterations of {old} images saw more than the "
+                f"{self._max_iter} iterations of {new} images of this run; scale its length with "
+                "the images, or let SOLVER.IMS_PER_GPU do it"
+            )
+        start = min(start, self._max_iter)
+        logger.warning(
+            f"resuming with {new} images per iteration, where the checkpoint had {old}: its "
+            f"{iterations} iterations saw {iterations * old} images, so this run continues at "
+            f"iteration {start} of {self._max_iter}, after {start * new} images"
+        )
+        return start
+
+    def before_train(self) -> None:
+        if self._sampler:
+            self._sampler.start = self._start_iter * self._loop.accumulate_steps
+        # Creating the iterator draws from torch's generator: first that, then the saved state.
+        self._loop._data_loader_iter  # noqa: B018
+        states = self._resumed.get("random_states", [])
+        if comm.get_rank() < len(states):
+            set_random_state(states[comm.get_rank()])
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        saves = done % self._period == 0 or done >= self._max_iter
+        if comm.get_world_size() > 1:
+            self._others = comm.gather(get_random_state())[1:] if saves else []
+
+
+def _describe(batch: dict[str, int]) -> str:
+    return f"{batch['processes']} process(es) and {batch['accumulate_steps']} accumulation step(s)"
+
+
+def get_random_state() -> dict:
+    """The state of the generators that training draws from, in types that ``torch.load`` with
+    ``weights_only`` accepts."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Set what :func:`get_random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+@contextlib.contextmanager
+def preserved_random_state():
+    """Leave the generators as they were."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

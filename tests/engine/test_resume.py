@@ -1,0 +1,356 @@
+"""A run that goes on as if it had not stopped, and what may change on the way."""
+
+import itertools
+import logging
+import math
+
+import pytest
+import torch
+from detectron2.data.samplers import TrainingSampler
+from helpers import assert_equal, record_images, run_script, stream, weights
+from safetensors.torch import load_file
+
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import register_coco_json
+
+SAMPLER = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+SAMPLER += ("DATALOADER.REPEAT_THRESHOLD", 0.9)
+
+
+@pytest.mark.parametrize("changes", [(), ("MODEL.CHANNELS_LAST", True), SAMPLER])
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, changes):
+    options = ("SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 2, *changes)
+    whole = train("whole", *options)
+    whole.train()
+    assert (tmp_path / "whole" / "last_checkpoint").read_text() == "model_final.pth"
+
+    stopped = train("stopped", *options)
+    stopped.max_iter = 4  # as if it was killed there; the schedule is that of 6 iterations
+    stopped.train()
+    final = weights(whole)
+    assert any((final[k] != v).any() for k, v in weights(stopped).items())
+
+    # With another seed: what counts is what the checkpoint holds.
+    resumed = train("stopped", *options, "SEED", 99, resume=True)
+    assert resumed.start_iter == 4
+    resumed.train()
+    assert_equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("old, new", [(True, False), (False, True)])
+def test_resuming_with_another_memory_format(train, tmp_path, old, new):
+    whole = train("whole", "MODEL.CHANNELS_LAST", old)
+    whole.train()
+    stopped = train("stopped", "MODEL.CHANNELS_LAST", old)
+    stopped.max_iter = 4
+    stopped.train()
+    saved = load_file(tmp_path / "stopped" / "model_final.safetensors")
+    resumed = train("stopped", "MODEL.CHANNELS_LAST", new, resume=True)
+    assert list(saved) == sorted(weights(resumed))
+    conv = "backbone.bottom_up.res2.0.conv2.weight"
+    assert weights(resumed)[conv].is_contiguous(memory_format=torch.channels_last) == new
+    before = weights(stopped)
+    assert_equal(saved, before)
+    assert_equal(weights(resumed), before)
+    resumed.train()
+    final = weights(resumed)
+    for key, value in weights(whole).items():  # of a run without the change, up to rounding
+        change = (value - before[key]).norm()
+        assert (final[key] - value).norm() <= 3e-2 * change + 1e-6, key
+
+
+def test_a_checkpoint_of_detectron2s_own_trainer_can_be_resumed(train, tmp_path):
+    trainer = train("own")
+    trainer.train()
+    checkpoint = torch.load(tmp_path / "own" / "model_final.pth")
+    del checkpoint["trainer"]["hooks"]["Resume"], checkpoint["config"], checkpoint["classes"]
+    for group in checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]:
+        del group["param_names"]
+    checkpoint["iteration"] = checkpoint["trainer"]["iteration"] = 2
+    torch.save(checkpoint, tmp_path / "own" / "model_final.pth")
+    assert train("own", resume=True).start_iter == 3
+
+
+def test_resumed_run_with_accumulation_equals_the_uninterrupted_one(train):
+    options = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 4)
+    whole = train("whole", *options)
+    whole.train()
+    stopped = train("stopped", *options, "SOLVER.CHECKPOINT_PERIOD", 2)
+    stopped.max_iter = 2
+    stopped.train()
+    resumed = train("stopped", *options, "SEED", 99, resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    assert_equal(weights(resumed), weights(whole))
+
+
+NO_TEST = ("DATASETS.TEST", ())
+TWO_IMAGES = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 0.02)
+
+
+@pytest.fixture
+def stopped(train):
+    """Train 3 of 6 iterations of 2 images; return the momentum of the optimizer."""
+    trainer = train("run", *TWO_IMAGES)
+    trainer.max_iter = 3
+    trainer.train()
+    return momentum(trainer)
+
+
+def messages(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name.startswith("gn_detect")]
+
+
+def momentum(trainer) -> list[torch.Tensor]:
+    state = trainer.optimizer.state_dict()["state"]
+    return [values["momentum_buffer"].clone() for values in state.values()]
+
+
+def cosine(base_lr: float, iteration: int, max_iter: int) -> float:
+    """The learning rate of the config, after its warm-up."""
+    return base_lr * (1 + math.cos(math.pi * iteration / max_iter)) / 2
+
+
+ONE_IMAGE = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 12, "SOLVER.BASE_LR", 0.01)
+
+
+def test_resuming_with_half_of_the_images_per_iteration(train, stopped, caplog):
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *ONE_IMAGE, "SEED", 99, resume=True)
+    assert messages(caplog) == [
+        "--resume: the options of this run hold: SEED 99 (it was 3), SOLVER.BASE_LR 0.01 (it was "
+        "0.02), SOLVER.IMS_PER_BATCH 1 (it was 2), SOLVER.MAX_ITER 12 (it was 6)",
+        "resuming with 1 images per iteration, where the checkpoint had 2: its 3 iterations saw 6 "
+        "images, so this run continues at iteration 6 of 12, after 6 images",
+    ]
+    assert resumed.start_iter == 6
+    pairs = zip(momentum(resumed), stopped, strict=True)
+    assert all(torch.equal(actual, expected) for actual, expected in pairs)
+
+    rates, seen = [], record_images(resumed)
+    resumed.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    resumed.train()
+    assert all(group["initial_lr"] == 0.01 for group in resumed.optimizer.param_groups)
+    assert len(rates) == 6
+    for iteration, groups in zip(range(6, 12), rates, strict=True):
+        assert groups == pytest.approx([cosine(0.01, iteration, 12)] * len(groups))
+    assert [file for (file,) in seen] == stream(resumed, 6, 12)
+    assert all(value.isfinite().all() for value in weights(resumed).values())
+
+    # What it has saved is its own: resumed once more, it is complete.
+    assert train("run", *ONE_IMAGE, resume=True).start_iter == 12
+
+
+def test_resuming_with_more_images_per_iteration_sees_some_twice(train, stopped, caplog):
+    options = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 0.04)
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *options, "SOLVER.ACCUMULATE_STEPS", 2, resume=True)
+    assert resumed.start_iter == 1  # not 1.5
+    assert "continues at iteration 1 of 3, after 4 images" in caplog.text
+    seen = record_images(resumed)
+    resumed.train()
+    assert [len(batch) for batch in seen] == [2] * 4
+    assert list(itertools.chain(*seen)) == stream(resumed, 4, 12)
+
+
+def test_resuming_after_less_than_one_iteration(train):
+    trainer = train("run", *TWO_IMAGES)
+    trainer.max_iter = 1
+    trainer.train()
+    resumed = train("run", "SOLVER.IMS_PER_BATCH", 4, resume=True)
+    assert resumed.start_iter == 0
+    lr = resumed.optimizer.param_groups[0]["lr"]
+    assert lr == pytest.approx(resumed.cfg.SOLVER.WARMUP_FACTOR * resumed.cfg.SOLVER.BASE_LR)
+
+
+def test_resuming_with_the_same_images_in_other_steps(train, stopped, caplog):
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *TWO_IMAGES, "SOLVER.ACCUMULATE_STEPS", 2, resume=True)
+    assert messages(caplog) == [
+        "--resume: the options of this run hold: SOLVER.ACCUMULATE_STEPS 2 (it was null)",
+        "resuming with 1 process(es) and 2 accumulation step(s), where the checkpoint had "
+        "1 process(es) and 1 accumulation step(s): an iteration still has 2 images, but their "
+        "order and augmentation are not those of a run without the change",
+    ]
+    assert resumed.start_iter == 3
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(cosine(0.02, 3, 6))
+    seen = record_images(resumed)
+    resumed.train()
+    assert list(itertools.chain(*seen)) == stream(resumed, 6, 12)
+
+
+def test_resuming_with_mixed_precision_switched_on_and_off(train, stopped):
+    amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE")
+    half = train("run", *TWO_IMAGES, *amp, "float16", resume=True)
+    half.max_iter = 4
+    half.train()
+    resumed = train("run", *TWO_IMAGES, *amp, "bfloat16", resume=True)
+    assert resumed.start_iter == 4
+    dtypes = set()
+    resumed.model.roi_heads.mask_head.predictor.register_forward_hook(
+        lambda module, inputs, output: dtypes.add(output.dtype)
+    )
+    resumed.train()
+    assert dtypes == {torch.bfloat16}
+    assert all(value.isfinite().all() for value in weights(resumed).values())
+
+
+def test_resuming_beyond_the_end(train, tmp_path):
+    train("run", *TWO_IMAGES).train()
+    with pytest.raises(
+        ConfigError, match="6 iterations of 2 images saw more than the 6 iterations of 1"
+    ):
+        train("run", *ONE_IMAGE, "SOLVER.MAX_ITER", 6, resume=True)
+    finished = train("run", *ONE_IMAGE, resume=True)  # nothing is left to do
+    assert finished.start_iter == finished.max_iter == 12
+    file = tmp_path / "run" / "model_final.safetensors"
+    file.unlink()  # but to write what a full disk has refused
+    finished.train()
+    assert_equal(load_file(file), weights(finished))
+
+
+OPTIONS = {
+    "SOLVER.BASE_LR": 0.005,
+    "SOLVER.WEIGHT_DECAY": 0.01,
+    "SOLVER.MOMENTUM": 0.5,
+    "SOLVER.NESTEROV": True,
+    "SOLVER.WEIGHT_DECAY_NORM": 0.002,  # other groups of parameters
+    "SOLVER.BIAS_LR_FACTOR": 2.0,
+    "SOLVER.GAMMA": 0.5,
+}
+
+
+@pytest.mark.parametrize("key, value", OPTIONS.items())
+def test_the_options_of_the_resumed_run_hold(train, stopped, caplog, key, value):
+    """In all groups; momentum stays with its parameter, though groups are others."""
+    before = named_momentum(train("run", *TWO_IMAGES, resume=True))
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *TWO_IMAGES, key, value, resume=True)
+    assert any(f"{key} {value} (it was ".lower() in m.lower() for m in messages(caplog))
+    fresh = train("fresh", *TWO_IMAGES, key, value)
+    multiplier = fresh.scheduler._multiplier(3 / 6)
+    groups = zip(resumed.optimizer.param_groups, fresh.optimizer.param_groups, strict=True)
+    for actual, expected in groups:
+        options = {k: v for k, v in expected.items() if k not in ("params", "lr")}
+        assert {k: v for k, v in actual.items() if k not in ("params", "lr")} == options
+        assert actual["lr"] == pytest.approx(expected["initial_lr"] * multiplier)
+    assert_equal(named_momentum(resumed), before)
+
+
+def named_momentum(trainer) -> dict[str, torch.Tensor]:
+    """By the names of the parameters."""
+    state = trainer.optimizer.state
+    return {n: state[p]["momentum_buffer"] for n, p in trainer.model.named_parameters()}
+
+
+def test_parameters_that_are_trained_from_now_on_start_without_momentum(train, caplog):
+    trainer = train("run", *TWO_IMAGES, "MODEL.BACKBONE.FREEZE_AT", 2)
+    trainer.max_iter = 3
+    trainer.train()
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        resumed = train("run", *TWO_IMAGES, resume=True)
+    assert "does not know 33 parameters of this run, such as backbone.bottom_up.stem" in caplog.text
+    names = dict(resumed.model.named_parameters())
+    assert names["backbone.bottom_up.stem.conv1.weight"] not in resumed.optimizer.state
+    assert names["backbone.bottom_up.res3.0.conv1.weight"] in resumed.optimizer.state
+    resumed.train()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            ("MODEL.ROI_HEADS.NUM_CLASSES", 3),
+            r"box_predictor.cls_score.weight is \[3, 32\] in it, \[4, 32\] here",
+        ),
+        (("MODEL.FPN.OUT_CHANNELS", 64), r"fpn_lateral2.weight is \[32, 32, 1, 1\] in it"),
+        (("MODEL.RPN.CONV_DIMS", [-1, -1]), "it lacks 4 of the parameters, such as proposal_gen"),
+    ],
+)
+def test_another_model_is_not_resumed(train, stopped, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        train("run", *TWO_IMAGES, *changes, resume=True)
+    path = tmp_path / "run/model_final.pth"
+    assert f"start a new OUTPUT_DIR with MODEL.WEIGHTS {path}" in str(error.value)
+
+
+def test_exchanged_classes_are_not_resumed(train, stopped, coco_files):
+    cat, dog = coco_files.content["categories"]
+    cat["name"], dog["name"] = dog["name"], cat["name"]
+    coco_files.write()
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    with pytest.raises(ConfigError, match=r"2 classes \(dog, cat\), the data 2 \(cat, dog\)"):
+        train("run", *TWO_IMAGES, resume=True)
+
+
+def test_an_order_that_cannot_be_continued_is_one_warning(train, stopped, caplog):
+    class Alternating(TrainingSampler):
+        """Of a user, without a seed."""
+
+        def __init__(self, size):
+            self.size = size
+
+        def __iter__(self):
+            return itertools.cycle(range(self.size))
+
+    trainer = train("run", *TWO_IMAGES)
+    trainer.data_loader.dataset.sampler.sampler = Alternating(3)
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        trainer.resume_or_load(resume=True)
+    assert messages(caplog) == [
+        "the order of the images is drawn anew: Alternating keeps no seed",
+    ]
+
+
+def test_data_of_another_size_is_said(train, stopped, coco_files, caplog):
+    coco_files.content["annotations"].pop()  # without which its image is left out
+    coco_files.write()
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        train("run", *TWO_IMAGES, resume=True)
+    assert "drawn anew: its num_images is 2, the checkpoint's 3" in caplog.text
+
+
+# What the model sees of an image tells its augmentation: size and flip.
+TWO_PROCESSES = """
+import sys, torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from helpers import TINY, config
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import Trainer
+
+def train(output, stop, resume=False):
+    cfg = config(
+        "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2,
+        "DATASETS.TRAIN", ("own",), "DATASETS.TEST", (), "INPUT.MASK_FORMAT", "polygon",
+        "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 2,
+        "SOLVER.CHECKPOINT_PERIOD", 2, "INPUT.MIN_SIZE_TRAIN", (56, 64, 72))
+    seed_all_rng((99 if resume else 3) + comm.get_rank())
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume)
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, inputs: seen.extend(d["image"][0, 0].tolist() for d in inputs[0]))
+    trainer.max_iter = stop
+    trainer.train()
+    return seen, {k: v.clone() for k, v in trainer.model.module.state_dict().items()}
+
+def main(json_file, images):
+    register_coco_json("own", json_file, images)
+    whole, weights = train("whole", 4)
+    train("stopped", 2)
+    resumed, other = train("stopped", 4, resume=True)
+    assert resumed == whole[2:], (comm.get_rank(), resumed, whole)
+    assert all(torch.equal(weights[k], v) for k, v in other.items())
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto", args=tuple(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
+def test_each_of_two_processes_goes_on_with_its_own_random_numbers(coco_files, tmp_path):
+    run_script(TWO_PROCESSES, coco_files.json_file, coco_files.image_root, cwd=tmp_path)
