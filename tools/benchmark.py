@@ -165,13 +165,6 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
                 default="",
                 help="all variants, or ours alone",
             )
-        if question in ("step", "scaling"):
-            parser.add_argument(
-                "--optimizer",
-                choices=["own", "same"],
-                default="own",
-                help="the SGD that each comes with, or ours for all",
-            )
         parser.add_argument(
             "--freeze-at", type=int, default=0, help="MODEL.BACKBONE.FREEZE_AT; default: 0"
         )
@@ -202,7 +195,7 @@ def ask(args):
     values = {
         name: getattr(args, name)
         for name in ("config_file", "device", "images", "size", "rois", "amp")
-        + ("channels_last", "freeze_at", "optimizer")
+        + ("channels_last", "freeze_at")
         if hasattr(args, name)
     }
     plan = Plan(args.variants, args.baselines)

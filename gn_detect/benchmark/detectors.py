@@ -17,7 +17,6 @@ from torch import nn
 
 from gn_detect.config import ConfigError, load_config
 from gn_detect.engine.train_loop import AMP_DTYPES
-from gn_detect.engine.trainer import Trainer
 from gn_detect.layers.recompute import MODES
 
 FROZEN_BN, DETECTRON2_GN = "detectron2-frozenbn", "detectron2-gn"
@@ -51,7 +50,6 @@ class Settings:
         size: height and width of each, in pixels.
         rois: of each image, a quarter of them with masks, for the heads in training.
         freeze_at: ``MODEL.BACKBONE.FREEZE_AT``.
-        optimizer: each variant has its ``"own"`` SGD, or all have the ``"same"``, which is ours.
         seed: of weights, images and sampling.
     """
 
@@ -64,7 +62,6 @@ class Settings:
     size: tuple[int, int] = (256, 320)
     rois: int = 64
     freeze_at: int = 0
-    optimizer: str = "own"
     seed: int = 0
 
     @property
@@ -159,8 +156,7 @@ class Detector:
             self.model.to(memory_format=torch.channels_last)
         _set_statistics(self.model, self.batch)
         _detect_one_class(self.model)
-        build = Trainer.build_optimizer if ours or settings.optimizer == "same" else build_optimizer
-        self.optimizer = build(cfg, self.model)
+        self.optimizer = build_optimizer(cfg, self.model)
         self.rois = [0, 0]
         heads = self.model.roi_heads
         for index, head in enumerate((heads.box_head, heads.mask_head)):

@@ -204,6 +204,5 @@ def _describe(settings: Settings, batch: bool = True, kernel: bool = True) -> st
     parts += [settings.device, "float32" if settings.amp == "none" else f"AMP {settings.amp}"]
     if settings.channels_last:
         parts.append("channels_last" + " of ours" * (settings.channels_last == "ours"))
-    parts += ["the same SGD"] * (settings.optimizer == "same")
     parts += [f"ours with {settings.kernel}"] * kernel
     return ", ".join(parts)

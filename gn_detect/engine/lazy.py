@@ -17,7 +17,6 @@ from torch import nn
 
 from gn_detect.checkpoint import Checkpointer
 from gn_detect.config import ConfigError
-from gn_detect.solver import fuse_sgd
 
 from .hooks import FiniteLossCheck
 from .lazy_config import weight_guards
@@ -67,7 +66,6 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = build_lazy_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = _instantiate(cfg, "optimizer")
-    fuse_sgd(optimizer)
     loader = _instantiate(cfg, "dataloader.train")
     on_cpu = {"device_ids": None} if train.device == "cpu" else {}
     model = create_ddp_model(model, **train.ddp, **on_cpu)

@@ -74,9 +74,6 @@ class AccumulatingTrainer(SimpleTrainer):
         self.grad_scaler: torch.amp.GradScaler | None = None
         if amp_dtype == torch.float16:
             self.grad_scaler = torch.amp.GradScaler(self._device_type)
-            # A fused optimizer would unscale in its step, behind the clipping, and leave its
-            # momentum without a value where it leaves out the first step (torch 2.14).
-            optimizer._step_supports_amp_scaling = False
 
     def run_step(self) -> None:
         """

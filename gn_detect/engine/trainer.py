@@ -7,7 +7,6 @@ import os
 import sys
 import weakref
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
@@ -25,7 +24,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data.coco import COCO_EVALUATORS
 from gn_detect.data.loader import build_test_loader, build_train_loader
-from gn_detect.solver import fuse_sgd
 
 from .hooks import FiniteLossCheck, FirstIterations, ProgressBar
 from .prepare import shorten_expected_error
@@ -39,7 +37,7 @@ class Trainer(DefaultTrainer):
     """Train, evaluate and resume a detector from a config.
 
     What it changes in DefaultTrainer: data parallel training on CPUs (gloo); gradient
-    accumulation; bfloat16; fused SGD on CPUs; a loss that is not finite names the images; the COCO
+    accumulation; bfloat16; a loss that is not finite names the images; the COCO
     evaluation; a progress bar on a terminal; and a run that is resumed goes on as if it had not
     stopped (:class:`~gn_detect.engine.resume.Resume`).
     """
@@ -81,12 +79,6 @@ class Trainer(DefaultTrainer):
             self._trainer, cfg.SOLVER.IMS_PER_BATCH, self.max_iter, cfg.SOLVER.CHECKPOINT_PERIOD
         )
         self.register_hooks([self._resume, *self.build_hooks()])
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        optimizer = super().build_optimizer(cfg, model)
-        fuse_sgd(optimizer)
-        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

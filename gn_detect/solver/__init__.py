@@ -1,4 +1,3 @@
-from .fused_sgd import fuse_sgd
 from .schedule import resolve_schedule
 
-__all__ = ["fuse_sgd", "resolve_schedule"]
+__all__ = ["resolve_schedule"]

@@ -184,20 +184,6 @@ def test_channels_last(variant, whose, detectors):
     assert detector.forward().item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_optimizer_of_each(monkeypatch):
-    """PyTorch's fused SGD takes parameters on a CPU that ours lets it have."""
-    calls, kernel = [], torch._fused_sgd_
-    monkeypatch.setattr(
-        torch, "_fused_sgd_", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs)
-    )
-    for whose in ("own", "same"):
-        for variant in (DETECTRON2_GN, "ours-fast"):
-            detector = Detector(variant, dataclasses.replace(SETTINGS, optimizer=whose))
-            calls.clear()
-            detector.step()
-            assert bool(calls) == (whose == "same" or variant.startswith("ours-"))
-
-
 @pytest.mark.parametrize(
     "key, value",
     [

@@ -17,7 +17,6 @@ from helpers import TINY, config, run_script
 from torch import nn
 
 from gn_detect.engine.train_loop import AccumulatingTrainer
-from gn_detect.solver import fuse_sgd
 
 
 class Regression(nn.Module):
@@ -47,8 +46,8 @@ def batches(data: list, size: int) -> list[list]:
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
-def sgd(model: nn.Module, lr: float = 0.1, **options) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, **options)
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
 def run(trainer: SimpleTrainer, iterations: int) -> dict[str, float]:
@@ -161,20 +160,17 @@ def test_processes_exchange_gradients_in_the_last_step_only(tmp_path):
         dist.destroy_process_group()
 
 
-def clipping(
-    model: nn.Module, kind: str, value: float, lr: float, **options
-) -> torch.optim.Optimizer:
+def clipping(model: nn.Module, kind: str, value: float, lr: float) -> torch.optim.Optimizer:
     cfg = get_cfg()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = value
-    return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=lr, **options)
+    return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=lr)
 
 
 @pytest.mark.parametrize("amp_dtype, tolerance", [(None, 1e-4), (torch.float16, 2e-2)])
 @pytest.mark.parametrize("kind", ["norm", "value"])
-@pytest.mark.parametrize("fused", ["", "by us", "by the user"])
-def test_what_is_clipped_is_the_mean_gradient(kind, amp_dtype, tolerance, fused):
+def test_what_is_clipped_is_the_mean_gradient(kind, amp_dtype, tolerance):
     """A clipped sum, a mean of clipped gradients, or clipped scaled ones would differ."""
     whole, data = model(), images(4)
     sum(whole(data).values()).backward()
@@ -189,9 +185,7 @@ def test_what_is_clipped_is_the_mean_gradient(kind, amp_dtype, tolerance, fused)
 
     trained = model()
     before = clone(trained)
-    optimizer = clipping(trained, kind, limit, lr=1.0, fused=fused == "by the user")
-    if fused == "by us":
-        fuse_sgd(optimizer)
+    optimizer = clipping(trained, kind, limit, lr=1.0)
     run(AccumulatingTrainer(trained, batches(data, 2), optimizer, 2, amp_dtype), 1)
     for (name, after), grad in zip(trained.state_dict().items(), expected, strict=True):
         error = (before[name] - after - grad).norm() / grad.norm()
@@ -216,15 +210,13 @@ def test_bfloat16():
     assert trainer.grad_scaler is None and "grad_scaler" not in trainer.state_dict()
 
 
-@pytest.mark.parametrize("fused", ["", "by us", "by the user"])
-def test_float16_leaves_out_a_step_whose_gradient_overflows(fused):
+def test_float16_leaves_out_a_step_whose_gradient_overflows():
     trained, data = model(), images(8)
     # The loss of this image is finite; scaled by 2**16, its gradient overflows in float16.
     data[0] = (data[0][0], torch.full((3,), 1e4))
-    optimizer = sgd(trained, fused=fused == "by the user")
-    if fused == "by us":
-        fuse_sgd(optimizer)
-    trainer = AccumulatingTrainer(trained, batches(data, 2), optimizer, 2, amp_dtype=torch.float16)
+    trainer = AccumulatingTrainer(
+        trained, batches(data, 2), sgd(trained), 2, amp_dtype=torch.float16
+    )
     weights = [clone(trained)]
     scales = [trainer.grad_scaler.get_scale()]
 
