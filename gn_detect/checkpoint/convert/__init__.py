@@ -105,7 +105,14 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
     wrapper = next((w for w in _WRAPPERS if all(str(n).startswith(w) for n in content)), "")
     state = {}
     for key, value in content.items():
-        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if isinstance(value, np.ndarray):
+            try:
+                value = torch.from_numpy(value)
+            except (TypeError, ValueError):
+                raise WeightsError(
+                    f"{name}: {key!r} in it is an array of {value.dtype!r}, a type that PyTorch "
+                    "does not have; save it as float32"
+                ) from None
         if str(key).endswith("_extra_state"):  # of a module that saves more than tensors
             logger.warning(f"{name}: {key} is no tensor, and is left out")
             continue
