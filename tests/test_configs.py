@@ -358,6 +358,7 @@ def test_weights_and_guards(name, caplog):
     """What is fine-tuned has weights that fit, what is not has nothing frozen; and where there are
     no public weights, the user is told so."""
     cfg = as_shipped(name).clone()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 80  # as from the data
     weights = cfg.MODEL.WEIGHTS
     depth = cfg.MODEL.RESNETS.DEPTH
     from_scratch = any(word in name for word in ("scratch", "_lsj_", "table3", "quickstart"))

@@ -12,10 +12,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import gn_detect  # noqa: F401  # registers the generated dataset
-from gn_detect.checkpoint import Checkpointer
-from gn_detect.engine import sentence
+from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.engine import prepare_run, sentence
 from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
-from gn_detect.engine.lazy_config import load_lazy_config, prepare_lazy_run, weight_guards
+from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.engine.prepare import check_num_gpus
 
 
@@ -23,11 +23,19 @@ def main(args):
     # Loaded in each process: a lazy config is code, and may register its data.
     cfg = load_lazy_config(args.config_file, args.opts)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="gn_detect")
-    prepare_lazy_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    prepare_run(
+        cfg,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        eval_only=args.eval_only,
+        resume=args.resume,
+    )
     default_setup(cfg, args)
     if args.eval_only:
         model = build_lazy_model(cfg)
-        checkpointer = Checkpointer(model, cfg.train.output_dir, guards=weight_guards(cfg))
+        checkpointer = Checkpointer(
+            model, cfg.train.output_dir, guards=WeightGuards.from_config(cfg)
+        )
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         return do_test(cfg, model)
     return do_train(cfg, resume=args.resume)

@@ -8,10 +8,12 @@ import re
 from collections.abc import Mapping
 
 from detectron2.config import CfgNode
+from omegaconf import DictConfig
 from torch import nn
 
 from gn_detect.config import ConfigError
 from gn_detect.layers import WSConv2d
+from gn_detect.settings import Settings
 
 from .convert.weights import Weights
 from .coverage import BACKBONE, Coverage
@@ -32,7 +34,7 @@ class WeightGuards:
 
     Args:
         ours: what the model of the run is trained with.
-        keys: field of ``Origin`` -> the config key that states it.
+        keys: field of ``Origin`` -> the config key that states it; may hold others.
         switches: each of ``SWITCHES`` -> the config key that switches the check off, and whether
             it is on.
     """
@@ -42,24 +44,15 @@ class WeightGuards:
     switches: Mapping[str, tuple[str, bool]]
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> WeightGuards:
-        bottleneck = cfg.MODEL.RESNETS.DEPTH >= 50
+    def from_config(cls, cfg: CfgNode | DictConfig) -> WeightGuards:
+        """Of a YAML config, or a lazy one."""
+        run = Settings(cfg)
+        values = {field: run[field] for field in (*_INPUT, "stride_in_1x1")}
+        values = {f: v if isinstance(v, (str, bool)) else v and tuple(v) for f, v in values.items()}
         return cls(
-            Origin(
-                cfg.INPUT.FORMAT,
-                tuple(cfg.MODEL.PIXEL_MEAN),
-                tuple(cfg.MODEL.PIXEL_STD),
-                cfg.MODEL.RESNETS.STRIDE_IN_1X1 if bottleneck else None,
-            ),
-            {
-                "input_format": "INPUT.FORMAT",
-                "pixel_mean": "MODEL.PIXEL_MEAN",
-                "pixel_std": "MODEL.PIXEL_STD",
-                "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
-                "weight_standardization": "MODEL.GN.WEIGHT_STANDARDIZATION",
-                "num_groups": "MODEL.GN.NUM_GROUPS or CHANNELS_PER_GROUP",
-            },
-            {name: (f"GUARDS.{name}", cfg.GUARDS[name]) for name in SWITCHES},
+            Origin(**values),
+            run.keys,
+            {name: (run.keys[name], run[name]) for name in SWITCHES},
         )
 
     def check_origin(self, origin: Origin, weights: str) -> None:

@@ -13,8 +13,8 @@ from gn_detect.checkpoint.coverage import BACKBONE, Coverage, component_of, cove
 from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError, locate
 from gn_detect.modeling.norm import weight_standardization_from_config
+from gn_detect.settings import is_retinanet
 
-from .guards import norm_keys
 from .prepare import classes_from_weights
 
 _GN_KINDS = ("GN", "LN", "IN")
@@ -133,8 +133,25 @@ def _check_config(cfg: CfgNode) -> None:
         )
 
 
+def _norm_keys(cfg: CfgNode) -> list[str]:
+    """The keys of the norms that the model of ``cfg`` has."""
+    model, retinanet = cfg.MODEL, is_retinanet(cfg)
+    present = {
+        "MODEL.RESNETS.NORM": True,
+        "MODEL.FPN.NORM": bool(model.FPN.IN_FEATURES),
+        "MODEL.RETINANET.NORM": retinanet,
+        "MODEL.RPN.NORM": not retinanet,
+        "MODEL.ROI_BOX_HEAD.NORM": not retinanet and model.ROI_BOX_HEAD.NUM_CONV > 0,
+        "MODEL.ROI_MASK_HEAD.NORM": model.MASK_ON and model.ROI_MASK_HEAD.NUM_CONV > 0,
+        "MODEL.ROI_MASK_HEAD.DECONV_NORM": model.MASK_ON,
+        "MODEL.ROI_KEYPOINT_HEAD.NORM": model.KEYPOINT_ON,
+        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE == "PanopticFPN",
+    }
+    return [key for key, there in present.items() if there]
+
+
 def _gn_keys(cfg: CfgNode) -> list[str]:
-    places = {key: locate(cfg, key) for key in norm_keys(cfg)}
+    places = {key: locate(cfg, key) for key in _norm_keys(cfg)}
     return [key for key, (node, name) in places.items() if node[name] in _GN_KINDS]
 
 

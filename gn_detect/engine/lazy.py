@@ -8,18 +8,17 @@ import logging
 import os
 import tempfile
 
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig
 from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from gn_detect.checkpoint import Checkpointer
-from gn_detect.config import ConfigError
+from gn_detect.checkpoint import Checkpointer, WeightGuards
 
 from .hooks import FiniteLossCheck
-from .lazy_config import weight_guards
+from .lazy_config import instantiate_key
 from .prepare import shorten_expected_error
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
 
@@ -31,16 +30,7 @@ def build_lazy_model(cfg: DictConfig) -> nn.Module:
         ConfigError: a call in ``cfg.model`` lacks an argument or has one that it does not take, or
             the groups of a norm do not divide the channels.
     """
-    return _instantiate(cfg, "model").to(cfg.train.device)
-
-
-def _instantiate(cfg: DictConfig, key: str):
-    try:
-        return instantiate(OmegaConf.select(cfg, key))
-    except TypeError as error:  # Detectron2 has logged whose it is
-        if "argument" not in str(error):
-            raise
-        raise ConfigError(f"{key}: {error}") from error
+    return instantiate_key(cfg, "model").to(cfg.train.device)
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
@@ -50,7 +40,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     anew when a run is resumed, as by Detectron2's tool.
 
     Args:
-        cfg: of :func:`prepare_lazy_run`.
+        cfg: of :func:`.prepare.prepare_run`.
         resume: continue from the last checkpoint in ``train.output_dir``, if there is one.
 
     Returns:
@@ -65,8 +55,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     cfg.dataloader.train.total_batch_size //= train.accumulate_steps
     model = build_lazy_model(cfg)
     cfg.optimizer.params.model = model
-    optimizer = _instantiate(cfg, "optimizer")
-    loader = _instantiate(cfg, "dataloader.train")
+    optimizer = instantiate_key(cfg, "optimizer")
+    loader = instantiate_key(cfg, "dataloader.train")
     on_cpu = {"device_ids": None} if train.device == "cpu" else {}
     model = create_ddp_model(model, **train.ddp, **on_cpu)
     amp_dtype = AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None
@@ -75,7 +65,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     checkpointer = Checkpointer(
         model,
         train.output_dir,
-        guards=weight_guards(cfg),
+        guards=WeightGuards.from_config(cfg),
         keep=periodic.pop("max_to_keep", None) or 0,
         config=text,
         trainer=trainer,
@@ -86,7 +76,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         results.update(do_test(cfg, model))
         return results
 
-    schedule = hooks.LRScheduler(scheduler=_instantiate(cfg, "lr_multiplier"))
+    schedule = hooks.LRScheduler(scheduler=instantiate_key(cfg, "lr_multiplier"))
     finite_losses = FiniteLossCheck()
     trainer.register_hooks([finite_losses, hooks.IterationTimer(), schedule])
     if comm.is_main_process():
@@ -123,10 +113,10 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict:
     no evaluator, and in other processes than the first."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    evaluator = _instantiate(cfg, "dataloader.evaluator")
+    evaluator = instantiate_key(cfg, "dataloader.evaluator")
     if isinstance(evaluator, ListConfig):
         evaluator = list(evaluator)
-    results = inference_on_dataset(model, _instantiate(cfg, "dataloader.test"), evaluator)
+    results = inference_on_dataset(model, instantiate_key(cfg, "dataloader.test"), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results

@@ -10,14 +10,18 @@ import re
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+from omegaconf import DictConfig
 
 from gn_detect.checkpoint import CheckpointError, Weights, WeightsError
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
+from gn_detect.settings import Settings, is_retinanet
 from gn_detect.solver import resolve_schedule
 
-from .guards import check_recipe, is_retinanet
+from .guards import check_recipe
+from .lazy_config import check_lazy_config
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ def shorten_expected_error(record: logging.LogRecord) -> bool:
 
 
 def prepare_run(
-    cfg: CfgNode,
+    cfg: CfgNode | DictConfig,
     *,
     num_gpus: int = 1,
     num_machines: int = 1,
@@ -62,45 +66,48 @@ def prepare_run(
 ) -> None:
     """Complete ``cfg`` in place for this machine and its datasets, and check it.
 
-    Sets ``MODEL.DEVICE`` (and AMP) where there is no CUDA, the classes and
-    ``INPUT.MASK_FORMAT`` from the data, and the schedule from ``SOLVER.IMS_PER_GPU``
-    (``solver/schedule.py``), and logs each with the reason. Looks through the annotations of the
-    COCO-format datasets.
+    Sets the device (and AMP) where there is no CUDA, classes and format of the masks from the data,
+    and the schedule from the images of a GPU (``solver/schedule.py``), and logs each with the
+    reason. Looks through the annotations of the COCO-format datasets, in the first process where
+    there are others already.
 
     Args:
-        cfg: of :func:`gn_detect.config.load_config`.
+        cfg: of :func:`gn_detect.config.load_config` or :func:`.lazy_config.load_lazy_config`.
         num_gpus: GPUs of this machine, or processes where there is no CUDA.
         num_machines: machines.
         eval_only: evaluate, do not train.
-        resume: continue from the last checkpoint in ``OUTPUT_DIR``.
+        resume: continue from the last checkpoint in the output directory.
 
     Raises:
         ConfigError, DataError: the run could not work.
     """
-    _resolve_device(cfg, num_gpus)
-    check_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, eval_only, resume)
-    summaries = _check_datasets(cfg, eval_only)
-    _resolve_classes(cfg, summaries)
+    run = Settings(cfg)
+    check_num_gpus(num_gpus)
+    run["device"] = usable_device(run.keys["device"], run["device"], num_gpus)
+    _resolve_amp(run)
+    _check_weights(run, eval_only, resume)
+    if isinstance(cfg, DictConfig):
+        check_lazy_config(cfg)
+    summaries = _check_datasets(run, eval_only) if comm.is_main_process() else {}
+    summaries = comm.all_gather(summaries)[0]
+    _resolve_masks(run, eval_only, summaries)
+    _resolve_classes(run, summaries)
     if eval_only:
         return
-    check_keep("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP)
+    keep = run["keep"] or 0
+    if type(keep) is not int or keep < 0:
+        raise ConfigError(
+            f"{run.keys['keep']} is {keep!r}; it must be how many periodic checkpoints to keep, or "
+            "0 for all"
+        )
     processes = max(num_gpus * num_machines, 1)
     resolve_schedule(cfg, processes)
-    counts = [summaries[n].num_images if n in summaries else None for n in cfg.DATASETS.TRAIN]
+    counts = [summaries[n].num_images if n in summaries else None for n in _names(run, "train")]
     check_recipe(
         cfg,
         processes=processes,
         num_images=None if None in counts else sum(counts),
-        resumes=resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")),
-    )
-
-
-def _resolve_device(cfg: CfgNode, num_gpus: int) -> None:
-    check_num_gpus(num_gpus)
-    cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE, num_gpus)
-    amp = cfg.SOLVER.AMP
-    amp.ENABLED = usable_amp(
-        "SOLVER.AMP.ENABLED", amp.ENABLED, "SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE
+        resumes=resume and os.path.isfile(os.path.join(run["output_dir"], "last_checkpoint")),
     )
 
 
@@ -133,36 +140,21 @@ def usable_device(key: str, device: str, processes: int) -> str:
     return device
 
 
-def usable_amp(enabled_key: str, enabled: bool, dtype_key: str, dtype: str, device: str) -> bool:
-    """``enabled``, the value of the config key ``enabled_key``; or False for float16 on the CPU.
-
-    Raises:
-        ConfigError: ``dtype``, the value of ``dtype_key``, is unknown.
-    """
+def _resolve_amp(run: Settings) -> None:
+    keys, dtype = run.keys, run["amp_dtype"]
     if dtype not in AMP_DTYPES:
-        raise ConfigError(f"{dtype_key} is {dtype!r}; known: {', '.join(AMP_DTYPES)}")
-    if device == "cpu" and enabled and dtype == "float16":
+        raise ConfigError(f"{keys['amp_dtype']} is {dtype!r}; known: {', '.join(AMP_DTYPES)}")
+    if run["device"] == "cpu" and run["amp"] and dtype == "float16":
+        run["amp"] = False
         logger.warning(
-            f"mixed precision in float16 needs CUDA: {enabled_key} = False ({dtype_key} bfloat16 "
-            "does not need it)"
+            f"mixed precision in float16 needs CUDA: {keys['amp']} = False ({keys['amp_dtype']} "
+            "bfloat16 does not need it)"
         )
-        return False
-    return enabled
 
 
-def check_weights(key: str, weights: str, output_dir: str, eval_only: bool, resume: bool) -> None:
-    """Check that there is what a run starts from: a checkpoint in ``output_dir``, or ``weights``.
-
-    Args:
-        key: the config key of ``weights``.
-        weights: a path, a URL, or "" to train from scratch.
-        output_dir: of the run.
-        eval_only: evaluate, do not train.
-        resume: continue from the last checkpoint in ``output_dir``.
-
-    Raises:
-        ConfigError: there is not.
-    """
+def _check_weights(run: Settings, eval_only: bool, resume: bool) -> None:
+    """Check that there is what a run starts from: a checkpoint, or weights."""
+    key, weights, output_dir = run.keys["weights"], run["weights"], run["output_dir"]
     if resume:
         pointer = os.path.join(output_dir, "last_checkpoint")
         if os.path.isfile(pointer):
@@ -182,48 +174,46 @@ def check_weights(key: str, weights: str, output_dir: str, eval_only: bool, resu
         raise ConfigError(f"{key}: there is no file {path}")
 
 
-def check_keep(key: str, keep: int) -> None:
-    """
-    Raises:
-        ConfigError: ``keep``, the value of ``key``, is no number of checkpoints.
-    """
-    if type(keep) is not int or keep < 0:
-        raise ConfigError(
-            f"{key} is {keep!r}; it must be how many periodic checkpoints to keep, or 0 for all"
-        )
+def _names(run: Settings, split: str) -> tuple[str, ...]:
+    """Of the datasets; empty where a lazy config has a loader that takes none."""
+    names = run[f"{split}_data"] or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _check_datasets(cfg: CfgNode, eval_only: bool) -> dict[str, CocoSummary]:
-    if eval_only and not cfg.DATASETS.TEST:
+def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
+    train, test = () if eval_only else _names(run, "train"), _names(run, "test")
+    of_yaml = isinstance(run.cfg, CfgNode)  # a lazy config may have loaders of its own
+    if of_yaml and eval_only and not test:
         raise ConfigError("DATASETS.TEST is empty: with --eval-only, name the data to evaluate on")
-    if not eval_only and not cfg.DATASETS.TRAIN:
+    if of_yaml and not eval_only and not train:
         raise ConfigError("DATASETS.TRAIN is empty: name the data to train on (--train-json ...)")
-    if not cfg.DATASETS.TEST:
+    if of_yaml and not test:
         logger.warning("DATASETS.TEST is empty (no --val-json): nothing will be evaluated")
-    train = () if eval_only else cfg.DATASETS.TRAIN
     summaries = {}
-    for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
+    for name in dict.fromkeys([*train, *test]):
         summary = check_coco_dataset(
-            name,
-            masks=cfg.MODEL.MASK_ON,
-            training=name in train,
-            evaluation=name in cfg.DATASETS.TEST,
+            name, masks=bool(run["masks"]), training=name in train, evaluation=name in test
         )
         if summary is None:
-            if name in cfg.DATASETS.TEST:
+            if of_yaml and name in test:
                 raise ConfigError(
                     f"DATASETS.TEST: {name} is not in COCO format, and only the COCO evaluation is "
                     "supported; register it with register_coco_instances"
                 )
             continue
-        if name in cfg.DATASETS.TEST:
-            check_evaluation("DATASETS.TEST", name)
+        if name in test:
+            check_evaluation(run.keys["test_data"], name)
         summaries[name] = summary
         logger.info(f"{name}: {summary.num_images} images, {summary.num_annotations} annotations")
-        if name in train and summary.has_rle and cfg.INPUT.MASK_FORMAT == "polygon":
-            cfg.INPUT.MASK_FORMAT = "bitmask"
-            logger.info(f"INPUT.MASK_FORMAT = bitmask: {name} has masks as RLE")
     return summaries
+
+
+def _resolve_masks(run: Settings, eval_only: bool, summaries: dict[str, CocoSummary]) -> None:
+    train = () if eval_only or not run["masks"] else _names(run, "train")
+    for name in train:
+        if name in summaries and summaries[name].has_rle and run["mask_format"] != "bitmask":
+            run["mask_format"] = "bitmask"
+            logger.info(f"{run.keys['mask_format']} = bitmask: {name} has masks as RLE")
 
 
 def check_evaluation(key: str, name: str) -> None:
@@ -240,9 +230,10 @@ def check_evaluation(key: str, name: str) -> None:
         )
 
 
-def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:
-    section = "RETINANET" if is_retinanet(cfg) else "ROI_HEADS"
-    key, stated = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
+def _resolve_classes(run: Settings, summaries: dict[str, CocoSummary]) -> None:
+    if "num_classes" not in run.keys:  # of a lazy config: a model of its own kind
+        return
+    key, stated = run.keys["num_classes"], run["num_classes"]
     if not summaries:
         if stated is None:
             raise ConfigError(f"{key}: no dataset in COCO format declares it; set it")
@@ -258,10 +249,10 @@ def _resolve_classes(cfg: CfgNode, summaries: dict[str, CocoSummary]) -> None:
     count = len(summary.classes)
     if stated is not None and stated != count:
         raise ConfigError(
-            f"{key} is {stated}, but the dataset {first} declares {count} categories; leave the "
-            "key out, and it follows the data"
+            f"{key} is {stated}, but the dataset {first} declares {count} categories; set it to "
+            f"{count}, or leave it out of a YAML config, and it follows the data"
         )
-    cfg.MODEL[section].NUM_CLASSES = count
+    run["num_classes"] = count
     names = ", ".join(map(str, summary.classes.values()))
     logger.info(f"{key} = {count}, from the dataset {first}: {names}")
 

@@ -11,18 +11,20 @@ from __future__ import annotations
 import logging
 
 from detectron2.config import CfgNode
+from omegaconf import DictConfig
 from tabulate import tabulate
 
-from gn_detect.config import ConfigError, locate
+from gn_detect.config import ConfigError
+from gn_detect.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_LEARNING_RATES = ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END")
-_ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
-_PERIODS = ("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+_LEARNING_RATES = ("base_lr", "base_lr_end")
+_ITERATIONS = ("max_iter", "steps", "warmup_iters")
+_PERIODS = ("checkpoint_period", "eval_period")
 
 
-def resolve_schedule(cfg: CfgNode, processes: int) -> None:
+def resolve_schedule(cfg: CfgNode | DictConfig, processes: int) -> None:
     """Settle images, learning rate and iterations of a run, in place, and log what was derived.
 
     With ``SOLVER.IMS_PER_GPU``, ``SOLVER.IMS_PER_BATCH`` becomes the images of one iteration:
@@ -34,99 +36,100 @@ def resolve_schedule(cfg: CfgNode, processes: int) -> None:
     so resolving it again changes nothing.
 
     Args:
-        cfg: with the keys of ``add_gn_config``.
+        cfg: with the keys of ``add_gn_config``; or a lazy config, with their counterparts
+            (``gn_detect.settings``). There, drops and warm-up are relative to ``train.max_iter``,
+            and follow it.
         processes: on all machines.
 
     Raises:
         ConfigError: a key that contradicts another, or the number of processes.
     """
-    solver = cfg.SOLVER
-    accumulate = 1 if solver.ACCUMULATE_STEPS is None else solver.ACCUMULATE_STEPS
+    run = Settings(cfg)
+    keys, steps = run.keys, run["accumulate_steps"]
+    accumulate = 1 if steps is None else steps
     if accumulate != "auto" and (type(accumulate) is not int or accumulate < 1):
         raise ConfigError(
-            f"SOLVER.ACCUMULATE_STEPS is {accumulate!r}; it must be a positive number or 'auto'"
+            f"{keys['accumulate_steps']} is {accumulate!r}; it must be a positive number or 'auto'"
         )
-    if solver.IMS_PER_GPU < 0 or solver.REFERENCE_BATCH_SIZE < 1:
+    if run["ims_per_gpu"] < 0 or run["reference_batch_size"] < 1:
         raise ConfigError(
-            f"SOLVER.IMS_PER_GPU is {solver.IMS_PER_GPU} and SOLVER.REFERENCE_BATCH_SIZE is "
-            f"{solver.REFERENCE_BATCH_SIZE}; both count images"
+            f"{keys['ims_per_gpu']} is {run['ims_per_gpu']} and {keys['reference_batch_size']} is "
+            f"{run['reference_batch_size']}; both count images"
         )
-    if solver.IMS_PER_GPU:
-        _derive(cfg, processes, accumulate)
+    if run["ims_per_gpu"]:
+        _derive(run, processes, accumulate)
     else:
-        _check_stated(cfg, processes, accumulate)
-        solver.ACCUMULATE_STEPS = accumulate
+        _check_stated(run, processes, accumulate)
+        run["accumulate_steps"] = accumulate
 
 
-def _check_stated(cfg: CfgNode, processes: int, accumulate: int | str) -> None:
+def _check_stated(run: Settings, processes: int, accumulate: int | str) -> None:
+    keys = run.keys
     if accumulate == "auto":
         raise ConfigError(
-            "SOLVER.ACCUMULATE_STEPS is 'auto', which restores the reference batch from the "
-            "images of one GPU: set SOLVER.IMS_PER_GPU"
+            f"{keys['accumulate_steps']} is 'auto', which restores the reference batch from the "
+            f"images of one GPU: set {keys['ims_per_gpu']}"
         )
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+    if run["reference_world_size"]:
         if accumulate > 1:
             raise ConfigError(
-                f"SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE} and "
-                f"SOLVER.ACCUMULATE_STEPS is {accumulate}: Detectron2's scaling knows nothing of "
-                "accumulation; set the former to 0, and SOLVER.IMS_PER_GPU to the images of a GPU"
+                f"{keys['reference_world_size']} is {run['reference_world_size']} and "
+                f"{keys['accumulate_steps']} is {accumulate}: Detectron2's scaling knows nothing "
+                f"of accumulation; set the former to 0, and {keys['ims_per_gpu']} to the images of "
+                "a GPU"
             )
-        return  # Detectron2 scales IMS_PER_BATCH later, and checks it
-    images = cfg.SOLVER.IMS_PER_BATCH
+        return  # Detectron2 scales the batch later, and checks it
+    images = run["ims_per_batch"]
     if images < 1 or images % (processes * accumulate):
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {images}, the images of one iteration; it must be a multiple "
-            f"of {processes * accumulate}: the processes ({processes}) times "
-            f"SOLVER.ACCUMULATE_STEPS ({accumulate})"
+            f"{keys['ims_per_batch']} is {images}, the images of one iteration; it must be a "
+            f"multiple of {processes * accumulate}: the processes ({processes}) times "
+            f"{keys['accumulate_steps']} ({accumulate})"
         )
 
 
-def _derive(cfg: CfgNode, processes: int, accumulate: int | str) -> None:
-    solver = cfg.SOLVER
-    reference = solver.REFERENCE_BATCH_SIZE
-    if solver.IMS_PER_BATCH != reference:
+def _derive(run: Settings, processes: int, accumulate: int | str) -> None:
+    keys, reference = run.keys, run["reference_batch_size"]
+    if run["ims_per_batch"] != reference:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, but SOLVER.REFERENCE_BATCH_SIZE, for "
-            f"which the recipe is stated, is {reference}: with SOLVER.IMS_PER_GPU, leave "
-            "SOLVER.IMS_PER_BATCH out; for a recipe of your own, set both to its images"
+            f"{keys['ims_per_batch']} is {run['ims_per_batch']}, but "
+            f"{keys['reference_batch_size']}, for which the recipe is stated, is {reference}: with "
+            f"{keys['ims_per_gpu']}, leave {keys['ims_per_batch']} out; for a recipe of your own, "
+            "set both to its images"
         )
-    if solver.REFERENCE_WORLD_SIZE:
+    if run["reference_world_size"]:
         raise ConfigError(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE} and SOLVER.IMS_PER_GPU "
-            f"is {solver.IMS_PER_GPU}: both scale the recipe; set one of them to 0"
+            f"{keys['reference_world_size']} is {run['reference_world_size']} and "
+            f"{keys['ims_per_gpu']} is {run['ims_per_gpu']}: both scale the recipe; set one of "
+            "them to 0"
         )
-    images = solver.IMS_PER_GPU * processes
+    images = run["ims_per_gpu"] * processes
     if accumulate == "auto":
         accumulate = -(-reference // images)
     images *= accumulate
 
-    keys = (*_LEARNING_RATES, *_ITERATIONS, *_PERIODS)
-    recipe = {key: _get(cfg, key) for key in keys}
-    for key, value in recipe.items():
-        if key in _LEARNING_RATES:
+    stated = [n for n in (*_LEARNING_RATES, *_ITERATIONS, *_PERIODS) if run[n] is not None]
+    recipe = {name: run[name] for name in stated}
+    for name, value in recipe.items():
+        if name in _LEARNING_RATES:
             value = value * images / reference
-        elif key in _PERIODS:
+        elif name in _PERIODS:
             value = max(1, round(value * reference / images)) if value > 0 else value
         elif isinstance(value, int):
             value = -(-value * reference // images)
         else:
             value = tuple(-(-v * reference // images) for v in value)
-        node, name = locate(cfg, key)
-        setattr(node, name, value)
-    # Large batches can round a step up to another, or to the end.
-    solver.STEPS = tuple(sorted({step for step in solver.STEPS if step < solver.MAX_ITER}))
-    solver.IMS_PER_BATCH = solver.REFERENCE_BATCH_SIZE = images
-    solver.ACCUMULATE_STEPS = accumulate
+        run[name] = value
+    if run["steps"]:  # large batches can round a step up to another, or to the end
+        run["steps"] = tuple(sorted({step for step in run["steps"] if step < run["max_iter"]}))
+    run["ims_per_batch"] = run["reference_batch_size"] = images
+    run["accumulate_steps"] = accumulate
 
-    rows = [[key, value, _get(cfg, key)] for key, value in recipe.items() if value]
-    rows.insert(0, ["SOLVER.IMS_PER_BATCH", reference, images])
+    rows = [[keys[name], value, run[name]] for name, value in recipe.items() if value]
+    rows.insert(0, [keys["ims_per_batch"], reference, images])
+    per_gpu, steps = (keys[n].rpartition(".")[2] for n in ("ims_per_gpu", "accumulate_steps"))
     logger.info(
-        f"{images} images per iteration = {processes} (processes) x {solver.IMS_PER_GPU} "
-        f"(IMS_PER_GPU) x {accumulate} (ACCUMULATE_STEPS); by the linear rule:\n"
+        f"{images} images per iteration = {processes} (processes) x {run['ims_per_gpu']} "
+        f"({per_gpu}) x {accumulate} ({steps}); by the linear rule:\n"
         + tabulate(rows, headers=["key", "recipe", "this run"], disable_numparse=True)
     )
-
-
-def _get(cfg: CfgNode, key: str):
-    node, name = locate(cfg, key)
-    return node[name]

@@ -3,7 +3,6 @@ import os
 import pytest
 from detectron2.utils.env import seed_all_rng
 from helpers import TINY, config
-from omegaconf import OmegaConf
 
 import gn_detect
 from gn_detect.data.coco import register_coco_json
@@ -25,16 +24,11 @@ def lazy_data(coco_files):
     register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
 
     def load(*overrides):
-        cfg = load_lazy_config(QUICK, overrides)
-        loaders = cfg.dataloader
-        for loader in (loaders.train, loaders.test):
-            loader.num_workers = 0
-            loader.dataset.names = "own"
-            loader.mapper.augmentations[0].short_edge_length = [64, 64]
-        for key, value in (("model.roi_heads.num_classes", 2), ("train.device", "cpu")):
-            if not any(override.startswith(key) for override in overrides):
-                OmegaConf.update(cfg, key, value)
-        return cfg
+        options = ["model.roi_heads.num_classes=2", "train.device=cpu"]
+        for loader in ("dataloader.train", "dataloader.test"):
+            options += [f"{loader}.num_workers=0", f"{loader}.dataset.names=own"]
+            options += [f"{loader}.mapper.augmentations.0.short_edge_length=[64,64]"]
+        return load_lazy_config(QUICK, [*options, *overrides])
 
     return load
 

@@ -8,9 +8,11 @@ from helpers import CocoFiles, config
 
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import register_coco_json
-from gn_detect.engine import prepare_run
+from gn_detect.engine import guards, prepare_run
+from gn_detect.engine.guards import check_recipe
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
+FROM_SCRATCH = ("COCO-Detection/retinanet_R_50_FPN_gn_1x.yaml", "MODEL.BACKBONE.FREEZE_AT", 0)
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_3x.yaml"
 R50_GN = ["MODEL.WEIGHTS", "catalog://ImageNetPretrained/FAIR/R-50-GN"]
@@ -23,7 +25,8 @@ def data(tmp_path_factory):
 
 
 def prepare(name, *opts, **kwargs):
-    data = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "DATASETS.TRAIN", ("guarded",), "DATASETS.TEST", ()]
+    classes = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.RETINANET.NUM_CLASSES", 2]
+    data = [*classes, "DATASETS.TRAIN", ("guarded",), "DATASETS.TEST", ()]
     cfg = config(name, *data, *opts)
     prepare_run(cfg, **kwargs)
     return cfg
@@ -36,19 +39,24 @@ REFUSED = [
         r"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is 2: .*3\.3 box AP",
     ),
     (
+        "SCRATCH_FREEZE_AT",
+        (SCRATCH, "MODEL.BACKBONE.FREEZE_AT", 1),  # the stem alone
+        "MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is 1: random weights",
+    ),
+    (
         "SCRATCH_FROZEN_BN",
         (SCRATCH, "MODEL.RESNETS.NORM", "FrozenBN"),
-        "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN",
+        "MODEL.WEIGHTS is empty and 53 layers are FrozenBN, such as backbone.bottom_up.stem.conv1",
     ),
     (
         "SCRATCH_FROZEN_BN",
-        (SCRATCH, "MODEL.ROI_MASK_HEAD.NORM", "FrozenBN"),
-        "MODEL.ROI_MASK_HEAD.NORM is FrozenBN",
+        (R18, "MODEL.ROI_MASK_HEAD.NORM", "FrozenBN"),
+        "4 layers are FrozenBN, such as roi_heads.mask_head.mask_fcn1.norm",
     ),
     (
         "SCRATCH_FROZEN_BN",
-        (SCRATCH, "MODEL.ROI_MASK_HEAD.DECONV_NORM", "FrozenBN"),
-        "MODEL.ROI_MASK_HEAD.DECONV_NORM is FrozenBN",
+        (R18, "MODEL.ROI_MASK_HEAD.DECONV_NORM", "FrozenBN"),
+        "1 layers are FrozenBN, such as roi_heads.mask_head.deconv_norm",
     ),
     (
         "WEIGHTS_STRIDE",
@@ -68,13 +76,26 @@ REFUSED = [
     (
         "SINGLE_VALUE_GROUPS",
         (R18, "MODEL.ROI_BOX_HEAD.FC_NORM", "IN"),
-        "FC_NORM is IN, in 256 groups, over the output of a layer of 256 channels",
+        "roi_heads.box_head.fc_norm1 normalizes in 256 groups 256 channels at a single position",
     ),
     (
         "SINGLE_VALUE_GROUPS",
-        (R18, "MODEL.RESNETS.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (32,)),
-        "RESNETS.NORM is IN, .* maps of images of 32 pixels of 512 channels and a single position",
+        (R18, "MODEL.RESNETS.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (32, 640)),
+        r"backbone.bottom_up.res5.0.\S+ normalizes in 512 groups .* of images of 32 pixels",
     ),
+    *[
+        (
+            "SINGLE_VALUE_GROUPS",
+            (name, *key, "IN", "INPUT.MIN_SIZE_TRAIN", (size,)),
+            f"{layer} normalizes in .* of images of {size} pixels",
+        )
+        # Where the smallest map, of the largest stride, is a single position
+        for name, *key, layer, size in [
+            (R18, "MODEL.FPN.NORM", "backbone.fpn_lateral5.norm", 32),
+            (R18, "MODEL.RPN.NORM", "proposal_generator.rpn_head.conv.norm", 64),
+            (*FROM_SCRATCH, "MODEL.RETINANET.NORM", "head.cls_subnet.1", 128),
+        ]
+    ],
 ]
 
 
@@ -101,17 +122,17 @@ WARNED = [
     (
         "SMALL_BATCH_BN",
         (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", 2),
-        "MODEL.FPN.NORM is BN, and its statistics are of 4 images",
+        "backbone.fpn_lateral2.norm is BatchNorm2d, and its statistics are of 4 images",
     ),
     (
         "SMALL_BATCH_BN",
         (R18, "MODEL.FPN.NORM", "naiveSyncBN", "SOLVER.IMS_PER_BATCH", 4),
-        "MODEL.FPN.NORM is naiveSyncBN, and its statistics are of 4 images",
+        "backbone.fpn_lateral2.norm is NaiveSyncBatchNorm, and its statistics are of 4 images",
     ),
     (
         "SMALL_BATCH_BN",
         (R18, "MODEL.FPN.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", 4),
-        "MODEL.FPN.NORM is SyncBN, and its statistics are of 4 images",
+        "backbone.fpn_lateral2.norm is SyncBatchNorm, and its statistics are of 4 images",
     ),
 ]
 
@@ -135,6 +156,7 @@ def test_warned_of_and_silenced_with_its_switch(switch, run, message, caplog):
         (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02),
         (R18, "MODEL.RESNETS.NORM", "IN", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02),
         (R18, "MODEL.RESNETS.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (0,), "SOLVER.IMS_PER_BATCH", 16),
+        (R18, "MODEL.RPN.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (65,), "SOLVER.IMS_PER_BATCH", 16),
         (R50, "MODEL.WEIGHTS", __file__, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.IMS_PER_GPU", 2),
     ],
 )
@@ -142,6 +164,27 @@ def test_a_sound_run_is_not_disturbed(run, caplog):
     with caplog.at_level(logging.WARNING, "gn_detect"):
         prepare(*run, "GUARDS.FEW_IMAGES", False)
     assert "GUARDS" not in caplog.text
+
+
+@pytest.mark.parametrize("num_images, warns", [(9_999, True), (10_000, False), (None, False)])
+def test_how_many_images_are_few(num_images, warns, caplog):
+    cfg = prepare(R18, "GUARDS.FEW_IMAGES", False)
+    cfg.GUARDS.FEW_IMAGES = True
+    check_recipe(cfg, processes=1, num_images=num_images)
+    assert ("there are 9999 images to train on" in caplog.text) == warns
+
+
+def test_a_component_that_cannot_be_built_on_the_meta_device(monkeypatch):
+    """Such as Detectron2's Swin transformer, which calls ``item`` on a tensor."""
+    build = guards.build_model
+
+    def build_model(cfg):
+        torch.zeros(1).item()
+        return build(cfg)
+
+    monkeypatch.setattr(guards, "build_model", build_model)
+    with pytest.raises(ConfigError, match="4 layers are FrozenBN"):
+        prepare(R18, "MODEL.ROI_MASK_HEAD.NORM", "FrozenBN")
 
 
 def test_a_resumed_run_does_not_start_from_weights(tmp_path):
@@ -156,7 +199,7 @@ def test_a_resumed_run_does_not_start_from_weights(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_synchronized_bn_on_a_cpu():
-    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is SyncBN, .* on CUDA only"):
+    with pytest.raises(ConfigError, match="stem.conv1.norm is SyncBN, .* on CUDA only"):
         prepare(R18, "MODEL.RESNETS.NORM", "SyncBN", num_gpus=2)
     prepare(R18, "MODEL.RESNETS.NORM", "SyncBN")  # nothing to synchronize
 

@@ -1,15 +1,28 @@
+import re
+
 import pytest
 import torch
+from detectron2.config import instantiate
+from detectron2.solver import build_lr_scheduler
+from helpers import config
 from omegaconf import OmegaConf
 
 import gn_detect
-from gn_detect.checkpoint import Checkpointer, Origin
+from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
+from gn_detect.engine import prepare_run
 from gn_detect.engine.lazy import build_lazy_model
-from gn_detect.engine.lazy_config import load_lazy_config, prepare_lazy_run, weight_guards
+from gn_detect.engine.lazy_config import load_lazy_config
+from gn_detect.solver import resolve_schedule
 
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
+FREEZE_AT = "model.backbone.bottom_up.freeze_at"
+TRAIN_MAPPER = "dataloader.train.mapper"
+
+
+def load(name, *overrides):
+    return load_lazy_config(gn_detect.get_config_file(f"lazy/{name}.py"), overrides)
 
 
 def test_overrides_keep_their_kind():
@@ -18,8 +31,9 @@ def test_overrides_keep_their_kind():
         [
             *("train.max_iter=7", "optimizer.lr=1e-3", "train.amp.enabled=True"),
             *("dataloader.train.dataset.names=[a,b]", "train.init_checkpoint=runs/a.pth"),
-            "dataloader.train.mapper.augmentations.0.max_size=96",
+            f"{TRAIN_MAPPER}.augmentations.0.max_size=96",
             "model.roi_heads.box_head.fc_norm=LN",  # an argument that the config does not state
+            *("train.accumulate_steps=auto", "train.guards.learning_rate=False"),
         ],
     )
     assert (cfg.train.max_iter, cfg.optimizer.lr, cfg.train.amp.enabled) == (7, 0.001, True)
@@ -27,6 +41,8 @@ def test_overrides_keep_their_kind():
     assert cfg.train.init_checkpoint == "runs/a.pth"
     assert cfg.dataloader.train.mapper.augmentations[0].max_size == 96
     assert cfg.model.roi_heads.box_head.fc_norm == "LN"
+    assert cfg.train.accumulate_steps == "auto"
+    assert not cfg.train.guards.learning_rate and cfg.train.guards.single_value_groups
 
 
 @pytest.mark.parametrize(
@@ -35,6 +51,7 @@ def test_overrides_keep_their_kind():
         ("train.max_itr=7", "no key train.max_itr; similar: train.max_iter"),
         ("trian.max_iter=7", "no key trian.max_iter"),
         ("train.device.x=7", "no key train.device.x"),
+        ("train.guards.few_image=False", "similar: train.guards.few_images"),
         ("train.max_iter=many", "train.max_iter is 'many', not a number like 1800"),
         ("train.max_iter", "'train.max_iter' is not of the form key=value"),
         ("train.max_iter=[", "the command line: train.max_iter="),
@@ -55,7 +72,8 @@ def test_bad_overrides(override, message):
         ("c.txt", "", "has to be a python or yaml file"),
         ("c.py", "model = (", "syntax error"),
         ("c.py", "from .other import model", "other.py does not exist"),
-        ("c.py", "model = dict()", "has no optimizer, lr_multiplier, dataloader, train"),
+        ("c.py", "model = dict(a=1)", "has no optimizer.lr, lr_multiplier, dataloader.train.total"),
+        ("c.py", "model = dict(a=1)\ntrain = dict(max_iter=1)", "train.output_dir, train.init_"),
         ("c.yaml", "MODEL: {MASK_ON: True}", "are for tools/train_net.py"),
     ],
 )
@@ -77,98 +95,125 @@ def test_no_file():
     [
         (["train.accumulate_steps=0"], "train.accumulate_steps is 0"),
         (["train.accumulate_steps=4"], "total_batch_size is 2, .* a multiple of 4"),
+        (["train.accumulate_steps=auto"], "restores the reference batch .* set train.ims_per_gpu"),
         (["dataloader.train.total_batch_size=0"], "total_batch_size is 0"),
+        (
+            ["train.ims_per_gpu=1", "dataloader.train.total_batch_size=4"],
+            "total_batch_size is 4, but train.reference_batch_size, .* is 2",
+        ),
         (["train.checkpointer.max_to_keep=-1"], "max_to_keep is -1; .* or 0 for all"),
         (["train.checkpointer.max_to_keep=1.5"], "max_to_keep is 1.5; "),
         (["train.amp.dtype=fp16"], "train.amp.dtype is 'fp16'; known: float16, bfloat16"),
-        (
-            ["train.init_checkpoint=absent.pth"],
-            "train.init_checkpoint: there is no file absent.pth",
-        ),
-        (
-            ["model.backbone.bottom_up.freeze_at=2"],
-            "train.init_checkpoint is empty and model.backbone.bottom_up.freeze_at is 2, so",
-        ),
-        (
-            ["dataloader.train.mapper.image_format=RGB"],
-            "dataloader.train.mapper.image_format is RGB, but model.input_format is BGR",
-        ),
+        (["train.init_checkpoint=absent.pth"], "init_checkpoint: there is no file absent.pth"),
+        ([f"{TRAIN_MAPPER}.image_format=RGB"], "image_format is RGB, but model.input_format is B"),
         (["model.roi_heads.num_classes=80"], "num_classes is 80, but the dataset own declares 2"),
+        (["model.backbone.bottom_up.freeze=2"], "model: .*unexpected keyword argument 'freeze'"),
     ],
 )
 def test_runs_that_cannot_work(lazy_data, tmp_path, overrides, message):
-    cfg = lazy_data(f"train.output_dir={tmp_path}", *overrides)
     with pytest.raises(ConfigError, match=message):
-        prepare_lazy_run(cfg)
+        prepare_run(lazy_data(f"train.output_dir={tmp_path}", *overrides))
 
 
-@pytest.mark.parametrize("backbone", ["R_50", "X_50_32x4d", "X_101_32x4d"])
-def test_frozen_stages_without_weights_are_refused(backbone):
-    name = f"lazy/COCO-InstanceSegmentation/mask_rcnn_{backbone}_FPN_gn_ws_2x.py"
-    overrides = ["train.init_checkpoint=''"]
-    with pytest.raises(ConfigError, match="bottom_up.freeze_at is 2, so the frozen layers"):
-        prepare_lazy_run(load_lazy_config(gn_detect.get_config_file(name), overrides))
-
-
-R50_GN = "train.init_checkpoint=catalog://ImageNetPretrained/FAIR/R-50-GN"
-MASK_RCNN = "lazy/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.py"
-STRIDE = "model.backbone.bottom_up.stages.stride_in_1x1"
+NORM = "model.backbone.bottom_up.stages.norm"
 
 
 @pytest.mark.parametrize(
     "switch, overrides, message",
     [
-        ("scratch_freeze_at", ["model.backbone.bottom_up.freeze_at=2"], "freeze_at is 2"),
+        ("scratch_freeze_at", [f"{FREEZE_AT}=1"], f"init_checkpoint is empty and {FREEZE_AT} is 1"),
+        ("scratch_frozen_bn", [f"{NORM}=FrozenBN"], "init_checkpoint is empty and 19 layers are"),
         (
-            "scratch_frozen_bn",
-            ["model.roi_heads.box_head.conv_norm=FrozenBN"],
-            "model.roi_heads.box_head.conv_norm is FrozenBN",
+            "weights_input",
+            ["train.init_checkpoint=catalog://ImageNetPretrained/FAIR/R-50-GN"],
+            r"model.pixel_std is \[57.375.* the weights' is \[1.0",
         ),
-        ("weights_input", [R50_GN], r"model.pixel_std is \[57.375.* the weights' is \[1.0"),
+        (
+            "single_value_groups",
+            [
+                "model.backbone.norm.num_groups=64",
+                f"{TRAIN_MAPPER}.augmentations.0.short_edge_length=[32]",
+            ],
+            "normalizes in 64 groups 64 channels .* 32 pixels.*num_groups or channels_per_",
+        ),
     ],
 )
 def test_guards(lazy_data, switch, overrides, message):
+    cfg = lazy_data(f"train.guards.{switch}=False", *overrides)
+    prepare_run(cfg)
+    cfg.train.guards[switch] = True
     with pytest.raises(ConfigError, match=f"{message}.*set train.guards.{switch} False"):
-        prepare_lazy_run(lazy_data(*overrides))
-    prepare_lazy_run(lazy_data(*overrides, f"train.guards.{switch}=False"))
+        prepare_run(cfg)
 
 
-def test_guard_of_the_stride():
-    cfg = load_lazy_config(gn_detect.get_config_file(MASK_RCNN), [f"{STRIDE}=True"])
+@pytest.mark.parametrize(
+    "switch, overrides, message",
+    [
+        ("few_images", [], "train.init_checkpoint is empty and there are 3 images"),
+        (
+            "learning_rate",
+            ["optimizer.lr=0.01"],
+            "optimizer.lr is 0.01 for 2 images per iteration, 4 times .*train.ims_per_gpu derives",
+        ),
+        (
+            "learning_rate",
+            ["lr_multiplier.warmup_length=1.0"],
+            "lr_multiplier.warmup_length is 1.0, .* at iteration 1800: optimizer.lr is never",
+        ),
+        (
+            "small_batch_bn",
+            ["model.roi_heads.box_head.conv_norm=BN"],
+            "roi_heads.box_head.conv1.norm is BatchNorm2d, and its statistics are of 2 images",
+        ),
+    ],
+)
+def test_guards_that_warn(lazy_data, switch, overrides, message, caplog):
+    prepare_run(lazy_data("optimizer.lr=0.005", "train.guards.few_images=False"))
+    assert "train.guards" not in caplog.text
+    prepare_run(lazy_data("optimizer.lr=0.005", f"train.guards.{switch}=True", *overrides))
+    (warning,) = [r.message for r in caplog.records if "train.guards" in r.message]
+    assert re.search(f"{message}.*train.guards.{switch} False silences this", warning)
+
+
+def test_drops_are_relative_to_the_end(lazy_data, caplog):
+    cfg = lazy_data("train.max_iter=900", "train.guards.learning_rate=True")
+    cfg.lr_multiplier = load("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x").lr_multiplier
+    cfg.lr_multiplier.warmup_length = 0.78  # the first drop is at 7/9
+    prepare_run(cfg)
+    assert "warmup_length is 0.78, but the rate drops, or training ends, at iteration 700" in (
+        caplog.text
+    )
+
+
+def test_weights_of_another_stride():
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x"
+    key = "model.backbone.bottom_up.stages.stride_in_1x1"
+    cfg = load(name, f"{key}=True")
     origin = Origin.of_name(cfg.train.init_checkpoint)
-    with pytest.raises(ConfigError, match=f"{STRIDE} is True.*set train.guards.weights_stride"):
-        weight_guards(cfg).check_origin(origin, "R-50-GN")
+    with pytest.raises(ConfigError, match=f"{key} is True.*set train.guards.weights_stride"):
+        WeightGuards.from_config(cfg).check_origin(origin, "R-50-GN")
     cfg.train.guards.weights_stride = False
-    weight_guards(cfg).check_origin(origin, "R-50-GN")
-    name = MASK_RCNN.replace("R_50_FPN_gn_3x", "X_50_32x4d_FPN_gn_ws_2x")
-    resnext = load_lazy_config(gn_detect.get_config_file(name))
-    assert weight_guards(resnext).ours.stride_in_1x1 is False
-    assert weight_guards(resnext).ours.input_format == "RGB"
+    WeightGuards.from_config(cfg).check_origin(origin, "R-50-GN")
 
 
-def test_all_stages_have_one_stride():
-    name = MASK_RCNN.replace("FPN_gn_3x", "C4_gn_3x")
-    cfg = load_lazy_config(gn_detect.get_config_file(name))
-    assert weight_guards(cfg).ours.stride_in_1x1 is False
+def test_all_stages_have_one_stride(lazy_data):
+    cfg = lazy_data()
+    cfg.model = load("COCO-Detection/faster_rcnn_R_50_C4_gn_1x").model
+    assert WeightGuards.from_config(cfg).ours.stride_in_1x1 is False
     cfg.model.backbone.stages.stride_in_1x1 = True
     with pytest.raises(ConfigError, match=r"model\.roi_heads\.res5\.stride_in_1x1 is False"):
-        weight_guards(cfg)
+        prepare_run(cfg)
 
 
-def test_masks_as_rle_need_bitmasks(lazy_data, coco_files):
-    coco_files.content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [9, 4087]}
-    coco_files.write()
-    key = "dataloader.train.mapper.instance_mask_format"
-    with pytest.raises(ConfigError, match=f"{key} is polygon, but own has masks as RLE"):
-        prepare_lazy_run(lazy_data(f"{key}=polygon"))
-    prepare_lazy_run(lazy_data(f"{key}=bitmask"))
-
-
-def test_a_config_of_detectron2_lacks_keys(tmp_path):
-    text = "model = optimizer = lr_multiplier = dataloader = dict(a=1)\ntrain = dict(max_iter=1)\n"
-    (tmp_path / "own.py").write_text(text)
-    with pytest.raises(ConfigError, match="it has no train.output_dir, .*train.amp.dtype"):
-        load_lazy_config(str(tmp_path / "own.py"))
+def test_masks_as_rle_become_bitmaps(lazy_data, coco_files):
+    key = f"{TRAIN_MAPPER}.instance_mask_format"
+    for expected in ("polygon", "bitmask"):
+        cfg = lazy_data(f"{key}=polygon")
+        prepare_run(cfg)
+        assert cfg.dataloader.train.mapper.instance_mask_format == expected
+        rle = {"size": [64, 64], "counts": [9, 4087]}
+        coco_files.content["annotations"][0]["segmentation"] = rle
+        coco_files.write()
 
 
 def test_guard_of_bn_weights(lazy_data, tmp_path):
@@ -176,9 +221,9 @@ def test_guard_of_bn_weights(lazy_data, tmp_path):
     for key in ("stem.norm", "stages.norm"):
         OmegaConf.update(cfg, f"model.backbone.bottom_up.{key}", "BN")
     model = build_lazy_model(cfg)
-    Checkpointer(model, str(tmp_path), guards=weight_guards(cfg)).save("bn")
+    Checkpointer(model, str(tmp_path), guards=WeightGuards.from_config(cfg)).save("bn")
     cfg = lazy_data()
-    guards = weight_guards(cfg)
+    guards = WeightGuards.from_config(cfg)
     assert guards.ours.stride_in_1x1 is None  # ResNet-18
     with pytest.raises(ConfigError, match="BN in 20 layers .* train.guards.bn_weights_into_gn"):
         Checkpointer(build_lazy_model(cfg), guards=guards).load(str(tmp_path / "bn.pth"))
@@ -188,29 +233,69 @@ def test_bad_data_is_refused(lazy_data, coco_files):
     cfg = lazy_data()
     cfg.dataloader.test.dataset.names = "nothing"
     with pytest.raises(DataError, match="'nothing', which is not registered"):
-        prepare_lazy_run(cfg)
+        prepare_run(cfg)
     coco_files.content["annotations"][0]["category_id"] = 5
     coco_files.write()
     with pytest.raises(DataError, match="annotation 10"):
-        prepare_lazy_run(lazy_data())
+        prepare_run(lazy_data())
 
 
-def test_frozen_stages_matter_to_training_alone(lazy_data, tmp_path):
-    weights = tmp_path / "weights.pth"
-    weights.touch()
-    freeze = "model.backbone.bottom_up.freeze_at=2"
-    prepare_lazy_run(lazy_data(freeze, f"train.init_checkpoint={weights}"))
+def test_a_loader_of_another_kind(lazy_data):
+    cfg = lazy_data("train.guards.few_images=True")
+    for loader in (cfg.dataloader.train, cfg.dataloader.test):
+        loader.dataset = {"_target_": "builtins.list"}
+    prepare_run(cfg)
+
+
+def test_weights_matter_to_the_evaluation(lazy_data, tmp_path):
     with pytest.raises(ConfigError, match="train.init_checkpoint is empty: with --eval-only"):
-        prepare_lazy_run(lazy_data(), eval_only=True)
+        prepare_run(lazy_data(), eval_only=True)
+    (tmp_path / "weights.pth").touch()
+    # Frozen stages do not.
+    cfg = lazy_data(f"{FREEZE_AT}=2", f"train.init_checkpoint={tmp_path / 'weights.pth'}")
+    prepare_run(cfg, eval_only=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is done without CUDA")
 def test_without_cuda(lazy_data, caplog):
     cfg = lazy_data("train.device=cuda", "train.amp.enabled=True")
-    prepare_lazy_run(cfg)
+    prepare_run(cfg)
     assert cfg.train.device == "cpu" and not cfg.train.amp.enabled
     assert "no CUDA device is available: train.device = cpu" in caplog.text
     assert "float16 needs CUDA: train.amp.enabled = False" in caplog.text
     cfg = lazy_data("train.amp.enabled=True", "train.amp.dtype=bfloat16")
-    prepare_lazy_run(cfg)
+    prepare_run(cfg)
     assert cfg.train.amp.enabled
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x",
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_lsj_100ep",
+        "quickstart/mask_rcnn_R_18_FPN_gn_shapes",
+    ],
+)
+@pytest.mark.parametrize("per_gpu, steps, processes", [(1, None, 1), (2, "auto", 1), (2, 3, 2)])
+def test_the_derived_schedule_is_that_of_yaml_configs(name, per_gpu, steps, processes):
+    cfg, yaml = load(name, f"train.ims_per_gpu={per_gpu}"), config(f"{name}.yaml")
+    cfg.train.eval_period, yaml.TEST.EVAL_PERIOD = 0, 0
+    cfg.train.accumulate_steps = yaml.SOLVER.ACCUMULATE_STEPS = steps
+    yaml.SOLVER.IMS_PER_GPU = per_gpu
+    for _ in range(2):  # a second time changes nothing
+        resolve_schedule(cfg, processes)
+        resolve_schedule(yaml, processes)
+        solver = yaml.SOLVER
+        assert cfg.dataloader.train.total_batch_size == solver.IMS_PER_BATCH
+        assert cfg.train.reference_batch_size == solver.IMS_PER_BATCH
+        assert cfg.train.accumulate_steps == solver.ACCUMULATE_STEPS
+        assert cfg.optimizer.lr == pytest.approx(solver.BASE_LR)
+        assert cfg.train.max_iter == solver.MAX_ITER
+        assert cfg.train.checkpointer.period == solver.CHECKPOINT_PERIOD
+        assert cfg.train.eval_period == 0
+    scheduler = build_lr_scheduler(yaml, torch.optim.SGD([torch.zeros(1)], solver.BASE_LR))
+    multiplier = instantiate(cfg.lr_multiplier)
+    for iteration in (0, solver.WARMUP_ITERS // 2, solver.WARMUP_ITERS, *solver.STEPS):
+        scheduler.last_epoch = iteration
+        rate = cfg.optimizer.lr * multiplier(iteration / solver.MAX_ITER)
+        assert [rate] == pytest.approx(scheduler.get_lr(), rel=0.03)  # iterations are rounded

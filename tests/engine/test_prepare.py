@@ -62,11 +62,13 @@ def test_classes_follow_the_data(own_data, caplog):
 
 
 def test_classes_of_a_retinanet_follow_the_data(own_data):
-    model = prepare([*own_data, "MODEL.META_ARCHITECTURE", "GNRetinaNet"]).MODEL
-    assert model.RETINANET.NUM_CLASSES == 2 and model.ROI_HEADS.NUM_CLASSES is None
-    opts = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 80]
+    cfg = load_config(get_config_file("COCO-Detection/retinanet_R_50_FPN_gn_1x.yaml"), own_data)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT = "", 0
+    prepare_run(cfg)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 2 and cfg.MODEL.ROI_HEADS.NUM_CLASSES is None
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
     with pytest.raises(ConfigError, match="RETINANET.NUM_CLASSES is 80, but .* declares 2"):
-        prepare([*own_data, *opts])
+        prepare_run(cfg)
 
 
 def test_the_panoptic_evaluation_is_asked_for_before_the_run(own_data, monkeypatch):

@@ -17,7 +17,7 @@ optimizer.lr = 0.1
 optimizer.weight_decay = 4e-5
 model.proposal_generator.head.conv_dims = [-1, -1]
 
-dataloader.train.total_batch_size = 64
+dataloader.train.total_batch_size = train.reference_batch_size = 64
 dataloader.train.mapper.update(
     augmentations=[
         L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=1024, target_width=1024),

@@ -18,6 +18,9 @@ train.max_iter = 1800
 train.eval_period = 600
 train.checkpointer.period = 500
 train.seed = 0
+train.reference_batch_size = 2
+# The demo is 600 generated images, from scratch, and its rate is measured on such models.
+train.guards.update(few_images=False, learning_rate=False)
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     warmup_factor=0.001,

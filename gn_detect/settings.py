@@ -1,0 +1,125 @@
+"""What a run is told, by one name, whichever kind of config tells it.
+
+YAML configs (``tools/train_net.py``) and lazy configs (``tools/lazyconfig_train_net.py``) state the
+same things under different keys. What derives and checks them (``solver/schedule.py``,
+``engine/prepare.py``, ``engine/guards.py``, ``checkpoint/weight_guards.py``) asks here, so that
+both tools give the same guarantees, and every message names a key of its own tool.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
+
+from .config import locate
+
+# Name -> its key in YAML configs, and in lazy configs; "" where they have none.
+_KEYS = {
+    "device": ("MODEL.DEVICE", "train.device"),
+    "amp": ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
+    "amp_dtype": ("SOLVER.AMP.DTYPE", "train.amp.dtype"),
+    "output_dir": ("OUTPUT_DIR", "train.output_dir"),
+    "keep": ("SOLVER.CHECKPOINT_KEEP", "train.checkpointer.max_to_keep"),
+    "train_data": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
+    "test_data": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    "masks": ("MODEL.MASK_ON", "dataloader.train.mapper.use_instance_mask"),
+    "mask_format": ("INPUT.MASK_FORMAT", "dataloader.train.mapper.instance_mask_format"),
+    "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
+    "input_format": ("INPUT.FORMAT", "model.input_format"),
+    "pixel_mean": ("MODEL.PIXEL_MEAN", "model.pixel_mean"),
+    "pixel_std": ("MODEL.PIXEL_STD", "model.pixel_std"),
+    "weight_standardization": ("MODEL.GN.WEIGHT_STANDARDIZATION", "model.weight_standardization"),
+    "ims_per_batch": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "reference_batch_size": ("SOLVER.REFERENCE_BATCH_SIZE", "train.reference_batch_size"),
+    "reference_world_size": ("SOLVER.REFERENCE_WORLD_SIZE", ""),
+    "ims_per_gpu": ("SOLVER.IMS_PER_GPU", "train.ims_per_gpu"),
+    "accumulate_steps": ("SOLVER.ACCUMULATE_STEPS", "train.accumulate_steps"),
+    "base_lr": ("SOLVER.BASE_LR", "optimizer.lr"),
+    "base_lr_end": ("SOLVER.BASE_LR_END", ""),
+    "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
+    "steps": ("SOLVER.STEPS", ""),  # lr_multiplier has them, relative to max_iter
+    "warmup_iters": ("SOLVER.WARMUP_ITERS", ""),
+    "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
+    "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
+}
+
+
+class Settings:
+    """The settings of ``cfg``, a YAML config or a lazy one, to read and to write: ``run[name]``.
+
+    Attributes:
+        keys: name -> the key of ``cfg`` that states it; the names of the guards are those of
+            ``GUARDS`` (``FEW_IMAGES``). What has no key in ``cfg`` reads as None.
+    """
+
+    def __init__(self, cfg: CfgNode | DictConfig):
+        self.cfg = cfg
+        self.keys = _yaml_keys(cfg) if isinstance(cfg, CfgNode) else _lazy_keys(cfg)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys:
+            return None
+        if isinstance(self.cfg, DictConfig):
+            return OmegaConf.select(self.cfg, self.keys[name])
+        node, last = locate(self.cfg, self.keys[name])
+        return node[last]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(self.cfg, DictConfig):
+            OmegaConf.update(self.cfg, self.keys[name], value)
+        else:
+            node, last = locate(self.cfg, self.keys[name])
+            setattr(node, last, value)
+
+
+def is_retinanet(cfg: CfgNode) -> bool:
+    """Whether ``cfg`` is a RetinaNet, which has no RPN and no RoI heads."""
+    return cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "GNRetinaNet")
+
+
+def _yaml_keys(cfg: CfgNode) -> dict[str, str]:
+    section = "RETINANET" if is_retinanet(cfg) else "ROI_HEADS"
+    keys = {
+        **{name: yaml for name, (yaml, _) in _KEYS.items()},
+        **{name: f"GUARDS.{name}" for name in cfg.GUARDS},
+        "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
+        "num_classes": f"MODEL.{section}.NUM_CLASSES",
+        "image_size": f"INPUT.{'LSJ.IMAGE_SIZE' if cfg.INPUT.LSJ.ENABLED else 'MIN_SIZE_TRAIN'}",
+        "num_groups": "MODEL.GN.NUM_GROUPS or CHANNELS_PER_GROUP",  # for messages
+    }
+    if cfg.MODEL.RESNETS.DEPTH >= 50:  # basic blocks have no 1x1 convolution
+        keys["stride_in_1x1"] = "MODEL.RESNETS.STRIDE_IN_1X1"
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        keys["milestones"] = keys["steps"]
+    return keys
+
+
+def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
+    absent = object()
+
+    def first(*keys: str) -> str:
+        """The first of ``keys`` that ``cfg`` has; "" where it has none."""
+        return next((k for k in keys if OmegaConf.select(cfg, k, default=absent) is not absent), "")
+
+    resnet = first("model.backbone.bottom_up") or "model.backbone"  # with and without FPN
+    augmentations = "dataloader.train.mapper.augmentations"
+    keys = {
+        **{name: first(lazy) for name, (_, lazy) in _KEYS.items() if lazy},
+        **{name.upper(): f"train.guards.{name}" for name in cfg.train.guards},
+        "freeze_at": first(f"{resnet}.freeze_at"),
+        "num_classes": first("model.roi_heads.num_classes", "model.num_classes"),
+        "image_size": first(
+            f"{augmentations}[1].crop_size", f"{augmentations}[0].short_edge_length"
+        ),
+        # Basic blocks have none.
+        "stride_in_1x1": first(
+            f"{resnet}.stages.stride_in_1x1", f"{resnet}.stages[0].stride_in_1x1"
+        ),
+        "warmup_length": first("lr_multiplier.warmup_length"),
+        "milestones": first("lr_multiplier.scheduler.milestones"),
+        "num_updates": first("lr_multiplier.scheduler.num_updates"),
+        "num_groups": "num_groups or channels_per_group of GroupNormFactory",
+    }
+    return {name: key for name, key in keys.items() if key}
