@@ -10,20 +10,14 @@ import weakref
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import (
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    SemSegEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
-from gn_detect.data.coco import COCO_EVALUATORS
 from gn_detect.data.loader import build_test_loader, build_train_loader
+from gn_detect.evaluation import build_evaluator
 
 from .hooks import FiniteLossCheck, FirstIterations, ProgressBar
 from .prepare import shorten_expected_error
@@ -90,22 +84,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The COCO evaluation (pycocotools), and for panoptic data those of semantic segmentation
-        and of panoptic quality; results JSON in ``OUTPUT_DIR/inference``."""
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind not in COCO_EVALUATORS:
-            raise ValueError(
-                f"the dataset {dataset_name} has the evaluator type {kind!r}; supported: "
-                f"{', '.join(COCO_EVALUATORS)}: register it in COCO format"
-            )
+        """See :func:`gn_detect.evaluation.build_evaluator`; results in ``OUTPUT_DIR/inference``."""
         # With several test sets, one directory for each, so that none overwrites another's.
         parts = ["inference"] if len(cfg.DATASETS.TEST) == 1 else ["inference", dataset_name]
         output = os.path.join(cfg.OUTPUT_DIR, *parts)
-        instances = COCOEvaluator(dataset_name, output_dir=output, use_fast_impl=False)
-        if kind == "coco":
-            return instances
-        semantic = SemSegEvaluator(dataset_name, output_dir=output)
-        return DatasetEvaluators([instances, semantic, COCOPanopticEvaluator(dataset_name, output)])
+        return build_evaluator(dataset_name, output, cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:

@@ -6,9 +6,7 @@ import re
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import hooks
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.utils.events import EventStorage
 from helpers import assert_equal, record_images, stream, weights
 
@@ -192,13 +190,6 @@ def test_without_a_test_set_nothing_is_evaluated(train):
     trainer.train()
 
 
-def test_an_evaluator_type_that_is_not_coco(train):
-    trainer = train("run")
-    MetadataCatalog.get("lvis_data").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="dataset lvis_data has the evaluator type 'lvis'"):
-        Trainer.build_evaluator(trainer.cfg, "lvis_data")
-
-
 def test_progress_bar_shows_iteration_losses_and_time(capsys):
     with EventStorage(4) as storage:
         bar = ProgressBar(start_iter=4, max_iter=10)
@@ -211,18 +202,3 @@ def test_progress_bar_shows_iteration_losses_and_time(capsys):
     shown = capsys.readouterr().err.split("\r")[-1]
     assert "7/10" in shown and "total_loss=2.5" in shown and "cls=1.25" in shown
     assert "<" in shown and "lr" not in shown  # elapsed<remaining
-
-
-def test_panoptic_data_has_the_three_evaluations_of_detectron2(train, coco_files):
-    """As in Detectron2's tools/train_net.py."""
-    DatasetCatalog.register("panoptic", list)
-    MetadataCatalog.get("panoptic").set(
-        evaluator_type="coco_panoptic_seg",
-        json_file=str(coco_files.json_file),
-        thing_dataset_id_to_contiguous_id={3: 0, 7: 1},
-        stuff_dataset_id_to_contiguous_id={0: 0, 9: 1},
-        stuff_classes=["things", "sky"],
-        ignore_label=255,
-    )
-    evaluators = Trainer.build_evaluator(train("run").cfg, "panoptic")._evaluators
-    assert [type(e) for e in evaluators] == [COCOEvaluator, SemSegEvaluator, COCOPanopticEvaluator]

@@ -1,0 +1,152 @@
+"""Each evaluator that a config can reach, run on predictions whose scores are known."""
+
+import json
+import math
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
+from PIL import Image
+
+import gn_detect
+from gn_detect.data.coco import register_coco_json
+from gn_detect.evaluation import build_evaluator
+
+
+@pytest.fixture
+def images(coco_files):
+    """Registered as "own": three images of 64 x 64 pixels of a dog, a cat and a dog."""
+    for annotation in coco_files.content["annotations"]:
+        annotation.update(keypoints=[10, 12, 2, 20, 22, 2], num_keypoints=2)
+    coco_files.write()
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    return DatasetCatalog.get("own")
+
+
+def detections(classes, scores):
+    """On each image one object, where the ground truth is."""
+    for category, score in zip(classes, scores, strict=True):
+        found = Instances((64, 64))
+        found.pred_boxes = Boxes([[8, 8, 32, 32]])
+        found.pred_masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+        found.pred_masks[:, 8:32, 8:32] = True
+        # COCO's integers are the upper left corners of pixels, Detectron2's points their centers.
+        found.pred_keypoints = torch.tensor([[[10.5, 12.5, 1], [20.5, 22.5, 1]]])
+        found.scores, found.pred_classes = torch.tensor([score]), torch.tensor([category])
+        yield {"instances": found}
+
+
+def evaluate(evaluator, images, outputs):
+    evaluator.reset()
+    for image, output in zip(images, outputs, strict=True):
+        evaluator.process([image], [output])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize(
+    "classes, ap",
+    [([0, 1, 0], {"AP": 100, "AP-dog": 100, "AP-cat": 100}), ([0, 0, 0], {"AP": 50, "AP-cat": 0})],
+)
+def test_boxes_masks_and_keypoints(images, tmp_path, classes, ap):
+    evaluator = build_evaluator("own", str(tmp_path), kpt_oks_sigmas=(0.1, 0.1))
+    results = evaluate(evaluator, images, detections(classes, [0.9, 0.5, 0.8]))
+    assert results.keys() == {"bbox", "segm", "keypoints"}
+    for task in results.values():
+        assert {key: task[key] for key in ap} == pytest.approx(ap)
+    assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == 3
+
+
+def test_no_predictions(images, tmp_path):
+    nothing = [{"instances": Instances((64, 64), scores=torch.zeros(0))} for _ in images]
+    results = evaluate(build_evaluator("own", str(tmp_path)), images, nothing)
+    assert math.isnan(results["bbox"]["AP"])
+
+
+def test_another_evaluator_type_is_refused(tmp_path):
+    MetadataCatalog.get("lvis_data").evaluator_type = "lvis"
+    with pytest.raises(ValueError, match="dataset lvis_data has the evaluator type 'lvis'"):
+        build_evaluator("lvis_data", str(tmp_path))
+
+
+@pytest.fixture
+def panoptic_images(images, coco_files, tmp_path, monkeypatch):
+    """Registered as "panoptic": the square of each image is of things, and around it is sky, where
+    the first row is not labelled. In place of panopticapi is what gives a panoptic quality of 1 to
+    two segments of the ids 1 and 2, a square of dogs and the sky."""
+    labels = np.ones((64, 64), np.uint8)
+    labels[8:32, 8:32], labels[0] = 0, 255
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    (tmp_path / "panoptic.json").write_text('{"annotations": []}')
+    images = [{**image, "sem_seg_file_name": str(tmp_path / "labels.png")} for image in images]
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if "panoptic" in catalog.list():
+            catalog.remove("panoptic")
+    DatasetCatalog.register("panoptic", lambda: images)
+    MetadataCatalog.get("panoptic").set(
+        evaluator_type="coco_panoptic_seg",
+        json_file=str(coco_files.json_file),
+        panoptic_json=str(tmp_path / "panoptic.json"),
+        panoptic_root=str(tmp_path),
+        thing_dataset_id_to_contiguous_id={3: 0, 7: 1},
+        stuff_dataset_id_to_contiguous_id={0: 0, 9: 1},
+        stuff_classes=["things", "sky"],
+        ignore_label=255,
+    )
+
+    def pq_compute(gt_json, predictions, gt_folder, pred_folder):
+        with open(predictions) as f:
+            predictions = json.load(f)["annotations"]
+        qualities = []
+        for prediction in predictions:
+            ids = np.array(Image.open(f"{pred_folder}/{prediction['file_name']}"))[:, :, 0]
+            segments = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
+            qualities.append(segments == {1: 3, 2: 9} and (ids[8:32, 8:32] == 1).all())
+        row = {key: np.mean(qualities) for key in ("pq", "sq", "rq")}
+        return {kind: {**row, "n": 1} for kind in ("All", "Things", "Stuff")}
+
+    def id2rgb(ids):
+        return np.stack([ids % 256, ids // 256 % 256, ids // 256**2], 2).astype(np.uint8)
+
+    for name, member in (("utils", id2rgb), ("evaluation", pq_compute)):
+        module = ModuleType(f"panopticapi.{name}")
+        setattr(module, member.__name__, member)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "panopticapi", ModuleType("panopticapi"))
+    return images
+
+
+def lazy_evaluator(output_dir):
+    path = gn_detect.get_config_file("lazy/common/coco_panoptic.py")
+    dataloader = LazyConfig.load(path)["dataloader"]
+    dataloader.test.dataset.names = "panoptic"
+    cfg = OmegaConf.create({"dataloader": dataloader, "train": {"output_dir": output_dir}})
+    return instantiate(cfg.dataloader.evaluator)
+
+
+@pytest.mark.parametrize("build", [lambda path: build_evaluator("panoptic", path), lazy_evaluator])
+def test_panoptic_segmentation(panoptic_images, tmp_path, build):
+    """All things are found where they are, but semantically only their left half."""
+    sem_seg = torch.zeros(2, 64, 64)
+    sem_seg[1], sem_seg[0, 8:32, 8:20] = 0.5, 1
+    ids = torch.full((64, 64), 2, dtype=torch.int32)
+    ids[8:32, 8:32] = 1
+    outputs = []
+    for output in detections([0, 1, 0], [0.9, 0.5, 0.8]):
+        segments = [
+            {"id": 1, "isthing": True, "category_id": 0},
+            {"id": 2, "isthing": False, "category_id": 1},
+        ]
+        output["instances"].remove("pred_keypoints")
+        outputs.append({**output, "sem_seg": sem_seg, "panoptic_seg": (ids, segments)})
+    results = evaluate(build(str(tmp_path / "run")), panoptic_images, outputs)
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+    things, half, sky = 24 * 24, 24 * 12, 64 * 63 - 24 * 24
+    assert results["sem_seg"]["IoU-things"] == pytest.approx(100 * half / things)
+    assert results["sem_seg"]["IoU-sky"] == pytest.approx(100 * sky / (sky + things - half))
+    assert results["panoptic_seg"]["PQ"] == 100
