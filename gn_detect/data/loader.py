@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 from collections.abc import Iterator
 
@@ -16,6 +18,8 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gn_detect.config import ConfigError
@@ -128,16 +132,42 @@ def resumable_train_loader(
     )
 
 
-def _orientation(dataset_dict: dict) -> int:
-    """1 for landscape images, 0 for others."""
-    return int(dataset_dict["width"] > dataset_dict["height"])
-
-
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's test loader, with errors that name the image."""
     return build_detection_test_loader(
         cfg, dataset_name, mapper=NamingDatasetMapper(cfg, is_train=False)
     )
+
+
+def _orientation(dataset_dict: dict) -> int:
+    """1 for an image that is wider than high, else 0: the groups of Detectron2's loader. Where the
+    dataset leaves the size to the mapper, the header of the file tells it."""
+    if "width" in dataset_dict and "height" in dataset_dict:
+        return int(dataset_dict["width"] > dataset_dict["height"])
+    file_name = dataset_dict["file_name"]
+    with _naming(file_name), PathManager.open(file_name, "rb") as f, Image.open(f) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return int(height > width if turned else width > height)
+
+
+# What Pillow raises for an image that it cannot decode, and Detectron2 for one that does not fit.
+_DAMAGE = (AssertionError, EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was opened
+
+
+@contextlib.contextmanager
+def _naming(file_name: str) -> Iterator[None]:
+    """Raise what is wrong with an image as a DataError; other errors are not of the image."""
+    try:
+        yield
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
+        raise DataError(
+            f"cannot use the image {file_name} ({type(error).__name__}: {error}); replace it, or "
+            "take it out of the annotations"
+        ) from error
 
 
 class NamingDatasetMapper(DatasetMapper):
@@ -173,13 +203,8 @@ class NamingDatasetMapper(DatasetMapper):
         Raises:
             DataError: the image cannot be decoded, or does not fit its annotations.
         """
-        try:
+        with _naming(dataset_dict["file_name"]):
             return super().__call__(dataset_dict)
-        except Exception as error:  # Pillow and Detectron2 raise too many kinds to list
-            raise DataError(
-                f"cannot use the image {dataset_dict['file_name']} ({type(error).__name__}: "
-                f"{error}); replace it, or take it out of the annotations"
-            ) from error
 
 
 def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:

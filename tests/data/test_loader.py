@@ -1,22 +1,32 @@
+import errno
 import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, BoxMode
 from helpers import config
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as mask_util
 
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import register_coco_json
-from gn_detect.data.loader import NamingDatasetMapper, ResumableSampler, build_train_loader
+from gn_detect.data.coco import DataError, register_coco_json
+from gn_detect.data.loader import (
+    NamingDatasetMapper,
+    ResumableSampler,
+    _orientation,
+    build_test_loader,
+    build_train_loader,
+)
 
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 SIZES = [(100, 60), (60, 100), (50, 50), (120, 40), (40, 120), (30, 90), (90, 30)]
-GROUPS = [int(w > h) for w, h in SIZES]
+GROUPS = [_orientation({"width": w, "height": h}) for w, h in SIZES]
 
 
 def detectron2_batches(batch_size, seed):
@@ -76,7 +86,86 @@ def test_every_sampler_of_detectron2_is_continued(coco_files, sampler):
     assert take(other, 20) == expected[20:]
 
 
-MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
+@pytest.mark.parametrize("orientation", [1, 4, 5, 8])
+def test_the_header_tells_the_orientation_of_an_image_without_a_size(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for size in SIZES:
+        Image.new("RGB", size).save(tmp_path / "photo.jpg", exif=exif)
+        height, width, _ = read_image(str(tmp_path / "photo.jpg"), "BGR").shape
+        assert _orientation({"file_name": str(tmp_path / "photo.jpg")}) == int(width > height)
+
+
+@pytest.fixture
+def own(coco_files):
+    """``own(*opts)``: a config to train on the three images of ``coco_files``."""
+
+    def build(*opts):
+        coco_files.write()
+        register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+        return config(MASK_RCNN, "DATASETS.TRAIN", ("own",), "SOLVER.IMS_PER_BATCH", 1, *opts)
+
+    return build
+
+
+def names(loader, count=6):
+    return {image["file_name"][-5:] for batch in itertools.islice(loader, count) for image in batch}
+
+
+def test_a_dataset_that_leaves_the_size_to_the_mapper(own):
+    cfg = own()
+    dicts = DatasetCatalog.get("own")
+    for image in dicts:
+        del image["width"], image["height"]
+    DatasetCatalog.remove("own")
+    DatasetCatalog.register("own", lambda: dicts)
+    assert names(build_train_loader(cfg)) == {"1.png", "2.png", "3.png"}
+    (image,) = next(iter(build_test_loader(cfg, "own")))
+    assert (image["height"], image["width"]) == (64, 64)
+
+
+def test_images_without_objects_are_trained_on_if_the_config_says_so(own, coco_files):
+    coco_files.content["annotations"].pop()
+    key = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+    assert names(build_train_loader(own())) == {"1.png", "2.png"}
+    assert names(build_train_loader(own(key, False))) == {"1.png", "2.png", "3.png"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EMFILE, "Too many open files"),
+        ModuleNotFoundError("No module named 'shapely'"),
+    ],
+)
+def test_what_is_no_fault_of_an_image_is_raised_as_it_is(own, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    loader = build_test_loader(own(), "own")
+    monkeypatch.setattr(detection_utils, "read_image", fail)
+    with pytest.raises(type(error)) as raised:
+        list(loader)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "empty", "absent", "bomb", "size"])
+def test_an_image_that_cannot_be_used_is_named(own, coco_files, monkeypatch, damage):
+    path = coco_files.image_root / "2.png"
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    elif damage == "size":
+        coco_files.content["images"][1]["height"] = 65
+    elif damage == "absent":
+        path.unlink()
+    else:
+        data = {"text": b"not an image", "truncated": path.read_bytes()[:200], "empty": b""}
+        path.write_bytes(data[damage])
+    with pytest.raises(DataError, match=r"cannot use the image .*\.png .*; replace it"):
+        list(build_test_loader(own(), "own"))
+
+
 LSJ = ["INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 128]
 OBJECTS = [((200, 0, 0), (6, 10, 46, 40)), ((0, 0, 200), (76, 50, 90, 60))]  # BGR, XYXY
 
