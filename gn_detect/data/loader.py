@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -25,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gn_detect.config import ConfigError
 
 from .coco import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableSampler(Sampler[int]):
@@ -172,29 +176,42 @@ def _naming(file_name: str) -> Iterator[None]:
 
 class NamingDatasetMapper(DatasetMapper):
     """Detectron2's DatasetMapper, with large-scale jitter (``INPUT.LSJ``, training only), and
-    errors that name the image file."""
+    errors that name the image file.
+
+    Where the image is cut, an object's box must be found again, and that from its mask as a bitmap:
+    with ``INPUT.LSJ`` or ``INPUT.CROP``, masks are bitmaps.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         args = super().from_config(cfg, is_train)
-        if cfg.INPUT.LSJ.ENABLED and is_train:
-            if cfg.INPUT.CROP.ENABLED:
-                raise ConfigError(
-                    "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED are both True, and both cut the "
-                    "image; set one of them to False"
-                )
+        jitter, crop = (is_train and c.ENABLED for c in (cfg.INPUT.LSJ, cfg.INPUT.CROP))
+        if jitter and crop:
+            raise ConfigError(
+                "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED are both True, and both cut the image; "
+                "set one of them to False"
+            )
+        if jitter:
             _, *flips = args["augmentations"]  # the first one is the resizing
             args["augmentations"] = [*large_scale_jitter(cfg), *flips]
-            # Where an object is cut, its box must be found again, from the mask as a bitmap.
-            args["instance_mask_format"] = "bitmask"
-            args["recompute_boxes"] = args["use_instance_mask"]
+        if (jitter or crop) and cfg.MODEL.MASK_ON:
+            args.update(instance_mask_format="bitmask", recompute_boxes=True)
+            if cfg.INPUT.MASK_FORMAT != "bitmask":
+                logger.info("masks are made bitmaps, as INPUT.LSJ and INPUT.CROP cut them")
         return args
 
     def _transform_annotations(self, dataset_dict: dict, transforms, image_shape) -> None:
-        # What the jitter pads is of no object; Detectron2 would pad their masks, where they are
-        # RLE, with the 255 that means "ignore" in the semantic labels, which are done by now.
-        for transform in transforms.transforms:
-            if isinstance(transform, T.PadTransform):
+        if all(a.get("iscrowd", 0) for a in dataset_dict["annotations"]):
+            # Detectron2 would find the boxes again from the masks, which it makes of objects only.
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = annotations_to_instances([], image_shape)
+            return
+        for i, transform in enumerate(transforms.transforms):
+            if isinstance(transform, T.CropTransform) and self.instance_mask_format == "bitmask":
+                transforms.transforms[i] = _CropTransform(**vars(transform))
+            elif isinstance(transform, T.PadTransform):
+                # What is padded is of no object; Detectron2 would pad masks that are RLE with the
+                # 255 that means "ignore" in the semantic labels, which are done by now.
                 transform.seg_pad_value = 0
         super()._transform_annotations(dataset_dict, transforms, image_shape)
 
@@ -213,20 +230,12 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     that square, as in Detectron2's ``new_baselines``."""
     lsj = cfg.INPUT.LSJ
     size = (lsj.IMAGE_SIZE, lsj.IMAGE_SIZE)
-    return [T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size), FixedSizeCrop(size)]
-
-
-class FixedSizeCrop(T.FixedSizeCrop):
-    """Detectron2's, for a mapper with the mask format "bitmask"."""
-
-    def _get_crop(self, image: np.ndarray) -> T.Transform:
-        crop = super()._get_crop(image)
-        return _CropTransform(crop.x0, crop.y0, crop.w, crop.h, crop.orig_w, crop.orig_h)
+    return [T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size), T.FixedSizeCrop(size)]
 
 
 class _CropTransform(T.CropTransform):
-    """Leaves polygons whole, for drawing them as bitmaps of the crop cuts them. Detectron2's own
-    cuts them with shapely, which is needed for nothing else."""
+    """Leaves polygons whole: drawing them as bitmaps of the crop cuts them. Detectron2's own cuts
+    them with shapely, which is needed for nothing else."""
 
     def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         return T.Transform.apply_polygons(self, polygons)

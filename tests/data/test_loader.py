@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import TrainingSampler
-from detectron2.structures import BitMasks, BoxMode
+from detectron2.structures import BoxMode
 from helpers import config
 from PIL import ExifTags, Image
 from pycocotools import mask as mask_util
@@ -166,25 +166,29 @@ def test_an_image_that_cannot_be_used_is_named(own, coco_files, monkeypatch, dam
         list(build_test_loader(own(), "own"))
 
 
-LSJ = ["INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 128]
-OBJECTS = [((200, 0, 0), (6, 10, 46, 40)), ((0, 0, 200), (76, 50, 90, 60))]  # BGR, XYXY
+LSJ = ["INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 128, "INPUT.MIN_SIZE_TEST", 32]
+CROP = ["INPUT.CROP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.CROP.TYPE"]
+# BGR, polygon: a triangle, whose box depends on where it is cut, and a rectangle.
+OBJECTS = [
+    ((200, 0, 0), [6, 10, 46, 10, 6, 40]),
+    ((0, 0, 200), [76, 50, 90, 50, 90, 60, 76, 60]),
+]
 
 
-@pytest.fixture(params=["polygon", "RLE"])
+@pytest.fixture
 def photo(request, tmp_path):
-    """A dataset dict of 96 x 64 pixels: two plain rectangles on black."""
+    """A dataset dict of 96 x 64 pixels with ``OBJECTS`` on black; masks are polygons or RLE."""
     pixels = np.zeros((64, 96, 3), np.uint8)
     annotations = []
-    for number, (color, (x0, y0, x1, y1)) in enumerate(OBJECTS):
-        mask = np.zeros((64, 96), np.uint8, order="F")
-        pixels[y0:y1, x0:x1], mask[y0:y1, x0:x1] = color, 1
-        polygon = [[float(v) for v in (x0, y0, x1, y0, x1, y1, x0, y1)]]
+    for number, (color, polygon) in enumerate(OBJECTS):
+        rle = mask_util.frPyObjects([[float(v) for v in polygon]], 64, 96)[0]
+        pixels[mask_util.decode(rle) == 1] = color
         annotations.append(
             {
-                "bbox": [x0, y0, x1, y1],
-                "bbox_mode": BoxMode.XYXY_ABS,
+                "bbox": mask_util.toBbox(rle).tolist(),
+                "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": number,
-                "segmentation": polygon if request.param == "polygon" else mask_util.encode(mask),
+                "segmentation": rle if getattr(request, "param", None) == "RLE" else [polygon],
             }
         )
     Image.fromarray(pixels[:, :, ::-1]).save(tmp_path / "photo.png")
@@ -192,44 +196,58 @@ def photo(request, tmp_path):
     return {**photo, "annotations": annotations}
 
 
-def jitter(low, high, *opts):
-    cfg = config(MASK_RCNN, *LSJ, "INPUT.LSJ.MIN_SCALE", low, "INPUT.LSJ.MAX_SCALE", high, *opts)
-    return NamingDatasetMapper(cfg, is_train=True)
-
-
-@pytest.mark.parametrize("low, high", [(0.3, 1.0), (1.0, 2.0), (0.4, 0.4), (1.7, 1.7)])
-def test_large_scale_jitter_moves_objects_with_the_pixels(photo, low, high):
+def mapper(*opts, is_train=True):
     np.random.seed(3)
-    seen, mapper = 0, jitter(low, high)
-    for _ in range(12):
-        result = mapper(photo)
+    return NamingDatasetMapper(config(MASK_RCNN, *opts), is_train=is_train)
+
+
+def jitter(low, high, *opts):
+    return mapper(*LSJ, "INPUT.LSJ.MIN_SCALE", low, "INPUT.LSJ.MAX_SCALE", high, *opts)
+
+
+@pytest.mark.parametrize("photo", ["polygon", "RLE"], indirect=True)
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [*LSJ, "INPUT.LSJ.MIN_SCALE", 0.4, "INPUT.LSJ.MAX_SCALE", 1.0],
+        [*LSJ, "INPUT.LSJ.MIN_SCALE", 1.0, "INPUT.LSJ.MAX_SCALE", 2.0],
+        [*CROP, "relative", "INPUT.CROP.SIZE", (0.7, 0.5)],
+        [*CROP, "relative_range", "INPUT.CROP.SIZE", (0.4, 0.4)],
+    ],
+)
+def test_objects_move_with_the_pixels_and_are_cut_with_them(photo, opts):
+    seen, apply = 0, mapper(*opts)
+    for _ in range(10):
+        result = apply(photo)
         pixels = result["image"].permute(1, 2, 0).numpy().astype(int)
         instances = result["instances"]
-        assert pixels.shape == (128, 128, 3) and instances.image_size == (128, 128)
-        assert isinstance(instances.gt_masks, BitMasks)
+        assert pixels.shape[:2] == instances.image_size
+        assert instances.image_size == (128, 128) or "INPUT.LSJ.ENABLED" not in opts
         for number, (color, _) in enumerate(OBJECTS):
             painted = np.abs(pixels - color).max(2) < 100
             (found,) = (instances.gt_classes == number).nonzero(as_tuple=True)
             if painted.sum() < 4:
-                continue  # at the rim of the crop, or beyond
+                assert painted.any() or len(found) == 0  # at the rim, or cut away
+                continue
             assert len(found) == 1
             mask = instances.gt_masks.tensor[found[0]].numpy()
             rim = 2 * (painted.any(0).sum() + painted.any(1).sum())
             assert (mask != painted).sum() <= rim
             ys, xs = painted.nonzero()
             expected = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-            assert np.abs(instances.gt_boxes.tensor[found[0]].numpy() - expected).max() <= 2
+            assert np.abs(instances.gt_boxes.tensor[found[0]].numpy() - expected).max() <= 3
             seen += 1
-    assert seen >= 12
+    assert seen >= 10
 
 
 def test_large_scale_jitter_keeps_to_its_range(photo):
     """The width of the picture, where there is padding to the right of it, tells the scale."""
-    np.random.seed(0)
-    scales, mapper = [], jitter(0.25, 1.5)
+    photo["annotations"] = []
+    scales, apply = [], jitter(0.25, 1.5)
     for _ in range(40):
-        pixels = mapper(photo)["image"].numpy()
-        picture = (pixels != 128).any(0).any(0).sum()
+        result = apply(photo)
+        assert len(result["instances"]) == 0
+        picture = (result["image"].numpy() != 128).any(0).any(0).sum()
         scales.append(picture / 128)  # at scale 1, the 96 pixels fill the square
     assert 0.25 - 0.01 <= min(scales) < 0.4
     cut = [s for s in scales if s == 1.0]
@@ -237,26 +255,14 @@ def test_large_scale_jitter_keeps_to_its_range(photo):
     assert len({round(s, 2) for s in scales}) > 20
 
 
-def test_objects_that_are_cut_away_are_dropped(photo):
-    np.random.seed(0)
-    blue, mapper = 0, jitter(2.0, 2.0)
-    for _ in range(20):
-        result = mapper(photo)
-        painted = (result["image"][0] < 50) & (result["image"][2] > 150)
-        assert (1 in result["instances"].gt_classes) == bool(painted.any())
-        blue += bool(painted.any())
-    assert 0 < blue < 20
-
-
 def test_large_scale_jitter_is_for_training_with_the_flips_of_the_config(photo):
     unflipped = jitter(1.0, 1.0, "INPUT.RANDOM_FLIP", "none")(photo)["instances"]
     assert unflipped.gt_boxes.tensor[0, 0] == pytest.approx(6 * 128 / 96, abs=1)
-    cfg = config(MASK_RCNN, *LSJ, "INPUT.MIN_SIZE_TEST", 32)
-    assert NamingDatasetMapper(cfg, is_train=False)(photo)["image"].shape == (3, 32, 48)
+    assert mapper(*LSJ, is_train=False)(photo)["image"].shape == (3, 32, 48)
     boxes_only = jitter(0.5, 0.5, "MODEL.MASK_ON", False)(photo)["instances"]
     assert len(boxes_only) == 2 and not boxes_only.has("gt_masks")
 
 
 def test_large_scale_jitter_with_another_crop_is_refused():
     with pytest.raises(ConfigError, match="INPUT.CROP.ENABLED"):
-        jitter(0.1, 2.0, "INPUT.CROP.ENABLED", True)
+        mapper(*LSJ, *CROP, "relative")

@@ -5,8 +5,6 @@ images are 100 epochs of 118000."""
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 
-from gn_detect.data.loader import FixedSizeCrop
-
 from ..common.schedule import multi_step
 from .scratch_mask_rcnn_R_50_FPN_gn_3x import dataloader, model, optimizer, train
 
@@ -21,7 +19,7 @@ dataloader.train.total_batch_size = train.reference_batch_size = 64
 dataloader.train.mapper.update(
     augmentations=[
         L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=1024, target_width=1024),
-        L(FixedSizeCrop)(crop_size=(1024, 1024)),
+        L(T.FixedSizeCrop)(crop_size=(1024, 1024)),
         L(T.RandomFlip)(),
     ],
     # Where an object is cut, its box must be found again, from the mask as a bitmap.
