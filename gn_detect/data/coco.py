@@ -33,14 +33,22 @@ class CocoSummary:
 
     Attributes:
         classes: category id -> name, ordered by id, as Detectron2 orders its classes.
-        num_images, num_annotations: as listed in the file; degenerate annotations not counted.
+        num_images, num_annotations: as listed in the file.
+        num_crowds: annotations that are crowd regions: no objects to be trained on.
         has_rle: an object (not a crowd region) has its mask as RLE.
     """
 
     classes: dict[int, str]
     num_images: int
-    num_annotations: int
-    has_rle: bool
+    num_annotations: int = 0
+    num_crowds: int = 0
+    has_rle: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.num_images} images, {self.num_annotations} annotations"
+        if self.num_crowds:
+            text += f" ({self.num_crowds} of them crowds, which are not trained on)"
+        return text
 
 
 def register_coco_json(name: str, json_file: str, image_root: str) -> None:
@@ -105,15 +113,16 @@ def check_coco_json(
     content = _read_json(json_file, needs_annotations=training)
     classes = _check_categories(content["categories"], json_file)
     images = _check_images(content["images"], json_file, image_root)
-    if "annotations" not in content:
-        return CocoSummary(classes, len(images), 0, False)
+    annotations = content.get("annotations")
+    if annotations is None:
+        return CocoSummary(classes, len(images))
     checker = _AnnotationChecker(json_file, classes, images, masks, evaluation)
-    for index, annotation in enumerate(content["annotations"]):
+    for index, annotation in enumerate(annotations):
         checker.check(annotation, index)
     checker.warn()
     if not checker.num_valid:
         raise DataError(f"{json_file} holds no annotation of an object that could be used")
-    return CocoSummary(classes, len(images), checker.num_valid, checker.has_rle)
+    return CocoSummary(classes, len(images), len(annotations), checker.num_crowds, checker.has_rle)
 
 
 def _read_json(json_file: str, needs_annotations: bool) -> dict:
@@ -181,7 +190,7 @@ class _AnnotationChecker:
         self.unique_ids = "minival" not in json_file
         self.degenerate: dict[str, list[str]] = defaultdict(list)  # kind -> annotations
         self.seen: set = set()
-        self.num_valid = 0
+        self.num_valid = self.num_crowds = 0
         self.has_rle = False
 
     def check(self, annotation: dict, index: int) -> None:
@@ -191,10 +200,11 @@ class _AnnotationChecker:
         if error:
             raise DataError(f"{self.json_file}: {self._where(annotation)} {error}")
         self.seen.add(annotation["id"])
-        if annotation.get("image_id") not in self.images or annotation.get("iscrowd", 0):
-            return  # not an object to be trained on; the former, Detectron2 counts in a warning
-        kind = self._degenerate(annotation)
-        if kind:
+        if annotation.get("iscrowd", 0):
+            self.num_crowds += 1
+        elif annotation.get("image_id") not in self.images:
+            pass  # Detectron2 counts them in a warning
+        elif kind := self._degenerate(annotation):
             self.degenerate[kind].append(self._where(annotation))
         else:
             self.num_valid += 1
@@ -257,7 +267,7 @@ class _AnnotationChecker:
         polygons = annotation.get("segmentation")
         if self.masks and isinstance(polygons, list):
             if not any(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
-                return "polygons of fewer than 3 points"
+                return "polygons of fewer than 3 points, or of an odd number of coordinates"
         return None
 
     def warn(self) -> None:

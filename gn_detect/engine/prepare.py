@@ -204,7 +204,7 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
         if name in test:
             check_evaluation(run.keys["test_data"], name)
         summaries[name] = summary
-        logger.info(f"{name}: {summary.num_images} images, {summary.num_annotations} annotations")
+        logger.info(f"{name}: {summary}")
     return summaries
 
 
