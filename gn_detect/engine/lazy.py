@@ -9,6 +9,7 @@ import os
 import tempfile
 
 from detectron2.config import LazyConfig
+from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -16,10 +17,12 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.settings import Settings
 
-from .hooks import FiniteLossCheck
+from .hooks import FiniteLossCheck, FirstIterations
 from .lazy_config import instantiate_key
 from .prepare import shorten_expected_error
+from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
 
 
@@ -36,8 +39,7 @@ def build_lazy_model(cfg: DictConfig) -> nn.Module:
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     """Train, and evaluate every ``train.eval_period`` iterations and at the end.
 
-    A checkpoint holds the model, the optimizer and the iteration. The order of the images is drawn
-    anew when a run is resumed, as by Detectron2's tool.
+    A run that is resumed goes on as if it had not stopped (:class:`.resume.Resume`).
 
     Args:
         cfg: of :func:`.prepare.prepare_run`.
@@ -49,7 +51,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     Raises:
         FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
     """
-    text = _config_text(cfg)
+    text, images = _config_text(cfg), cfg.dataloader.train.total_batch_size
     cfg = copy.deepcopy(cfg)  # completed in the next lines
     train = cfg.train
     cfg.dataloader.train.total_batch_size //= train.accumulate_steps
@@ -68,25 +70,30 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         guards=WeightGuards.from_config(cfg),
         keep=periodic.pop("max_to_keep", None) or 0,
         config=text,
+        classes=_classes(cfg),
         trainer=trainer,
     )
+    progress = Resume(trainer, images, train.max_iter, train.checkpointer.period)
     results = {}
 
     def evaluate() -> dict:
-        results.update(do_test(cfg, model))
+        with preserved_random_state():
+            results.update(do_test(cfg, model))
         return results
 
     schedule = hooks.LRScheduler(scheduler=instantiate_key(cfg, "lr_multiplier"))
     finite_losses = FiniteLossCheck()
-    trainer.register_hooks([finite_losses, hooks.IterationTimer(), schedule])
+    trainer.register_hooks([finite_losses, progress, hooks.IterationTimer(), schedule])
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **periodic)])
     trainer.register_hooks([hooks.EvalHook(train.eval_period, evaluate)])
     if comm.is_main_process():  # last, so that it writes what the others have measured
         writers = default_writers(train.output_dir, train.max_iter)
         trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
+        trainer.register_hooks([FirstIterations(train.max_iter)])
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
-    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    resumes = resume and checkpointer.has_checkpoint()
+    start_iter = progress.start(trainer.iter + 1) if resumes else 0
     if start_iter >= train.max_iter > 0:  # finished, but perhaps on a full disk
         checkpointer.save_safetensors()
     logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
@@ -97,6 +104,13 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         message = finite_losses.describe(trainer.iter, error, remedy)
         raise FloatingPointError(message) from None
     return results
+
+
+def _classes(cfg: DictConfig) -> list[str]:
+    """The names of the classes of the data, where its metadata has them."""
+    names = Settings(cfg)["train_data"]
+    name = names if isinstance(names, str) or not names else names[0]
+    return MetadataCatalog.get(name).get("thing_classes", []) if name else []
 
 
 def _config_text(cfg: DictConfig) -> str:

@@ -1,6 +1,9 @@
 import pytest
 import torch
+from detectron2.utils.env import seed_all_rng
+from helpers import assert_equal
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from gn_detect.engine import lazy, prepare_run
 from gn_detect.engine.lazy import do_train
@@ -18,6 +21,28 @@ def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path):
     weights.unlink()  # as if the disk had been full
     assert do_train(cfg, resume=True).keys() == results.keys()
     assert weights.exists()
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(lazy_data, tmp_path):
+    """With the order of the images, their flips, and this run's options."""
+
+    def train(output, *options, stop=4, resume=False):
+        cfg = lazy_data(
+            *(f"train.output_dir={tmp_path / output}", "train.checkpointer.period=2"),
+            *("train.eval_period=1", "train.max_iter=4", *options),
+        )
+        prepare_run(cfg, resume=resume)
+        seed_all_rng(99 if resume else 3)
+        cfg.train.max_iter = stop
+        do_train(cfg, resume=resume)
+        return load_file(tmp_path / output / "model_final.safetensors")
+
+    # A constant rate, so that the first half does not depend on the length of the run.
+    rate = ("lr_multiplier.scheduler.end_value=1.0", "lr_multiplier.warmup_length=0.0")
+    whole = train("whole", *rate)
+    half = train("stopped", *rate, stop=2)
+    assert any(not torch.equal(value, whole[key]) for key, value in half.items())
+    assert_equal(train("stopped", *rate, resume=True), whole)
 
 
 def test_accumulation_shares_the_images_of_an_iteration(lazy_data, tmp_path, monkeypatch):

@@ -4,15 +4,14 @@ import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.evaluation import COCOEvaluator
 
-from gn_detect.data.loader import NamingDatasetMapper
+from gn_detect.data.loader import NamingDatasetMapper, resumable_train_loader
 
 dataloader = dict(
-    train=L(build_detection_train_loader)(
+    train=L(resumable_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
         mapper=L(NamingDatasetMapper)(
             is_train=True,
