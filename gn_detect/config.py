@@ -97,6 +97,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     guards.setdefault("LEARNING_RATE", True)
     guards.setdefault("FEW_IMAGES", True)
     guards.setdefault("SMALL_BATCH_BN", True)
+    guards.setdefault("OVERWRITE_OUTPUT", True)
 
 
 def locate(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:

@@ -141,8 +141,7 @@ class Checkpointer(DetectionCheckpointer):
 
         Args:
             path: any name of weights that ``sources.locate`` knows; "" for none.
-            checkpointables: which of the other states to load, if they are there; None for all,
-                as for a run that is resumed: it must then have the model of the checkpoint.
+            checkpointables: which of the other states to load, if they are there; None for all.
 
         Returns:
             the rest of the file.
@@ -157,12 +156,13 @@ class Checkpointer(DetectionCheckpointer):
             self._guards.check_origin(origin, path)  # before a download
         logger.info(f"Loading weights from {path}")
         weights = read_weights(path, self.model.state_dict())
-        if checkpointables is None:
+        resumes = self.save_dir and path == self.get_checkpoint_file()
+        if resumes:
             covered = cover(weights, self.model)
             check_resumed(weights, covered, path, self._classes, self._config)
         coverage = self.check(weights, path)
         self.model.load_state_dict(coverage.loaded, strict=False)
-        if self.save_dir and path == self.get_checkpoint_file():  # the run goes on
+        if resumes:
             last = weights.rest.get("iteration", -1)
             self._saved = periodic_checkpoints(self.path_manager, self.save_dir, last)
         for key in self.checkpointables if checkpointables is None else checkpointables:

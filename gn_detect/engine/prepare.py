@@ -86,6 +86,8 @@ def prepare_run(
     run["device"] = usable_device(run.keys["device"], run["device"], num_gpus)
     _resolve_amp(run)
     _check_weights(run, eval_only, resume)
+    if not eval_only and not resume:
+        _check_output(run)
     if isinstance(cfg, DictConfig):
         check_lazy_config(cfg)
     summaries = _check_datasets(run, eval_only) if comm.is_main_process() else {}
@@ -172,6 +174,19 @@ def _check_weights(run: Settings, eval_only: bool, resume: bool) -> None:
     path, _, _ = split_name(weights)
     if weights and "://" not in weights and not os.path.isfile(path):
         raise ConfigError(f"{key}: there is no file {path}")
+
+
+def _check_output(run: Settings) -> None:
+    """Look for an earlier run where this one will write."""
+    paths = (os.path.join(run["output_dir"], n) for n in ("last_checkpoint", "metrics.json"))
+    earlier = [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
+    if run["OVERWRITE_OUTPUT"] and earlier and comm.is_main_process():
+        raise ConfigError(
+            f"{run.keys['output_dir']} holds a run already ({earlier[0]}), whose final weights "
+            "would be replaced and whose metrics would be mixed with this run's. Continue it with "
+            "--resume, name another directory, or delete it; to write there all the same, set "
+            f"{run.keys['OVERWRITE_OUTPUT']} False"
+        )
 
 
 def _names(run: Settings, split: str) -> tuple[str, ...]:

@@ -192,6 +192,7 @@ def test_a_resumed_run_does_not_start_from_weights(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     (tmp_path / "model_0000009.pth").touch()
     opts = ["MODEL.BACKBONE.FREEZE_AT", 2, "OUTPUT_DIR", str(tmp_path)]
+    opts += ["GUARDS.OVERWRITE_OUTPUT", False]
     prepare(SCRATCH, *opts, resume=True)
     with pytest.raises(ConfigError, match="FREEZE_AT is 2"):
         prepare(SCRATCH, *opts)

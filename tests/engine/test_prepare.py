@@ -170,3 +170,20 @@ def test_resume_without_a_checkpoint_is_said(own_data, caplog):
     with caplog.at_level(logging.WARNING, "gn_detect"):
         prepare(own_data, resume=True)
     assert "--resume: no checkpoint in" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "last_checkpoint"])
+def test_the_output_of_an_earlier_run_is_not_overwritten(own_data, tmp_path, name):
+    output = tmp_path / "output"
+    opts = [*own_data, *TINY, "OUTPUT_DIR", str(output)]
+    prepare(opts)
+    output.mkdir()
+    (output / name).touch()
+    prepare(opts)  # nothing was written yet
+    (output / name).write_text("model_final.pth")
+    with pytest.raises(ConfigError, match=f"OUTPUT_DIR holds a run already .*{name}.*--resume"):
+        prepare(opts)
+    prepare([*opts, "GUARDS.OVERWRITE_OUTPUT", False])
+    (output / "model_final.pth").touch()
+    prepare(opts, resume=True)
+    prepare([*opts, "MODEL.WEIGHTS", str(output / "model_final.pth")], eval_only=True)
