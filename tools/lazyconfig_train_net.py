@@ -33,9 +33,8 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = build_lazy_model(cfg)
-        checkpointer = Checkpointer(
-            model, cfg.train.output_dir, guards=WeightGuards.from_config(cfg)
-        )
+        guards = WeightGuards.from_config(cfg)
+        checkpointer = Checkpointer(model, cfg.train.output_dir, guards=guards, evaluation=True)
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         return do_test(cfg, model)
     return do_train(cfg, resume=args.resume)

@@ -65,7 +65,8 @@ def main(args, cfg):
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, guards=WeightGuards.from_config(cfg))
+        guards = WeightGuards.from_config(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, guards=guards, evaluation=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)

@@ -13,8 +13,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from gn_detect.config import ConfigError
+
 from .convert import Weights, read_weights
-from .coverage import Coverage, cover
+from .coverage import Coverage, cover, num_classes
 from .origin import Origin
 from .resumed import check_resumed
 from .saving import (
@@ -43,6 +45,8 @@ class Checkpointer(DetectionCheckpointer):
         keep: how many periodic checkpoints to keep of this run and of what it resumes, 0 for all.
         config: of the run, as YAML, saved with the weights.
         classes: names of the classes of the data, in order, saved with the weights.
+        evaluation: the model is only evaluated, so that all of it must be in the weights. Otherwise
+            what is not starts afresh, with a warning.
         **checkpointables: of DetectionCheckpointer.
     """
 
@@ -55,6 +59,7 @@ class Checkpointer(DetectionCheckpointer):
         keep: int = 0,
         config: str = "",
         classes: Sequence[str] = (),
+        evaluation: bool = False,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -63,6 +68,7 @@ class Checkpointer(DetectionCheckpointer):
         self._saved: list[str] = []  # periodic checkpoints of this run, oldest first
         self._config = config
         self._classes = list(classes)
+        self._evaluation = evaluation
 
     @property
     def origin(self) -> Origin:
@@ -195,4 +201,21 @@ class Checkpointer(DetectionCheckpointer):
                 f"{name} does not say with which {', '.join(unknown)} it was trained; what the "
                 "config says is taken to be right"
             )
+        if coverage.afresh:
+            self._say_afresh(weights, coverage, name)
         return coverage
+
+    def _say_afresh(self, weights: Weights, coverage: Coverage, name: str) -> None:
+        lacking = (
+            f"{name} does not have, or not in the shape of this model: {coverage.describe_afresh()}"
+        )
+        theirs = num_classes({n: tuple(tensor.shape) for n, tensor in weights.state.items()})
+        ours = num_classes(coverage.shapes)
+        if None not in (theirs, ours) and theirs != ours:
+            lacking += f". It has {theirs} classes, the model has {ours}"
+        if self._evaluation:
+            raise ConfigError(
+                f"{lacking}. These layers would be random, and so would be the result: evaluate "
+                "weights that were trained with this config on these classes, or train first"
+            )
+        logger.warning(f"{lacking}. These layers start afresh")

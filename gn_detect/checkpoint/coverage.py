@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from tabulate import tabulate
@@ -38,6 +39,8 @@ class Coverage:
         missing: parameters of the model that are not in the file.
         mismatched: parameter of the model -> its shape in the file.
         unexpected: names in the file that the model does not have.
+        statistics: means and variances of BN in the model that are not in the file, but for those
+            of layers that have them folded into gamma and beta there.
         shapes: of all parameters of the model.
         batch_norms: layers of the model that are BN in the file.
     """
@@ -46,6 +49,7 @@ class Coverage:
     missing: list[str]
     mismatched: dict[str, tuple[int, ...]]
     unexpected: list[str]
+    statistics: list[str]
     shapes: dict[str, tuple[int, ...]]
     batch_norms: set[str]
 
@@ -53,6 +57,22 @@ class Coverage:
         """The parameters of ``component`` that are not loaded."""
         names = [*self.missing, *self.mismatched]
         return [name for name in names if component_of(name) == component]
+
+    @property
+    def afresh(self) -> list[str]:
+        """All that the file does not give: parameters and statistics of the model."""
+        return [*(name for name in self.shapes if name not in self.loaded), *self.statistics]
+
+    def describe_afresh(self) -> str:
+        """The components that the file gives nothing of, and the layers that others lack."""
+        layers = defaultdict(dict)
+        for name in self.afresh:
+            layers[component_of(name)][name.rpartition(".")[0]] = None
+        given = {component_of(name) for name in self.loaded}
+        return "; ".join(
+            f"{component} ({_shorten(list(names), 4)})" if component in given else component
+            for component, names in layers.items()
+        )
 
     def __str__(self) -> str:
         """A table of the components, and the names of what is not loaded."""
@@ -95,8 +115,11 @@ def cover(weights: Weights, model: nn.Module) -> Coverage:
     with it; if the model has several (the stages of a cascade), it is left out.
     """
     theirs = {n: t for n, t in weights.state.items() if not re.fullmatch(_CONSTANTS, n)}
-    tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    ours = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    ours = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and not re.fullmatch(_CONSTANTS, name)
+    }
     places = {name: name for name in theirs.keys() & ours.keys()}
     if weights.partial:
         candidates = defaultdict(list)
@@ -108,18 +131,46 @@ def cover(weights: Weights, model: nn.Module) -> Coverage:
     matched = {place: theirs[name] for name, place in places.items()}
     mismatched = {n: tuple(t.shape) for n, t in matched.items() if tuple(t.shape) != ours[n]}
     trained = {n: shape for n, shape in ours.items() if not re.fullmatch(_STATISTICS, n)}
+    batch_norms = {
+        place.rpartition(".")[0]
+        for name, place in places.items()
+        if name.rpartition(".")[0] in weights.batch_norms
+    }
+    loaded = {name: matched[name] for name in ours if name in matched.keys() - mismatched.keys()}
+    folded = {layer for layer in batch_norms if f"{layer}.running_mean" not in matched}
     return Coverage(
-        loaded={name: matched[name] for name in ours if name in matched.keys() - mismatched.keys()},
+        loaded=loaded,
         missing=[name for name in trained if name not in matched],
         mismatched={name: mismatched[name] for name in ours if name in mismatched},
         unexpected=[name for name in theirs if name not in places],
+        statistics=[
+            name
+            for name in ours
+            if name.endswith((".running_mean", ".running_var"))
+            and name not in loaded
+            and name.rpartition(".")[0] not in folded
+        ],
         shapes=trained,
-        batch_norms={
-            place.rpartition(".")[0]
-            for name, place in places.items()
-            if name.rpartition(".")[0] in weights.batch_norms
-        },
+        batch_norms=batch_norms,
     )
+
+
+def num_classes(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The number of classes of a detector.
+
+    Args:
+        shapes: name -> shape, of its parameters. The names may lack their beginning.
+
+    Returns:
+        that of its box predictor (the first one of a cascade) or of its RetinaNet head; None where
+        it has neither.
+    """
+    for name, (rows, *_) in ((name, shape) for name, shape in shapes.items() if shape):
+        if re.search(r"\bbox_predictor\.(\d\.)?cls_score\.weight$", name):
+            return rows - 1  # the last is the background
+        if name == "head.cls_score.weight" and (boxes := shapes.get("head.bbox_pred.weight")):
+            return 4 * rows // boxes[0]  # both for each anchor
+    return None
 
 
 def component_of(name: str) -> str:
@@ -130,6 +181,6 @@ def component_of(name: str) -> str:
     return name.split(".")[0]
 
 
-def _shorten(names: list[str]) -> str:
-    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
-    return "; ".join(names[:8]) + more
+def _shorten(names: list[str], count: int = 8) -> str:
+    more = f", and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -10,7 +10,7 @@ import yaml
 from gn_detect.config import ConfigError
 
 from .convert import Weights
-from .coverage import Coverage
+from .coverage import Coverage, num_classes
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def check_resumed(
     Raises:
         ConfigError: says what the checkpoint has, what the run has, and the way out.
     """
-    differences = [*_classes(weights.rest.get("classes"), list(classes)), *_model(coverage)]
+    differences = [*_classes(weights, coverage, list(classes)), *_model(coverage)]
     if differences:
         raise ConfigError(
             f"--resume: {path} is of another model than this run's: {'; '.join(differences)}. "
@@ -49,12 +49,17 @@ def check_resumed(
             logger.warning(f"--resume: the options of this run hold: {', '.join(changed)}")
 
 
-def _classes(theirs: list[str] | None, ours: list[str]) -> Iterator[str]:
+def _classes(weights: Weights, coverage: Coverage, ours: list[str]) -> Iterator[str]:
+    theirs = weights.rest.get("classes")
     if theirs and ours and theirs != ours:
         yield (
             f"it has {len(theirs)} classes ({', '.join(theirs)}), the data {len(ours)} "
             f"({', '.join(ours)})"
         )
+    elif not theirs:
+        counts = num_classes({name: tuple(t.shape) for name, t in weights.state.items()})
+        if counts != (here := num_classes(coverage.shapes)):
+            yield f"it has {counts} classes, the data {here}"
 
 
 def _model(coverage: Coverage) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """Weights that fit by name and shape, and do not fit."""
 
 import pickle
+import re
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,14 +14,25 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 from helpers import config, randomize
 
-from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards
+from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards, Weights, WeightsError
+from gn_detect.checkpoint.convert import convert
+from gn_detect.checkpoint.origin import same
 from gn_detect.config import ConfigError
 
 guards_of = WeightGuards.from_config
 
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+# An R-50 Mask R-CNN of 0.6 million parameters: one that is an eighth as wide.
+SMALL = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.GN.NUM_GROUPS", 4]
+SMALL += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
+for key in ("FPN.OUT_CHANNELS", "ROI_BOX_HEAD.CONV_DIM", "ROI_MASK_HEAD.CONV_DIM"):
+    SMALL += [f"MODEL.{key}", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+
+
+def small(*opts):
+    return config(R18, *SMALL, *opts)
 
 
 def all_norms(norm):
@@ -44,49 +57,49 @@ def load(cfg, weights):
 
 
 def test_bn_weights_into_gn_are_refused(tmp_path):
-    weights = save(config(R18, *all_norms("BN")), tmp_path)
-    with pytest.raises(ConfigError, match=r"weights.pth was trained with BN in 36 layers") as error:
-        load(config(R18), weights)
+    weights = save(small(*all_norms("BN")), tmp_path)
+    with pytest.raises(ConfigError, match=r"weights.pth was trained with BN in 69 layers") as error:
+        load(small(), weights)
     assert "backbone.fpn_lateral2.norm" in str(error.value)
-    load(config(R18, "GUARDS.BN_WEIGHTS_INTO_GN", False), weights)
-    load(config(R18, *all_norms("BN")), weights)
+    load(small("GUARDS.BN_WEIGHTS_INTO_GN", False), weights)
+    load(small(*all_norms("BN")), weights)
 
 
 def test_bn_weights_of_a_wrapped_model(tmp_path):
-    weights = save(config(R18, *all_norms("BN")), tmp_path)
+    weights = save(small(*all_norms("BN")), tmp_path)
     content = torch.load(weights)
     content["model"] = {f"module.{k}": v for k, v in content["model"].items()}
     torch.save(content, weights)
-    with pytest.raises(ConfigError, match="BN in 36 layers"):
-        load(config(R18), weights)
+    with pytest.raises(ConfigError, match="BN in 69 layers"):
+        load(small(), weights)
 
 
 def test_bn_backbone_under_gn_heads_is_in_order(tmp_path):
-    cfg = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
+    cfg = small("MODEL.RESNETS.NORM", "FrozenBN")
     weights = save(cfg, tmp_path)
     load(cfg, weights)
-    with pytest.raises(ConfigError, match="BN in 20 layers .* such as backbone.bottom_up.stem"):
-        load(config(R18), weights)
+    with pytest.raises(ConfigError, match="BN in 53 layers .* such as backbone.bottom_up.stem"):
+        load(small(), weights)
 
 
 def test_bn_of_a_backbone_without_prefix(tmp_path):
     """As Detectron2's converter writes ImageNet weights: matched by the end of the names."""
-    cfg = config(R18, *all_norms("BN"))
+    cfg = small(*all_norms("BN"))
     backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     model = {k: v.numpy() for k, v in backbone.state_dict().items()}
     weights = tmp_path / "weights.pkl"
     content = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
     weights.write_bytes(pickle.dumps(content))
-    with pytest.raises(ConfigError, match="BN in 20 layers"):
-        load(config(R18), str(weights))
+    with pytest.raises(ConfigError, match="BN in 53 layers"):
+        load(small(), str(weights))
 
 
 def test_convolutions_alone_of_batch_norm(tmp_path, caplog):
-    cfg = config(R18, "MODEL.RESNETS.NORM", "BN")
+    cfg = small("MODEL.RESNETS.NORM", "BN")
     bn = randomize(build_model(cfg))
     DetectionCheckpointer(bn, str(tmp_path)).save("weights")
-    model = build_model(config(R18))
-    guards = guards_of(config(R18, "GUARDS.BN_WEIGHTS_INTO_GN", False))
+    model = build_model(small())
+    guards = guards_of(small("GUARDS.BN_WEIGHTS_INTO_GN", False))
     Checkpointer(model, guards=guards).load(str(tmp_path / "weights.pth"))
     theirs, norms = bn.state_dict(), 0
     for name, value in model.state_dict().items():
@@ -95,19 +108,19 @@ def test_convolutions_alone_of_batch_norm(tmp_path, caplog):
             assert torch.equal(value, torch.full_like(value, name.endswith("weight")))
         else:
             assert torch.equal(value, theirs[name])
-    assert norms == 40
-    assert "gamma and beta of 20 layers of BN that are GN here are left out" in caplog.text
+    assert norms == 106
+    assert "gamma and beta of 53 layers of BN that are GN here are left out" in caplog.text
 
 
 def test_origin_travels_with_the_weights(tmp_path):
-    cfg = config(R18)
+    cfg = small()
     Checkpointer(build_model(cfg), str(tmp_path), guards=guards_of(cfg)).save("weights")
     weights = str(tmp_path / "weights.pth")
     load(cfg, weights)
     DetectionCheckpointer(build_model(cfg)).load(weights)  # Detectron2 reads it as before
     with pytest.raises(ConfigError, match=r"PIXEL_STD is \[1.0, 1.0, 1.0\], the weights' is \[57"):
-        load(config(R18, "MODEL.PIXEL_STD", [1.0, 1.0, 1.0]), weights)
-    load(config(R18, "MODEL.PIXEL_STD", [1.0] * 3, "GUARDS.WEIGHTS_INPUT", False), weights)
+        load(small("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]), weights)
+    load(small("MODEL.PIXEL_STD", [1.0] * 3, "GUARDS.WEIGHTS_INPUT", False), weights)
 
 
 def test_input_format():
@@ -163,6 +176,28 @@ def test_known_weights(name, input_format, std, stride_in_1x1):
     assert origin.pixel_mean[0] == (103.53 if input_format == "BGR" else 123.675)
 
 
+@pytest.mark.parametrize("factor, expected", [(0.991, True), (1.009, True), (0.98, False)])
+def test_pixels_agree_but_for_rounding(factor, expected):
+    """Detectron's mean is 102.9801, torchvision's 103.53; other channels differ by 6 %."""
+    mean = (103.53, 116.28, 123.675)
+    for channel in range(3):
+        theirs = tuple(v * (factor if i == channel else 1) for i, v in enumerate(mean))
+        assert same(mean, theirs) is expected
+        origin = Origin("BGR", pixel_mean=theirs, pixel_std=(1.0, 1.0, 1.0))
+        if expected:
+            guards_of(config(R50)).check_origin(origin, "R-50")
+        else:
+            with pytest.raises(ConfigError, match="PIXEL_MEAN is .103.53, 116.28, 123.675., the"):
+                guards_of(config(R50)).check_origin(origin, "R-50")
+    assert not same(mean, mean[::-1]) and not same(mean, mean[:1])
+
+
+@pytest.mark.parametrize("array", [np.zeros(2, ">f4"), np.zeros(2, "g")])
+def test_arrays_that_are_no_tensors(array):
+    with pytest.raises(WeightsError, match="file: 'stem.conv1.weight' in it is an array of dtype"):
+        convert({"stem.conv1.weight": array}, "file")
+
+
 def test_unknown_weights():
     assert Origin.of_name("output/model_final.pth") is None
     assert Origin.of_name("converted/timm/R-50-GN.pkl") is None  # a name alone proves nothing
@@ -171,7 +206,7 @@ def test_unknown_weights():
 
 def test_weights_of_a_known_name_are_checked_when_they_are_loaded():
     """Also where nothing is trained."""
-    checkpointer = Checkpointer(build_model(config(R18)), guards=guards_of(config(R18)))
+    checkpointer = Checkpointer(build_model(small()), guards=guards_of(small()))
     name = "detectron2://Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/138602908/model_final_01ca85.pkl"
     with pytest.raises(ConfigError, match="PIXEL_STD is .* the weights' is"):
         checkpointer.load(name)  # before it is downloaded
@@ -184,32 +219,32 @@ def own(cfg, path):
 
 
 def test_weight_standardization_and_groups_travel_with_the_weights(tmp_path):
-    cfg = config(R18, "MODEL.GN.WEIGHT_STANDARDIZATION", "authors", "MODEL.GN.NUM_GROUPS", 8)
+    cfg = small("MODEL.GN.WEIGHT_STANDARDIZATION", "authors", "MODEL.GN.NUM_GROUPS", 8)
     weights = own(cfg, tmp_path)
     load(cfg, weights)
     with pytest.raises(ConfigError, match=r"with Weight Standardization \(authors\), .* \(timm\)"):
-        load(config(R18, "MODEL.GN.WEIGHT_STANDARDIZATION", "timm"), weights)
-    plain = config(R18, "MODEL.GN.NUM_GROUPS", 8)
+        load(small("MODEL.GN.WEIGHT_STANDARDIZATION", "timm"), weights)
+    plain = small("MODEL.GN.NUM_GROUPS", 8)
     with pytest.raises(ConfigError, match="the model has no Weight Standardization: set MODEL.GN"):
         load(plain, weights)
-    with pytest.raises(ConfigError, match="norm has 16 groups of 4 .* trained with 8 groups"):
-        load(config(R18, "MODEL.GN.WEIGHT_STANDARDIZATION", "authors"), weights)
+    with pytest.raises(ConfigError, match="norm has 4 groups of 8 .* trained with 8 groups"):
+        load(small("MODEL.GN.WEIGHT_STANDARDIZATION", "authors"), weights)
     plain.GUARDS.WEIGHTS_NORM = False
     load(plain, weights)
 
 
 def test_channels_per_group(tmp_path):
-    by_channels = ["MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 16]
-    weights = own(config(R18, *by_channels), tmp_path)
-    load(config(R18, *by_channels), weights)
-    with pytest.raises(ConfigError, match="trained with 16 channels per group"):
-        load(config(R18), weights)
+    by_channels = ["MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 4]
+    weights = own(small(*by_channels), tmp_path)
+    load(small(*by_channels), weights)
+    with pytest.raises(ConfigError, match="trained with 4 channels per group"):
+        load(small(), weights)
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
-    weights = own(config(R18), tmp_path)
-    deeper = config(R18, "MODEL.RESNETS.DEPTH", 34)
-    with pytest.raises(ConfigError, match="another backbone .* 48 of its parameters, .*res2.2"):
+    weights = own(small(), tmp_path)
+    deeper = small("MODEL.RESNETS.DEPTH", 101)
+    with pytest.raises(ConfigError, match="another backbone .* 153 of its parameters, .*res4.6"):
         load(deeper, weights)
     deeper.GUARDS.WEIGHTS_COVERAGE = False
     load(deeper, weights)
@@ -217,15 +252,74 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
 
 def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
     """Though all parameters of the model are in them."""
-    weights = own(config(R18, "MODEL.RESNETS.DEPTH", 34), tmp_path)
-    with pytest.raises(ConfigError, match="it has 16 further layers, such as .*res2.2.conv1"):
-        load(config(R18), weights)
+    weights = own(small("MODEL.RESNETS.DEPTH", 101), tmp_path)
+    with pytest.raises(ConfigError, match="it has 51 further layers, such as .*res4.6.conv1"):
+        load(small(), weights)
+
+
+BOX, MASK = "roi_heads.box_predictor", "roi_heads.mask_head.predictor"
+
+
+def pair(name, opts, their_opts, given=""):
+    """A config, its model, and of the weights of another config's those whose names match."""
+    configs = [config(name, "MODEL.DEVICE", "meta", *o) for o in (opts, their_opts)]
+    ours, theirs = map(build_model, configs)
+    state = {n: t for n, t in theirs.state_dict().items() if re.match(given, n)}
+    return guards_of(configs[0]), ours, Weights("Detectron2", state, partial=False)
+
+
+@pytest.mark.parametrize(
+    "name, opts, their_opts, given, message",
+    [
+        (
+            *(R18, ["MODEL.ROI_HEADS.NUM_CLASSES", 3], ["MODEL.ROI_HEADS.NUM_CLASSES", 2], ""),
+            f"box head ({BOX}.cls_score, {BOX}.bbox_pred); mask head ({MASK}). It has 2 classes, "
+            "the model has 3. ",
+        ),
+        (
+            "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml",
+            *([], ["MODEL.ROI_HEADS.NUM_CLASSES", 81], "(?!.*mask)"),
+            f"box head ({BOX}.0.cls_score, {BOX}.1.cls_score, {BOX}.2.cls_score); mask head. It "
+            "has 81 classes, the model has 80. ",
+        ),
+        (
+            *("COCO-Detection/retinanet_R_50_FPN_gn_3x.yaml", ["MODEL.RETINANET.NUM_CLASSES", 3]),
+            *([], ""),
+            "RetinaNet head (head.cls_score). It has 80 classes, the model has 3. ",
+        ),
+        (R18, [], [], r"backbone\.bottom_up\.", "model: FPN; RPN; box head; mask head. These "),
+        (R18, [], [], r"(?!.*fpn_\w+3\.weight)", "FPN (backbone.fpn_lateral3, backbone.fpn_out"),
+        (
+            *(R18, ["MODEL.FPN.NORM", "BN"], ["MODEL.FPN.NORM", "BN"], r"(?!.*lateral2.*var)"),
+            "model: FPN (backbone.fpn_lateral2.norm). These",
+        ),
+    ],
+    ids=["classes", "cascade", "RetinaNet", "backbone", "layers", "statistics"],
+)
+def test_evaluation_needs_all_of_a_model(name, opts, their_opts, given, message, caplog):
+    """Random layers have no result that means anything; training begins with them."""
+    guards, model, weights = pair(name, opts, their_opts, given)
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        Checkpointer(model, guards=guards, evaluation=True).check(weights, "weights.pth")
+    assert str(error.value).startswith("weights.pth does not have, or not in the shape of this")
+    assert not [r for r in caplog.records if "afresh" in r.message]
+    Checkpointer(model, guards=guards).check(weights, "weights.pth")
+    (record,) = [r for r in caplog.records if "afresh" in r.message]
+    assert record.levelname == "WARNING" and message[:-7] in record.message
+
+
+def test_evaluation_needs_no_constants():
+    """Nor what only training counts."""
+    bn = all_norms("BN")
+    guards, model, weights = pair(R18, bn, bn, "(?!.*num_batches_tracked)")
+    model.register_buffer("pixel_mean", torch.zeros(3, 1, 1))  # as in Detectron2 in 2020
+    Checkpointer(model, guards=guards, evaluation=True).check(weights, "weights.pth")
 
 
 def test_heads_of_other_classes_are_dropped_and_named(tmp_path, caplog):
-    weights = own(config(R18, "MODEL.ROI_HEADS.NUM_CLASSES", 3), tmp_path)
+    weights = own(small("MODEL.ROI_HEADS.NUM_CLASSES", 3), tmp_path)
     theirs = torch.load(weights)["model"]
-    cfg = config(R18)
+    cfg = small()
     model = build_model(cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     caplog.set_level("INFO")
@@ -240,7 +334,7 @@ def test_heads_of_other_classes_are_dropped_and_named(tmp_path, caplog):
 
 def test_a_checkpoint_resumes_its_training(tmp_path):
     """What else is in the file goes to its owner, or is returned."""
-    cfg = config(R18)
+    cfg = small()
     optimizer = torch.optim.SGD(build_model(cfg).parameters(), lr=0.3)
     checkpointer = Checkpointer(build_model(cfg), str(tmp_path), guards=guards_of(cfg), o=optimizer)
     checkpointer.save("weights", iteration=7)
@@ -253,19 +347,19 @@ def test_a_checkpoint_resumes_its_training(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    weights = own(config(R18), tmp_path)
+    weights = own(small(), tmp_path)
     content = torch.load(weights)
     content["model"]["backbone.fpn_lateral2.weight"][0] = float("nan")
     torch.save(content, weights)
     with pytest.raises(
         ConfigError, match="'backbone.fpn_lateral2.weight' has elements that are NaN"
     ):
-        load(config(R18), weights)
+        load(small(), weights)
 
 
 def test_names_without_their_beginning(tmp_path):
     """Detectron2's query; without it, such names are of another model."""
-    cfg = config(R18)
+    cfg = small()
     model = build_model(cfg)
     state = {k.removeprefix("backbone.bottom_up."): v for k, v in model.state_dict().items()}
     state = {f"stages.{k}": v for k, v in state.items() if k.startswith("res")}
@@ -296,21 +390,21 @@ class Encoder(torch.nn.Module):
 @pytest.mark.parametrize("content", ["checkpoint", "state dict", "compiled"])
 def test_a_model_of_any_names_goes_on(content, tmp_path):
     saved, ours = Encoder(), Encoder()
-    Checkpointer(saved, str(tmp_path), guards=guards_of(config(R18))).save("model_final")
+    Checkpointer(saved, str(tmp_path), guards=guards_of(small())).save("model_final")
     state = saved.state_dict()
     if content == "state dict":
         torch.save(state, tmp_path / "model_final.pth")
     elif content == "compiled":
         compiled = {f"_orig_mod.{name}": value for name, value in state.items()}
         torch.save(compiled, tmp_path / "model_final.pth")
-    checkpointer = Checkpointer(ours, str(tmp_path), guards=guards_of(config(R18)))
+    checkpointer = Checkpointer(ours, str(tmp_path), guards=guards_of(small()))
     checkpointer.resume_or_load("", resume=True)
     assert torch.equal(ours.encoder.weight, saved.encoder.weight)
 
 
 def test_a_checkpoint_of_pycls(tmp_path):
     """One of Detectron2's own formats: names are matched by their ends."""
-    cfg = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
+    cfg = small("MODEL.RESNETS.NORM", "FrozenBN")
     model, theirs = build_model(cfg), build_model(cfg)
     backbone = dict(theirs.backbone.bottom_up.state_dict())
     before = model.backbone.bottom_up.res2[0].conv1.weight.clone()
@@ -324,9 +418,9 @@ def test_a_checkpoint_of_pycls(tmp_path):
 
 def test_weights_of_gn_for_batch_norm_are_refused(tmp_path):
     """Their gamma and beta would fit, with statistics of no data."""
-    weights = own(config(R18), tmp_path)
-    frozen = config(R18, "MODEL.RESNETS.NORM", "FrozenBN")
-    with pytest.raises(ConfigError, match="without BN in 20 layers that are FrozenBatchNorm2d"):
+    weights = own(small(), tmp_path)
+    frozen = small("MODEL.RESNETS.NORM", "FrozenBN")
+    with pytest.raises(ConfigError, match="without BN in 53 layers that are FrozenBatchNorm2d"):
         load(frozen, weights)
     frozen.GUARDS.WEIGHTS_NORM = False
     load(frozen, weights)
@@ -345,18 +439,18 @@ def test_weights_of_gn_for_batch_norm_are_refused(tmp_path):
     ],
 )
 def test_what_is_beside_the_weights(beside, message, tmp_path):
-    weights = save(config(R18), tmp_path)
+    weights = save(small(), tmp_path)
     torch.save({**torch.load(weights), **beside}, weights)
     if message is None:
-        load(config(R18), weights)
+        load(small(), weights)
     else:
         with pytest.raises(ConfigError, match=message):
-            load(config(R18), weights)
+            load(small(), weights)
 
 
 def test_the_origin_of_a_name_goes_before_that_of_a_format(tmp_path, monkeypatch):
     """timm has a ResNet of torchvision's layout that was trained with another mean."""
-    cfg = config(R18, "GUARDS.BN_WEIGHTS_INTO_GN", False)
+    cfg = small("GUARDS.BN_WEIGHTS_INTO_GN", False)
     path = tmp_path / "cache/timm/resnet34.ra4_e3600_r224_in1k/resolve/main/model.safetensors"
     path.parent.mkdir(parents=True)
     safetensors.torch.save_file(torchvision.models.resnet18().state_dict(), path)
@@ -369,10 +463,11 @@ def test_the_origin_of_a_name_goes_before_that_of_a_format(tmp_path, monkeypatch
 
 
 def test_an_unknown_origin_is_said(tmp_path, caplog):
-    load(config(R18), save(config(R18), tmp_path))
+    load(small(), save(small(), tmp_path))
     assert (
-        "does not say with which input_format, pixel_mean, pixel_std, num_groups it" in caplog.text
+        "does not say with which input_format, pixel_mean, pixel_std, stride_in_1x1, num_groups it"
+        in caplog.text
     )
     caplog.clear()
-    load(config(R18), own(config(R18), tmp_path))
+    load(small(), own(small(), tmp_path))
     assert not caplog.records

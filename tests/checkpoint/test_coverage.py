@@ -77,7 +77,9 @@ def test_less_than_all_is_not_100_percent(model, state):
 def test_statistics_are_not_trained():
     model = build_model(config(R18, "MODEL.RESNETS.NORM", "BN"))
     state = {n: t for n, t in model.state_dict().items() if "running" not in n}
-    assert cover(convert({"model": state}, "file"), model).missing == []
+    coverage = cover(convert({"model": state}, "file"), model)
+    assert coverage.missing == []
+    assert coverage.statistics == [n for n in model.state_dict() if "running" in n]
 
 
 def test_one_name_for_several_layers_is_left_out():
