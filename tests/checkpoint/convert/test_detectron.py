@@ -19,7 +19,18 @@ from gn_detect.config import ConfigError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS = (3, 4, 6, 3)
-MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_2x.yaml"
+WIDTH = 32  # of the stem, the FPN and the heads: a quarter of the weights of Detectron's networks
+CLASSES = 3
+
+
+def mask_rcnn_config(*opts):
+    widths = [
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", WIDTH, "MODEL.RESNETS.RES2_OUT_CHANNELS", 4 * WIDTH),
+        *("MODEL.RESNETS.WIDTH_PER_GROUP", WIDTH, "MODEL.FPN.OUT_CHANNELS", WIDTH),
+        *("MODEL.ROI_BOX_HEAD.CONV_DIM", WIDTH, "MODEL.ROI_MASK_HEAD.CONV_DIM", WIDTH),
+        *("MODEL.ROI_BOX_HEAD.FC_DIM", 64, "MODEL.ROI_HEADS.NUM_CLASSES", CLASSES),
+    ]
+    return config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_2x.yaml", *widths, *opts)
 
 
 class Blobs(dict):
@@ -43,10 +54,10 @@ class Blobs(dict):
 
 
 def resnet50(blobs):
-    blobs.conv_gn("conv1", 64, 3, 7)
-    dim_in = 64
+    blobs.conv_gn("conv1", WIDTH, 3, 7)
+    dim_in = WIDTH
     for stage, blocks in enumerate(BLOCKS, 2):
-        inner, out = 64 * 2 ** (stage - 2), 256 * 2 ** (stage - 2)
+        inner, out = WIDTH * 2 ** (stage - 2), 4 * WIDTH * 2 ** (stage - 2)
         for block in range(blocks):
             name = f"res{stage}_{block}_branch"
             blobs.conv_gn(f"{name}2a", inner, dim_in, 1)
@@ -61,7 +72,7 @@ def imagenet_backbone():
     """R-50-GN.pkl: no ``blobs``, and a classifier."""
     blobs = Blobs()
     resnet50(blobs)
-    blobs.conv("pred", 1000, 2048)
+    blobs.conv("pred", 10, 32 * WIDTH)
     return dict(blobs)
 
 
@@ -69,22 +80,22 @@ def mask_rcnn():
     """model_final.pkl of e2e_mask_rcnn_R-50-FPN_2x_gn."""
     blobs = Blobs()
     resnet50(blobs)
-    blobs.conv_gn("fpn_inner_res5_2_sum", 256, 2048, 1)
-    for level, dim in (("res4_5", 1024), ("res3_3", 512), ("res2_2", 256)):
-        blobs.conv_gn(f"fpn_inner_{level}_sum_lateral", 256, dim, 1)
+    blobs.conv_gn("fpn_inner_res5_2_sum", WIDTH, 32 * WIDTH, 1)
+    for level, dim in (("res4_5", 16 * WIDTH), ("res3_3", 8 * WIDTH), ("res2_2", 4 * WIDTH)):
+        blobs.conv_gn(f"fpn_inner_{level}_sum_lateral", WIDTH, dim, 1)
     for level in ("res5_2", "res4_5", "res3_3", "res2_2"):
-        blobs.conv_gn(f"fpn_{level}_sum", 256, 256, 3)
-    blobs.conv("conv_rpn_fpn2", 256, 256, 3, 3)
-    blobs.conv("rpn_cls_logits_fpn2", 3, 256, 1, 1)
-    blobs.conv("rpn_bbox_pred_fpn2", 12, 256, 1, 1)
+        blobs.conv_gn(f"fpn_{level}_sum", WIDTH, WIDTH, 3)
+    blobs.conv("conv_rpn_fpn2", WIDTH, WIDTH, 3, 3)
+    blobs.conv("rpn_cls_logits_fpn2", 3, WIDTH, 1, 1)
+    blobs.conv("rpn_bbox_pred_fpn2", 12, WIDTH, 1, 1)
     for i in range(4):
-        blobs.conv_gn(f"head_conv{i + 1}", 256, 256, 3)
-        blobs.conv_gn(f"_mask_fcn{i + 1}", 256, 256, 3)
-    blobs.conv("fc6", 1024, 256 * 7 * 7)
-    blobs.conv("cls_score", 81, 1024)
-    blobs.conv("bbox_pred", 81 * 4, 1024)
-    blobs.conv("conv5_mask", 256, 256, 2, 2)
-    blobs.conv("mask_fcn_logits", 81, 256, 1, 1)
+        blobs.conv_gn(f"head_conv{i + 1}", WIDTH, WIDTH, 3)
+        blobs.conv_gn(f"_mask_fcn{i + 1}", WIDTH, WIDTH, 3)
+    blobs.conv("fc6", 64, WIDTH * 7 * 7)
+    blobs.conv("cls_score", CLASSES + 1, 64)
+    blobs.conv("bbox_pred", (CLASSES + 1) * 4, 64)
+    blobs.conv("conv5_mask", WIDTH, WIDTH, 2, 2)
+    blobs.conv("mask_fcn_logits", CLASSES + 1, WIDTH, 1, 1)
     momentum = {f"{name}_momentum": np.zeros_like(array) for name, array in blobs.items()}
     return {"blobs": {**blobs, **momentum}, "cfg": "MODEL: {TYPE: generalized_rcnn}\n"}
 
@@ -128,7 +139,7 @@ def place(model, blobs):
         conv_gn(getattr(heads.mask_head, f"mask_fcn{i}"), f"_mask_fcn{i}")
     plain(heads.box_head.fc1, "fc6")
     # Class 0 is the background there; here it is the last one, and has neither box nor mask.
-    plain(heads.box_predictor.cls_score, "cls_score", [*range(1, 81), 0])
+    plain(heads.box_predictor.cls_score, "cls_score", [*range(1, CLASSES + 1), 0])
     plain(heads.box_predictor.bbox_pred, "bbox_pred", slice(4, None))
     plain(heads.mask_head.deconv, "conv5_mask")
     plain(heads.mask_head.predictor, "mask_fcn_logits", slice(1, None))
@@ -156,37 +167,43 @@ def save(content, path):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory):
+    return save(imagenet_backbone(), tmp_path_factory.mktemp("detectron") / "any_name")
+
+
+def checkpointer(cfg, **kwargs):
+    return Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg), **kwargs)
+
+
 @torch.no_grad()
 def test_detector(tmp_path):
     content = mask_rcnn()
     path = save(content, tmp_path / "any_name")
-    ours, by_hand = (build_model(config(MASK_RCNN)).eval() for _ in range(2))
     weights = read_weights(path)
     assert weights.format == "Detectron"
     assert sorted(weights.left_out) == sorted(n for n in content["blobs"] if "momentum" in n)
-    coverage = cover(weights, ours)
-    assert not (coverage.missing or coverage.mismatched or coverage.unexpected)
-    Checkpointer(ours, guards=WeightGuards.from_config(config(MASK_RCNN))).load(path)
+    loader = checkpointer(mask_rcnn_config(), evaluation=True)  # all of it is in the file
+    loader.load(path)
+    ours, by_hand = loader.model.eval(), build_model(mask_rcnn_config()).eval()
+    assert not cover(weights, ours).unexpected
     place(by_hand, content["blobs"])
     results = list(zip(outputs(ours), outputs(by_hand), strict=True))
     assert len(results) == 5 + 2 * 5 + 2 + 1
     assert all(torch.equal(a, b) for a, b in results)
 
 
-@torch.no_grad()
-def test_backbone(tmp_path):
-    content = imagenet_backbone()
-    path = save(content, tmp_path / "weights.pkl")
-    weights = read_weights(path)
+def test_backbone(backbone_file):
+    weights = read_weights(backbone_file)
     assert sorted(weights.left_out) == ["pred_b", "pred_w"]
-    cfg = config(MASK_RCNN)
-    ours, by_hand = build_model(cfg).eval(), build_model(cfg).eval()
-    Checkpointer(ours, guards=WeightGuards.from_config(cfg)).load(path)
-    place(by_hand, content)
-    resnets = (model.backbone.bottom_up.parameters() for model in (ours, by_hand))
+    loader = checkpointer(mask_rcnn_config())
+    loader.load(backbone_file)
+    by_hand = build_model(mask_rcnn_config())
+    place(by_hand, imagenet_backbone())
+    resnets = (model.backbone.bottom_up.parameters() for model in (loader.model, by_hand))
     pairs = list(zip(*resnets, strict=True))
     assert len(pairs) == 53 * 3 and all(torch.equal(a, b) for a, b in pairs)
-    coverage = cover(weights, ours)
+    coverage = cover(weights, loader.model)
     assert not coverage.lacking("backbone") and not coverage.unexpected
 
 
@@ -195,56 +212,52 @@ def test_backbone(tmp_path):
     [
         (["INPUT.FORMAT", "RGB"], "INPUT.FORMAT is RGB, the weights' is BGR"),
         (["MODEL.RESNETS.STRIDE_IN_1X1", True], "STRIDE_IN_1X1 is True, .* trained with False"),
-        (["MODEL.GN.NUM_GROUPS", 16], "has 16 groups of 4 channels, .* trained with 32 groups"),
+        (["MODEL.GN.NUM_GROUPS", 16], "has 16 groups of 2 channels, .* trained with 32 groups"),
         (["MODEL.GN.WEIGHT_STANDARDIZATION", "timm"], "trained with no Weight Standardization"),
         (["MODEL.RESNETS.DEPTH", 101], "not have, .* such as backbone.bottom_up.res4.6"),
     ],
 )
-def test_another_network_is_refused(opts, message, tmp_path):
+def test_another_network_is_refused(opts, message, backbone_file):
     """Though the file has a name that says nothing."""
-    path = save(imagenet_backbone(), tmp_path / "weights.pkl")
-    cfg = config(MASK_RCNN, *opts)
-    model = build_model(cfg)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    loader = checkpointer(mask_rcnn_config("MODEL.DEVICE", "meta", *opts))
     with pytest.raises(ConfigError, match=message):
-        Checkpointer(model, guards=WeightGuards.from_config(cfg)).load(path)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        loader.load(backbone_file)
 
 
-def test_names_of_folded_batch_norm():
-    """As in MSRA's networks, which have a scale and a bias in place of BN."""
-    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
-    weights = convert(content, "R-50.pkl")
+@pytest.fixture
+def folded():
+    """As MSRA's networks, which have a scale and a bias in place of BN."""
+    return {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
+
+
+def test_names_of_folded_batch_norm(folded):
+    weights = convert(folded, "R-50.pkl")
     assert len(weights.batch_norms) == 53 and "res2.0.conv1.norm" in weights.batch_norms
     assert weights.origin.stride_in_1x1 is None  # True in MSRA's, False in others
     assert weights.origin.pixel_std == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["R-50.pth", "R-50.safetensors"])
-def test_folded_batch_norm_is_told_once_it_is_converted(name, tmp_path):
-    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
+def test_folded_batch_norm_is_told_once_it_is_converted(name, folded, tmp_path):
     path = str(tmp_path / name)
-    write_weights(path, convert(content, "R-50.pkl"))
-    cfg = config(MASK_RCNN)
+    write_weights(path, convert(folded, "R-50.pkl"))
     with pytest.raises(ConfigError, match="was trained with BN in 53 layers that are GN"):
-        Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg)).load(path)
+        checkpointer(mask_rcnn_config("MODEL.DEVICE", "meta")).load(path)
 
 
-def test_batch_norm_with_statistics():
+def test_batch_norm_with_statistics(folded):
     """As in Detectron2's copy of FAIR/X-101-32x8d, whose pixels were divided."""
-    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
-    content |= {f"{k[:-2]}_rm": v for k, v in content.items() if k.endswith("_bn_s")}
-    weights = convert(content, "X-101-32x8d.pkl")
+    folded |= {f"{k[:-2]}_rm": v for k, v in folded.items() if k.endswith("_bn_s")}
+    weights = convert(folded, "X-101-32x8d.pkl")
     assert len(weights.batch_norms) == 53 and weights.origin.pixel_std is None
 
 
-def test_folded_batch_norm_for_frozen_batch_norm(tmp_path):
-    """Whose statistics are 0 and 1 then: the scale and bias do it all."""
-    content = {k.replace("_gn_", "_bn_"): v for k, v in imagenet_backbone().items()}
-    cfg = config(MASK_RCNN, "MODEL.RESNETS.NORM", "FrozenBN")
-    model = build_model(cfg)
-    path = save(content, tmp_path / "R-50.pkl")
-    Checkpointer(model, guards=WeightGuards.from_config(cfg)).load(path)
-    norm = model.backbone.bottom_up.res5[2].conv3.norm
-    assert norm.weight.tolist() == content["res5_2_branch2c_bn_s"].tolist()
+def test_folded_batch_norm_for_frozen_batch_norm(folded, tmp_path):
+    """Whose statistics are 0 and 1 then: the scale and bias do it all, and nothing is lacking."""
+    loader = checkpointer(mask_rcnn_config("MODEL.RESNETS.NORM", "FrozenBN"))
+    path = save(folded, tmp_path / "R-50.pkl")
+    loader.load(path)
+    norm = loader.model.backbone.bottom_up.res5[2].conv3.norm
+    assert norm.weight.tolist() == folded["res5_2_branch2c_bn_s"].tolist()
     assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()
+    assert cover(read_weights(path), loader.model).statistics == []
