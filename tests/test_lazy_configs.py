@@ -19,7 +19,7 @@ from torch import nn
 import gn_detect
 from gn_detect.config import ConfigError, load_config
 from gn_detect.data.loader import NamingDatasetMapper
-from gn_detect.layers import GroupNorm, WSConv2d
+from gn_detect.layers import GroupNorm
 
 LAZY = ROOT / "configs/lazy"
 
@@ -95,7 +95,11 @@ def summarize(model) -> Summary:
         layers={n: type(m) for n, m in modules.items() if not any(m.children())},
         settings=told,
         num_groups={n: m.num_groups for n, m in modules.items() if isinstance(m, GroupNorm)},
-        standardized={n: m.variant for n, m in modules.items() if isinstance(m, WSConv2d)},
+        standardized={
+            n: m.weight_standardization
+            for n, m in modules.items()
+            if getattr(m, "weight_standardization", "")
+        },
         frozen={n for n, p in parameters.items() if not p.requires_grad},
         losses=losses,
         bad_gradients=[

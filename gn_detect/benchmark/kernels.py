@@ -80,8 +80,8 @@ def gn_layers(settings: Settings) -> dict[Layer, list[str]]:
 
     def note(name: str, module: GroupNorm) -> None:
         def hook(_, args, kwargs):
-            residual = len(args) > 1 or kwargs.get("residual") is not None
-            shape, relu = tuple(args[0].shape), module.activation == "relu"
+            residual = kwargs.get("residual") is not None
+            shape, relu = tuple(args[0].shape), kwargs.get("activation") == "relu"
             layers[Layer(shape, module.num_groups, relu, residual, module.eps)].append(name)
 
         module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from gn_detect.config import ConfigError
-from gn_detect.layers import WSConv2d
+from gn_detect.layers.weight_std import variants_in
 from gn_detect.settings import Settings
 
 from .convert.weights import Weights
@@ -151,9 +151,9 @@ class WeightGuards:
         group_norms = {n: m for n, m in modules.items() if isinstance(m, nn.GroupNorm)}
         if not on or not group_norms:
             return
-        ours = {getattr(m, "variant", "") for m in modules.values() if isinstance(m, WSConv2d)}
+        ours = variants_in(modules.values())
         theirs = origin.weight_standardization
-        if theirs is not None and (ours or {""}) != {theirs}:
+        if theirs is not None and ours != {theirs}:
             raise ConfigError(
                 f"{name} was trained with {_variant(theirs)}, but the model has "
                 f"{_variant(*ours)}: set {self.keys['weight_standardization']} to {theirs!r}; to "
@@ -197,11 +197,10 @@ def bn_into_gn(coverage: Coverage, model: nn.Module) -> list[str]:
 def norms_of(model: nn.Module) -> dict[str, str | int | None]:
     """The fields of an :class:`Origin` that say what the norms of ``model`` compute."""
     norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    variants = {m.variant for m in model.modules() if isinstance(m, WSConv2d)} or {""}
     groups = {norm.num_groups for norm in norms}
     channels = {norm.num_channels // norm.num_groups for norm in norms}
     return {
-        "weight_standardization": _only(variants),
+        "weight_standardization": _only(variants_in(model.modules())),
         "num_groups": _only(groups),
         "channels_per_group": _only(channels) if len(groups) > 1 else None,
     }

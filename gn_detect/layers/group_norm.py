@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .functional import group_norm_act
@@ -21,12 +20,11 @@ class GroupNorm(nn.GroupNorm):
         num_channels: C.
         eps: added to the variance.
         affine: learn a gamma and a beta of shape (C,).
-        activation: ``"relu"`` or None, in the same pass over the map.
         kernel: of :func:`~gn_detect.layers.functional.group_norm_act`.
 
     Raises:
         ValueError: ``num_groups`` does not divide ``num_channels``; the message lists the values
-            that do. Or ``activation`` or ``kernel`` is unknown.
+            that do. Or, in a call, ``activation`` or ``kernel`` is unknown.
     """
 
     def __init__(
@@ -38,7 +36,6 @@ class GroupNorm(nn.GroupNorm):
         device=None,
         dtype=None,
         *,
-        activation: str | None = None,
         kernel: str = "auto",
     ):
         if num_groups < 1 or num_channels % num_groups:
@@ -47,16 +44,17 @@ class GroupNorm(nn.GroupNorm):
                 f"numbers of groups that work: {', '.join(map(str, divisors(num_channels)))}"
             )
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        self.activation = activation
         self.kernel = kernel
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, C, *), and a residual of its shape that is added before the activation."""
-        if torch.jit.is_scripting():  # which knows PyTorch's operations alone
-            y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-            if residual is not None:
-                y = y + residual
-            return y if self.activation is None else F.relu(y)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        """(N, C, *) to its shape; in the same pass over the map, what is to follow.
+
+        Args:
+            residual: of the shape of ``x``, added to the result; or None.
+            activation: ``"relu"`` or None, applied last.
+        """
         return group_norm_act(
             x,
             self.num_groups,
@@ -64,13 +62,9 @@ class GroupNorm(nn.GroupNorm):
             self.bias,
             self.eps,
             residual,
-            self.activation,
+            activation,
             kernel=self.kernel,
         )
-
-    def extra_repr(self) -> str:
-        activation = f", activation={self.activation}" if self.activation else ""
-        return super().extra_repr() + activation
 
 
 def divisors(num_channels: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -39,73 +41,7 @@ def standardize_weight(
     return (weight - mean) * torch.rsqrt(var + eps)
 
 
-class WSConv2d(nn.Conv2d):
-    """A convolution with standardized weights, then a norm and an activation, if given.
-
-    The parameter stays as it is trained; it is standardized in each forward.
-
-    Args:
-        *args, **kwargs: of ``nn.Conv2d``.
-        variant, eps: of :func:`standardize_weight`.
-        norm: applied to the output. The scale of the weights is meaningless without one.
-        activation: applied last.
-
-    Raises:
-        ValueError: unknown ``variant``, or filters of a single weight, which have no deviation.
-    """
-
-    def __init__(
-        self,
-        *args,
-        variant: str = "authors",
-        eps: float | None = None,
-        norm: nn.Module | None = None,
-        activation=None,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        _check(self.weight, variant)
-        self.variant = variant
-        self.eps = eps
-        self.norm = norm
-        self.activation = activation
-
-    @classmethod
-    def convert_(cls, conv: nn.Conv2d, variant: str, eps: float | None = None) -> None:
-        """Make ``conv`` a ``WSConv2d``, in place: the modules that hold it (a model may, in lists
-        beside its attributes) keep it, and it keeps its parameters, norm and activation.
-
-        Raises:
-            ValueError: as for a new one.
-        """
-        _check(conv.weight, variant)
-        conv.__class__ = cls
-        conv.variant, conv.eps = variant, eps
-        for name in ("norm", "activation"):
-            if not hasattr(conv, name):
-                setattr(conv, name, None)
-
-    def standardized(self) -> torch.Tensor:
-        """The weights that it convolves with."""
-        return standardize_weight(self.weight, self.variant, self.eps)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in, H, W) to (N, out, H', W')."""
-        x = self._conv_forward(x, self.standardized(), self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, variant={self.variant}"
-
-
-def _check(weight: torch.Tensor, variant: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"weight standardization {variant!r} is unknown; one of: {', '.join(VARIANTS)}"
-        )
-    if weight[0].numel() == 1:
-        raise ValueError("filters of a single weight cannot be standardized")
+def variants_in(modules: Iterable[nn.Module]) -> set[str]:
+    """The variants that convolutions among ``modules`` have, by ``weight_standardization``; {""} if
+    none has one."""
+    return {getattr(m, "weight_standardization", "") for m in modules} - {""} or {""}

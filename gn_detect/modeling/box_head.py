@@ -9,7 +9,7 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCH
 
 from gn_detect.config import ConfigError
 
-from .fused import Block, in_memory_mode
+from .blocks import Block, in_memory_mode, run_layers
 from .norm import (
     GroupNormFactory,
     finish_from_config,
@@ -65,7 +65,7 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
+        return run_layers(self, x)
 
     @classmethod
     def from_config(cls, cfg, input_shape):

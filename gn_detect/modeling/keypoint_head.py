@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, interpolate
 from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 
-from .fused import Block, in_memory_mode
+from .blocks import Block, in_memory_mode, run_layers
 from .norm import (
     GroupNormFactory,
     add_norm,
@@ -59,8 +59,9 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
 
     @in_memory_mode
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        # Detectron2 takes a view of the heatmaps that only NCHW has.
-        return super().layers(x).contiguous()
+        x = run_layers(self, x)
+        x = interpolate(x, scale_factor=self.up_scale, mode="bilinear", align_corners=False)
+        return x.contiguous()  # Detectron2 takes a view of the heatmaps that only NCHW has
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -7,7 +7,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
 
-from .fused import Block, in_memory_mode
+from .blocks import Block, in_memory_mode, run_layers
 from .norm import (
     GroupNormFactory,
     finish_from_config,
@@ -69,7 +69,7 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
 
     @in_memory_mode
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        return super().layers(x)
+        return run_layers(self, x)
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -10,7 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, Reti
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import nn
 
-from .fused import Block, in_memory_mode
+from .blocks import Block, in_memory_mode
 from .norm import finish_from_config, finish_norms, with_norms
 
 
@@ -26,7 +26,7 @@ class GNRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         args = super().from_config(with_norms(cfg, "MODEL.RETINANET.NORM"))
-        finish_norms(args["head"], "head", **finish_from_config(cfg))
+        args["head"] = finish_norms(args["head"], "head", **finish_from_config(cfg))
         return args
 
 
@@ -93,5 +93,4 @@ def build_detector(
         ConfigError: the groups do not divide a layer's channels.
     """
     model = meta_arch(**components)
-    finish_norms(model, "model", weight_standardization, memory, channels_last)
-    return model
+    return finish_norms(model, "model", weight_standardization, memory, channels_last)

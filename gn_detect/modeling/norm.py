@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -12,19 +10,20 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from torch import nn
 
 from gn_detect.config import ConfigError, locate
-from gn_detect.layers import GroupNorm, WSConv2d
+from gn_detect.layers import GroupNorm
 from gn_detect.layers.functional import KERNELS
 from gn_detect.layers.group_norm import divisors
 from gn_detect.layers.recompute import MODES
 from gn_detect.layers.weight_std import VARIANTS
 
-from .fused import fuse_norms
+from .blocks import GNConv2d, before_group_norm, fuse_norms
 
 logger = logging.getLogger(__name__)
 
 # What Detectron2's ``get_norm`` builds; passed on as it is. Its "GN" and "LN" are not among them:
 # GN has 32 groups and eps 1e-5 there, and LN normalizes each position alone (as in ConvNeXt).
 _DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_DEFORMABLE = (DeformConv, ModulatedDeformConv)
 
 
 class GroupNormFactory:
@@ -183,11 +182,11 @@ def finish_norms(
     weight_standardization: str = "",
     memory: str = "fast",
     channels_last: bool = False,
-) -> None:
-    """Complete a component, in place, whose norms came from a :class:`GroupNormFactory`.
+) -> nn.Module:
+    """Complete a component whose norms came from a :class:`GroupNormFactory`.
 
-    Logs each layer that got other groups than asked for, standardizes the weights of the
-    convolutions that a GroupNorm follows, and fuses the norms with what follows them.
+    Logs each layer that got other groups than asked for, fuses the norms with what follows them
+    (``blocks.fuse_norms``), and standardizes the weights of the convolutions before a GroupNorm.
 
     Args:
         module: the component.
@@ -197,6 +196,9 @@ def finish_norms(
         channels_last: lay the weights of its convolutions out so (``torch.channels_last``). A
             convolution with such weights puts out such a map, whatever it gets, and norms,
             activations, sums, poolings and resampling keep the format.
+
+    Returns:
+        ``module``; but if it is a layer or block of Detectron2's itself, what stands in its place.
 
     Raises:
         ConfigError: a norm could not be built; names each such layer, its channels, the groups,
@@ -215,43 +217,38 @@ def finish_norms(
         if hasattr(child, "adapted"):
             logger.info(f"{name}.{child_name}: {child.adapted}")
             del child.adapted
-    if weight_standardization:
-        convs = list(_convs_before_group_norm(module))
-        names = {child: child_name for child_name, child in module.named_modules()}
-        for conv in convs:
-            try:
-                WSConv2d.convert_(conv, weight_standardization)
-            except ValueError as error:
-                raise ConfigError(
-                    f"MODEL.GN.WEIGHT_STANDARDIZATION: {name}.{names[conv]}: {error}"
-                ) from None
-        for child, child_name in names.items():
-            if isinstance(child, (DeformConv, ModulatedDeformConv)) and child.norm is not None:
-                logger.warning(
-                    f"{name}.{child_name}: the weights of deformable convolutions are not "
-                    "standardized"
-                )
     if memory not in MODES:
         raise ConfigError(f"MODEL.GN.MEMORY (memory) is {memory!r}; known: {', '.join(MODES)}")
-    fuse_norms(module, memory)
+    module = fuse_norms(module, memory)
+    if weight_standardization:
+        _standardize_weights(module, name, weight_standardization)
     if channels_last:
         for child_name, child in module.named_modules():
-            if isinstance(child, (DeformConv, ModulatedDeformConv)):
+            if isinstance(child, _DEFORMABLE):
                 raise ConfigError(
                     f"MODEL.CHANNELS_LAST is True, but {name}.{child_name} is a deformable "
                     "convolution, whose kernel takes NCHW alone; set it to False"
                 )
         module.to(memory_format=torch.channels_last)
+    return module
 
 
-def _convs_before_group_norm(module: nn.Module) -> Iterator[nn.Conv2d]:
-    for child in module.modules():
-        if isinstance(child, nn.Conv2d) and isinstance(getattr(child, "norm", None), GroupNorm):
-            yield child
-        elif isinstance(child, nn.Sequential):
-            for conv, norm in itertools.pairwise(child):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, GroupNorm):
-                    yield conv
+def _standardize_weights(module: nn.Module, name: str, variant: str) -> None:
+    before = set(before_group_norm(module))
+    for child_name, child in module.named_modules():
+        if child not in before:
+            continue
+        if isinstance(child, GNConv2d):
+            try:
+                child.standardize(variant)
+            except ValueError as error:
+                raise ConfigError(
+                    f"MODEL.GN.WEIGHT_STANDARDIZATION: {name}.{child_name}: {error}"
+                ) from None
+        elif isinstance(child, (nn.Conv2d, *_DEFORMABLE)):
+            logger.warning(
+                f"{name}.{child_name}: the weights of a {type(child).__name__} are not standardized"
+            )
 
 
 def add_norm(conv: Conv2d, norm: GroupNormFactory | str) -> None:

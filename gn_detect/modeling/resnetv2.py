@@ -12,19 +12,20 @@ scale. The norm behind res5 belongs to the classifier: there is none here.
 
 from __future__ import annotations
 
+import functools
+
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.layers import CNNBlockBase, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
 from gn_detect.config import ConfigError, locate
-from gn_detect.layers import GroupNorm, WSConv2d
 
-from .fused import Block, in_memory_mode
+from .blocks import Block, GNConv2d, in_memory_mode, norm_act
 from .norm import (
     GroupNormFactory,
     finish_from_config,
@@ -50,26 +51,21 @@ _SUPPORTED = {
 
 
 def _conv(in_channels, out_channels, kernel_size, stride=1, *, weight_standardization: str):
-    conv = Conv2d(
+    conv = GNConv2d(
         in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
     )
     weight_init.c2_msra_fill(conv)
     if weight_standardization:
-        WSConv2d.convert_(conv, weight_standardization, _WS_EPS.get(weight_standardization))
+        conv.standardize(weight_standardization, _WS_EPS.get(weight_standardization))
     return conv
 
 
-def _norm_relu(norm: GroupNormFactory | str, channels: int) -> nn.Module:
-    """The norm, to be called by :func:`_apply`."""
-    layer = get_norm(norm, channels) or nn.Identity()
-    if isinstance(layer, GroupNorm):
-        layer.activation = "relu"
-    return layer
+def _norm(norm: GroupNormFactory | str, channels: int) -> nn.Module:
+    return get_norm(norm, channels) or nn.Identity()
 
 
-def _apply(norm_relu: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    x = norm_relu(x)
-    return x if isinstance(norm_relu, GroupNorm) else F.relu(x)
+# Not in place: without a norm, it would change the input of the block.
+_norm_relu = functools.partial(norm_act, activation=F.relu)
 
 
 class BiTStem(CNNBlockBase):
@@ -113,16 +109,16 @@ class DeepStem(Block, CNNBlockBase):
         super().__init__(in_channels, out_channels, 4)
         ws, width = {"weight_standardization": weight_standardization}, out_channels // 2
         self.conv1 = _conv(in_channels, width, 3, 2, **ws)
-        self.norm1 = _norm_relu(norm, width)
+        self.norm1 = _norm(norm, width)
         self.conv2 = _conv(width, width, 3, **ws)
-        self.norm2 = _norm_relu(norm, width)
+        self.norm2 = _norm(norm, width)
         self.conv3 = _conv(width, out_channels, 3, **ws)
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, about H/4, about W/4)."""
-        x = self.conv2(_apply(self.norm1, self.conv1(x)))
-        x = self.conv3(_apply(self.norm2, x))
+        x = self.conv2(_norm_relu(self.norm1, self.conv1(x)))
+        x = self.conv3(_norm_relu(self.norm2, x))
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -156,24 +152,24 @@ class PreActBottleneckBlock(Block, CNNBlockBase):
         if in_channels != out_channels:
             stride_of_shortcut = 1 if self.avg_down else stride
             self.shortcut = _conv(in_channels, out_channels, 1, stride_of_shortcut, **ws)
-        self.norm1 = _norm_relu(norm, in_channels)
+        self.norm1 = _norm(norm, in_channels)
         self.conv1 = _conv(in_channels, bottleneck_channels, 1, **ws)
-        self.norm2 = _norm_relu(norm, bottleneck_channels)
+        self.norm2 = _norm(norm, bottleneck_channels)
         self.conv2 = _conv(bottleneck_channels, bottleneck_channels, 3, stride, **ws)
-        self.norm3 = _norm_relu(norm, bottleneck_channels)
+        self.norm3 = _norm(norm, bottleneck_channels)
         self.conv3 = _conv(bottleneck_channels, out_channels, 1, **ws)
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H/stride), ceil(W/stride))."""
-        out = _apply(self.norm1, x)
+        out = _norm_relu(self.norm1, x)
         if self.shortcut is not None:
             x = out
             if self.avg_down:  # at an odd border, the mean of the positions that there are
                 x = F.avg_pool2d(x, 2, ceil_mode=True)
             x = self.shortcut(x)
-        out = self.conv2(_apply(self.norm2, self.conv1(out)))
-        return self.conv3(_apply(self.norm3, out)) + x
+        out = self.conv2(_norm_relu(self.norm2, self.conv1(out)))
+        return self.conv3(_norm_relu(self.norm3, out)) + x
 
 
 @BACKBONE_REGISTRY.register()

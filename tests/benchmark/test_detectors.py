@@ -22,7 +22,7 @@ from gn_detect.benchmark.detectors import (
 )
 from gn_detect.config import ConfigError
 from gn_detect.layers import GroupNorm
-from gn_detect.modeling.fused import Block
+from gn_detect.modeling.blocks import Block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

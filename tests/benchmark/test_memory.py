@@ -11,6 +11,7 @@ from gn_detect.benchmark.detectors import Settings
 from gn_detect.benchmark.memory import backbone_bytes, saved_bytes
 from gn_detect.layers import GroupNorm
 from gn_detect.layers.recompute import MODES, rebuild_norms, run_block
+from gn_detect.modeling.blocks import GNSequential
 from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,8 +25,8 @@ FEATURES = ("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"])
 
 
 def _network():
-    norm = GroupNorm(2, 4, activation="relu")
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm, nn.Conv2d(4, 5, 3, padding=1))
+    first, last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+    return GNSequential(first, GroupNorm(2, 4), nn.ReLU(), last)
 
 
 def _input():

@@ -100,8 +100,8 @@ def test_other_numbers_of_dimensions(shape):
 def test_no_images():
     """Zero RoIs: empty outputs, zero gradients."""
     x = torch.zeros(0, 8, 7, 7, requires_grad=True)
-    norm = GroupNorm(G, 8, activation="relu")
-    y = norm(x)
+    norm = GroupNorm(G, 8)
+    y = norm(x, activation="relu")
     y.sum().backward()
     assert y.shape == x.shape
     assert torch.equal(norm.weight.grad, torch.zeros(8))
@@ -120,9 +120,9 @@ def test_autocast_leaves_bfloat16_alone(residual, activation):
 
 
 def test_under_autocast_a_map_stays_bfloat16_between_convolutions():
-    conv, norm = torch.nn.Conv2d(8, 8, 3), GroupNorm(G, 8, activation="relu")
+    conv, norm = torch.nn.Conv2d(8, 8, 3), GroupNorm(G, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        y = norm(conv(torch.randn(1, 8, 6, 6)))
+        y = norm(conv(torch.randn(1, 8, 6, 6)), activation="relu")
     assert y.dtype == torch.bfloat16
 
 
@@ -146,16 +146,18 @@ def test_compiled(residual, activation):
 
 def test_exported_with_dynamic_height_and_width():
     """As PyTorch's operations, which runtimes know."""
-    norm = GroupNorm(G, 8, activation="relu").eval()
+    norm = GroupNorm(G, 8).eval()
     height, width = torch.export.Dim("height", min=2), torch.export.Dim("width", min=2)
     x = torch.randn(1, 8, 6, 7)
-    shapes = {"x": {2: height, 3: width}, "residual": {2: height, 3: width}}
-    program = torch.export.export(norm, (x, x + 1), dynamic_shapes=shapes).run_decompositions()
+    shapes = {name: {2: height, 3: width} for name in ("x", "residual")} | {"activation": None}
+    program = torch.export.export(norm, (x, x + 1, "relu"), dynamic_shapes=shapes)
+    program = program.run_decompositions()
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {"aten.native_group_norm.default", "aten.relu.default"} <= targets
     assert not any("gn_detect" in target for target in targets)
     x, residual = torch.randn(2, 1, 8, 9, 4)
-    torch.testing.assert_close(program.module()(x, residual), norm(x, residual))
+    found = program.module()(x, residual, "relu")
+    torch.testing.assert_close(found, norm(x, residual, "relu"))
 
 
 @pytest.mark.parametrize(

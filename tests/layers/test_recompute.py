@@ -19,13 +19,13 @@ class Chain(nn.Module):
     def __init__(self, again: bool = False):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(3))
-        self.norms = nn.ModuleList(GroupNorm(4, 16, activation="relu") for _ in range(3))
+        self.norms = nn.ModuleList(GroupNorm(4, 16) for _ in range(3))
         self.fc = nn.Linear(16 * 64 * 64, 3)
         self.again = again
 
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = norm(rerun(conv, x) if self.again else conv(x))
+            x = norm(rerun(conv, x) if self.again else conv(x), activation="relu")
         return self.fc(x.flatten(1))
 
     def reference(self, x):
@@ -152,8 +152,8 @@ def test_a_change_in_place_is_noticed(what, again, x):
 
 def test_a_change_of_the_output_is_noticed(x):
     """Which the last ReLU keeps."""
-    norm = GroupNorm(4, 16, activation="relu")
-    output = run_block("balanced", lambda x: norm(x, residual=x), x.requires_grad_())
+    norm = GroupNorm(4, 16)
+    output = run_block("balanced", lambda x: norm(x, x, "relu"), x.requires_grad_())
     output.add_(1)
     with pytest.raises(RuntimeError, match=r"in place.*\[2, 16, 64, 64\]"):
         output.sum().backward()

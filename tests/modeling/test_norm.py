@@ -1,17 +1,26 @@
+import copy
+
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from helpers import config
 from torch import nn
 
 from gn_detect.config import ConfigError
-from gn_detect.layers import GroupNorm, WSConv2d
+from gn_detect.layers import GroupNorm, standardize_weight
 from gn_detect.modeling import GroupNormFactory, finish_norms
 from gn_detect.modeling.norm import norm_from_config, weight_standardization_from_config
+from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_gn_3x.yaml"
+NARROW = [
+    *("MODEL.GN.NUM_GROUPS", 8, "MODEL.RESNETS.STEM_OUT_CHANNELS", 32),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+]
 KEY = "MODEL.FPN.NORM"
 
 
@@ -23,18 +32,19 @@ def norms_of(model, *prefixes):
     }
 
 
-def test_gn_follows_the_config():
-    cfg = config(R50, "MODEL.GN.NUM_GROUPS", 16, "MODEL.GN.EPS", 1e-3)
-    layer = norm_from_config(cfg, KEY)(48)
+@pytest.mark.parametrize("norm, num_groups", [("GN", 16), ("LN", 1), ("IN", 48)])
+def test_all_kinds_of_gn_follow_the_config(norm, num_groups):
+    gn = ("MODEL.GN.NUM_GROUPS", 16, "MODEL.GN.EPS", 1e-3, "MODEL.GN.KERNEL", "torch")
+    layer = norm_from_config(config(R50, KEY, norm, *gn), KEY)(48)
     assert isinstance(layer, GroupNorm)
-    assert (layer.num_groups, layer.num_channels, layer.eps) == (16, 48, 1e-3)
+    assert (layer.num_groups, layer.num_channels) == (num_groups, 48)
+    assert (layer.eps, layer.kernel) == (1e-3, "torch")
 
 
-@pytest.mark.parametrize("norm, num_groups", [("LN", 1), ("IN", 48)])
-def test_ln_and_in_are_group_norms(norm, num_groups):
+@pytest.mark.parametrize("norm", ["LN", "IN"])
+def test_ln_and_in_are_group_norms(norm):
     """Against the definitions: mean and variance over (C, H, W), and over (H, W)."""
     layer = norm_from_config(config(R50, KEY, norm), KEY)(48)
-    assert isinstance(layer, GroupNorm) and layer.num_groups == num_groups
     x = torch.randn(2, 48, 5, 7, dtype=torch.float64)
     dims = (1, 2, 3) if norm == "LN" else (2, 3)
     var, mean = torch.var_mean(x, dims, keepdim=True, correction=0)
@@ -82,17 +92,17 @@ def test_nearest_divisor_is_logged_per_layer(caplog):
     module = nn.ModuleDict({"a": factory(64), "b": factory(48), "c": factory(80)})
     with caplog.at_level("INFO"):
         finish_norms(module, "backbone")
-    assert [m.num_groups for m in module.values()] == [
-        32,
-        24,
-        40,
-    ]  # 80: 40 is nearer than 20
+    assert [m.num_groups for m in module.values()] == [32, 24, 40]  # 80: 40 is nearer than 20
     assert caplog.messages == [
         "backbone.b: 24 groups instead of 32, for 48 channels",
         "backbone.c: 40 groups instead of 32, for 80 channels",
     ]
     per_group = GroupNormFactory(0, channels_per_group=32, nearest_divisor=True)
     assert per_group(48).num_groups == 2  # 24 channels each
+    # Of two that are as near, the smaller: 4 or 6 groups, 2 or 4 channels.
+    assert GroupNormFactory(5, nearest_divisor=True)(24).num_groups == 4
+    tie = GroupNormFactory(0, channels_per_group=3, nearest_divisor=True)(8)
+    assert tie.num_channels // tie.num_groups == 2
 
 
 def test_every_component_honours_its_key():
@@ -129,48 +139,62 @@ def test_a_norm_of_maps_is_refused_for_fully_connected_layers():
         build_model(config(R18, "MODEL.ROI_BOX_HEAD.FC_NORM", "BN"))
 
 
+def zero_initialized(name, *opts):
+    """A backbone with ``ZERO_INIT_RESIDUAL``, and its gammas of zeros."""
+    cfg = config(name, "MODEL.GN.ZERO_INIT_RESIDUAL", True, *opts)
+    model = build_gn_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    gammas = {n: v for n, v in model.state_dict().items() if n.endswith("norm.weight")}
+    assert all((v == v.flatten()[0]).all() for v in gammas.values())
+    return model, {name for name, gamma in gammas.items() if not gamma.any()}
+
+
 @pytest.mark.parametrize("norm", ["GN", "BN"])
-def test_zero_init_residual(norm):
-    model = build_model(
-        config(R18, "MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", norm)
-    )
-    zero = {
-        name for name, p in model.named_parameters() if name.endswith("norm.weight") and not p.any()
-    }
-    blocks = [(stage, block) for stage in (2, 3, 4, 5) for block in (0, 1)]
-    assert zero == {f"backbone.bottom_up.res{s}.{b}.conv2.norm.weight" for s, b in blocks}
+@pytest.mark.parametrize(
+    "name, opts, last, numbers",
+    [(R18, [], "conv2", (2, 2, 2, 2)), (R50, NARROW, "conv3", (3, 4, 6, 3))],
+)
+def test_zero_init_residual(norm, name, opts, last, numbers):
+    """The last norm of each block, and no other."""
+    opts = (*opts, "MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0)
+    model, zero = zero_initialized(name, *opts)
+    blocks = [f"res{stage}.{i}" for stage, n in enumerate(numbers, 2) for i in range(n)]
+    assert zero == {f"{block}.{last}.norm.weight" for block in blocks}
     # Each block is then the identity, or its shortcut, before the ReLU.
-    block = model.backbone.bottom_up.res2[0].eval()
     x = torch.rand(1, 64, 8, 8)
-    torch.testing.assert_close(block(x), x)
+    torch.testing.assert_close(model.res2[1](x), x)
 
 
 def test_zero_init_residual_where_frozen_stages_have_frozen_bn():
-    opts = ["MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", "BN"]
-    model = build_model(config(R18, *opts, "MODEL.BACKBONE.FREEZE_AT", 2)).backbone.bottom_up
-    assert isinstance(model.res2[0].conv2.norm, FrozenBatchNorm2d)
-    assert model.res2[0].conv2.norm.weight.all() and not model.res3[0].conv2.norm.weight.any()
+    _, zero = zero_initialized(R18, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 2)
+    assert zero == {f"res{s}.{i}.conv2.norm.weight" for s in (3, 4, 5) for i in (0, 1)}
 
 
 def test_zero_init_residual_needs_a_gamma():
-    opts = ["MODEL.GN.ZERO_INIT_RESIDUAL", True, "MODEL.RESNETS.NORM", "FrozenBN"]
     with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is 'FrozenBN', which has no gamma"):
-        build_model(config(R18, *opts))
+        zero_initialized(R18, "MODEL.RESNETS.NORM", "FrozenBN")
 
 
-@pytest.mark.parametrize("variant", ["authors", "timm"])
-def test_weight_standardization_of_every_convolution_before_a_gn(variant):
-    opts = ["MODEL.GN.WEIGHT_STANDARDIZATION", variant, "MODEL.ROI_HEADS.NUM_CLASSES", 3]
-    plain, model = build_model(config(R18)), build_model(config(R18, *opts))
-    before_gn = {
-        n for n, m in plain.named_modules() if isinstance(getattr(m, "norm", None), GroupNorm)
-    }
-    standardized = {n: m for n, m in model.named_modules() if isinstance(m, WSConv2d)}
-    assert set(standardized) == before_gn and len(before_gn) == 36
-    assert {m.variant for m in standardized.values()} == {variant}
+@pytest.mark.parametrize(
+    "variant, name, convolutions", [("authors", R18, 36), ("timm", RETINANET, 53 + 6 + 8)]
+)
+def test_weight_standardization_of_every_convolution_before_a_gn(variant, name, convolutions):
+    opts = ["MODEL.DEVICE", "meta"]
+    plain = build_model(config(name, *opts))
+    model = build_model(config(name, *opts, "MODEL.GN.WEIGHT_STANDARDIZATION", variant))
+    modules = list(plain.named_modules())
+    before_gn = {n for n, m in modules if isinstance(getattr(m, "norm", None), GroupNorm)}
+    subnets = [(n, m) for n, m in modules if n.endswith("subnet")]
+    before_gn |= {f"{n}.{i}" for n, m in subnets for i in range(0, len(m), 3)}
+    assert variants(model) == dict.fromkeys(before_gn, variant) and len(before_gn) == convolutions
     # Detectron2's FPN calls its convolutions through lists beside its attributes.
-    assert all(isinstance(m, WSConv2d) for m in model.backbone.lateral_convs)
+    assert {m.weight_standardization for m in model.backbone.lateral_convs} == {variant}
     assert plain.state_dict().keys() == model.state_dict().keys()
+
+
+def variants(model):
+    """The convolutions that are standardized, by name."""
+    kinds = {n: getattr(m, "weight_standardization", "") for n, m in model.named_modules()}
+    return {name: kind for name, kind in kinds.items() if kind}
 
 
 @pytest.mark.parametrize(
@@ -205,8 +229,43 @@ def test_weight_standardization_names_the_layer_it_cannot_have():
 
 def test_weight_standardization_skips_convolutions_without_gn():
     module = nn.Sequential(Conv2d(4, 4, 3, norm=nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 3))
+    assert variants(finish_norms(module, "m", "authors")) == {}
+
+
+def test_weight_standardization_of_a_component_that_is_finished_already():
+    torch.manual_seed(0)
+    block = BottleneckBlock(8, 16, bottleneck_channels=8, norm=GroupNormFactory(4))
+    stage, x = nn.Sequential(copy.deepcopy(block)), torch.randn(1, 8, 6, 6)
+    finish_norms(stage, "m", memory="lean")
+    finish_norms(stage, "m", "timm", memory="lean")
+    found = stage(x)
+    for conv in block.children():
+        conv.weight.data.copy_(standardize_weight(conv.weight.data, "timm"))
+    torch.testing.assert_close(found, block(x))
+
+
+class OwnConv2d(Conv2d):
+    pass
+
+
+def test_weights_that_cannot_be_standardized_are_named(caplog):
+    module = nn.Sequential(OwnConv2d(4, 4, 3, norm=GroupNorm(2, 4)))
     finish_norms(module, "m", "authors")
-    assert not any(isinstance(m, WSConv2d) for m in module)
-    followed = nn.Sequential(nn.Conv2d(4, 4, 3), GroupNorm(2, 4))  # as in RetinaNet's head
-    finish_norms(followed, "m", "authors")
-    assert isinstance(followed[0], WSConv2d)
+    assert caplog.messages == ["m.0: the weights of a OwnConv2d are not standardized"]
+
+
+def test_unknown_mode():
+    with pytest.raises(ConfigError, match="MODEL.GN.MEMORY.*'small'; known: fast, balanced, lean"):
+        finish_norms(nn.Identity(), "m", memory="small")
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        ("cuda", "'cuda'; known: auto, triton, torch"),
+        ("triton", "MODEL.DEVICE is 'cpu'; set .*auto"),
+    ],
+)
+def test_kernels_that_cannot_be(kernel, message):
+    with pytest.raises(ConfigError, match=f"MODEL.GN.KERNEL.*{message}"):
+        norm_from_config(config(R18, "MODEL.GN.KERNEL", kernel), KEY)
