@@ -4,8 +4,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import build_backbone, build_model
-from detectron2.structures import BitMasks, Boxes, Instances
-from helpers import TINY, config, randomize
+from helpers import TINY, config, randomize, training_image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,22 +48,16 @@ def test_no_map_of_the_backbone_is_float32(memory, channels_last):
 
 
 def test_a_detector_learns_in_bfloat16():
-    instances = Instances((64, 96))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6, 40, 50], [50, 20, 90, 60]]))
-    instances.gt_classes = torch.tensor([0, 2])
-    masks = torch.zeros(2, 64, 96, dtype=torch.bool)
-    masks[0, 6:50, 4:40] = masks[1, 20:60, 50:90] = True
-    instances.gt_masks = BitMasks(masks)
-    torch.manual_seed(0)
-    image = {"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}
-    batch = [{**image, "instances": instances, "height": 64, "width": 96}]
+    opts = ("MODEL.ROI_HEADS.NUM_CLASSES", 3, "INPUT.MASK_FORMAT", "bitmask")
 
     def losses(amp_dtype, iterations) -> list[float]:
         """Of a batch that it is trained on."""
         torch.manual_seed(0)
-        model = build_model(config(R18, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 3)).train()
+        model = build_model(config(R18, *TINY, *opts)).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
-        trainer = AccumulatingTrainer(model, [batch] * iterations, optimizer, amp_dtype=amp_dtype)
+        trainer = AccumulatingTrainer(
+            model, [[training_image()]] * iterations, optimizer, amp_dtype=amp_dtype
+        )
         totals, hook = [], HookBase()
         hook.after_step = lambda: totals.append(sum(trainer.mean_losses().values()).item())
         trainer.register_hooks([hook])
