@@ -7,45 +7,32 @@
     python tools/benchmark.py inference --output DIR   images per second
     python tools/benchmark.py scaling   --output DIR   the step, over sizes and numbers of images
 
-All variants run in turn in one process (A B C A B C), and are compared round by round: a cell holds
-the median, and the quartiles in brackets. Tables (.md), all samples (.json) and a plot (.png) go
-into DIR, in files that are called after the settings. Without a GPU the defaults are small: images
-of 256x320 instead of 800x1344, with 64 RoIs of each instead of 512.
+All variants run in turn in one process (A B C A B C), and are compared round by round: a cell has
+the median, and the quartiles in brackets. The table (.md) and all samples (.json) go into DIR, in
+files called after the question and the time. Without a GPU the defaults are small.
 """
 
 import argparse
-import os
+import dataclasses
 import re
 import shlex
 import sys
-import zlib
+import time
 from pathlib import Path
 
 import torch
 
-from gn_detect import get_config_file
-from gn_detect.benchmark import detectors, kernels, questions
-from gn_detect.benchmark.detectors import DETECTRON2_GN, FROZEN_BN, Settings
-from gn_detect.benchmark.kernel_question import ask_kernels
-from gn_detect.benchmark.timing import Plan
+from gn_detect.benchmark import detectors, kernels, questions, report
 from gn_detect.engine import sentence
 from gn_detect.engine.train_loop import AMP_DTYPES
-from gn_detect.layers import functional
 
-CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
-INFERENCE = (FROZEN_BN, DETECTRON2_GN, "ours-fast")  # where modes of memory do not differ
-
-# Of a device and, where they differ, of a question.
-DEFAULTS = {
-    "cuda": {"size": (800, 1344), "sizes": [(480, 800), (640, 1088), (800, 1344)], "rois": 512},
-    "cpu": {"size": (256, 320), "sizes": [(128, 160), (192, 256), (256, 320)], "rois": 64},
+QUESTIONS = {
+    "memory": questions.memory,
+    "kernels": questions.kernels,
+    "step": questions.step,
+    "inference": questions.inference,
+    "scaling": questions.step,
 }
-ROUNDS = {"cuda": 50, "cpu": 7}
-DTYPES = {"cuda": ["float32", "bfloat16"], "cpu": ["float32"]}
-# What the names of the files tell, and where they are.
-NAMED = ("question", "device", "amp", "channels_last", "dtypes", "layouts", "images", "size")
-NAMED += ("sizes", "threads", "output")
-LAYOUTS = {"cuda": list(kernels.LAYOUTS), "cpu": ["nchw"]}
 
 
 def parse_args(argv):
@@ -53,127 +40,60 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
-    for name in ("memory", "kernels", "step", "inference", "scaling"):
-        add_options(commands.add_parser(name, help=f"its options: {name} --help"), name)
-    args = parser.parse_args(argv)
-    here = torch.cuda.is_available() or args.question == "memory"  # which needs no device
-    if args.device == "cuda" and not here:
-        parser.error("--device cuda, but PyTorch finds no CUDA device: leave it out for the CPU")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and args.question != "memory" and functional.triton_kernels is None:
-        parser.error("--device cuda: triton is not installed, whose kernels would be measured")
-    complete(args)
-    for base in args.baselines:
-        if base not in args.variants:
-            parser.error(f"--baselines: {base} is not among --variants {' '.join(args.variants)}")
-    if args.variants == ["autocast"] and "float32" in args.dtypes:
-        parser.error("--variants autocast, which is for --dtypes bfloat16 and float16, not float32")
-    plain = parser.parse_args([args.question, "--device", args.device, "--output", "."])
-    args.name = name_of(args, vars(complete(plain)))
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output {args.output}: {error.strerror}; it has to be a directory")
-    if not os.access(args.output, os.W_OK):
-        parser.error(f"--output {args.output}: no files can be written there")
-    return args
-
-
-def complete(args):
-    """Fill in the defaults that depend on the device or on other options, in place."""
-    defaults = DEFAULTS[args.device] | {
-        "rounds": ROUNDS[args.device],
-        "warmup": 3,
-        "dtypes": DTYPES[args.device],
-        "layouts": LAYOUTS[args.device],
-    }
-    for name, value in defaults.items():
-        if getattr(args, name, ...) is None:
-            setattr(args, name, value)
-    if args.question == "kernels" and args.device == "cpu" and args.variants is None:
-        args.variants = [v for v in kernels.VARIANTS if v != "compiled"]  # minutes of compiling
-    args.variants = args.variants or variants_of(args.question)
-    usual = ("eager",) if args.question == "kernels" else (DETECTRON2_GN, FROZEN_BN)
-    if args.baselines is None:
-        args.baselines = [b for b in usual if b in args.variants] or args.variants[:1]
-    return args
-
-
-def name_of(args, plain: dict) -> str:
-    """Of the files: the settings, and a checksum of those that differ from the ``plain`` ones."""
-    values = vars(args)
-    kinds = [["float32" if args.amp == "none" else args.amp]] if "amp" in values else []
-    kinds += [values[key] for key in ("dtypes", "layouts") if key in values]
-    sizes = values.get("sizes") or [args.size]
-    images = args.images if isinstance(args.images, list) else [args.images]
-    parts = [args.question, args.device, *("+".join(kind) for kind in kinds)]
-    if values.get("channels_last"):
-        parts.append("channels_last" + "_ours" * (args.channels_last == "ours"))
-    parts.append(f"{'+'.join(map(str, images))}x{'+'.join(f'{h}x{w}' for h, w in sizes)}")
-    if args.threads:
-        parts.append(f"{args.threads}threads")
-    others = [(k, str(v)) for k, v in values.items() if k not in NAMED and v != plain[k]]
-    if others:
-        parts.append(f"{zlib.crc32(repr(others).encode()):08x}")
-    return "-".join(parts)
+    for name in QUESTIONS:
+        command = commands.add_parser(
+            name,
+            help=f"its options: {name} --help",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        add_options(command, name)
+    return parser.parse_args(argv)
 
 
 def add_options(parser: argparse.ArgumentParser, question: str) -> None:
-    known = kernels.VARIANTS if question == "kernels" else detectors.VARIANTS
-    several = {"nargs": "+", "choices": known, "metavar": "NAME"}
+    on_gpu = torch.cuda.is_available()
+
+    def by_device(gpu, cpu):
+        return gpu if on_gpu else cpu
+
+    def several(*names, **options):
+        parser.add_argument(*names, nargs="+", **options)
+
+    known = list(kernels.VARIANTS if question == "kernels" else detectors.VARIANTS)
+    usual = known[:3] if question == "inference" else known  # modes of memory do not differ there
+    if question == "kernels" and not on_gpu:  # compiling takes minutes
+        usual = [name for name in known if name != "compiled"]
+    sizes = by_device([(480, 800), (640, 1088), (800, 1344)], [(128, 160), (192, 256), (256, 320)])
+    sizes = {"memory": [(512, 512)], "scaling": sizes}.get(question, sizes[-1:])
+    images = {"memory": [1], "inference": [1], "step": [2]}.get(question, [1, 2])
+
     parser.add_argument("--output", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--config-file", default=get_config_file(CONFIG), help="R-50-FPN with GN")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda, where there is")
     parser.add_argument("--threads", type=positive, help="of PyTorch, on a CPU")
-    parser.add_argument("--variants", **several, help=f"of {', '.join(known)}")
-    parser.add_argument("--baselines", **several, help="that the others are compared with")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="more of the config, after --")
-    if question == "scaling":
-        parser.add_argument("--sizes", nargs="+", type=size, metavar="HxW", help="of images")
+    several("--variants", choices=known, default=usual, metavar="NAME", help="to compare")
+    several("--size", "--sizes", type=size, default=sizes, metavar="HxW", help="of the images")
+    several("-n", "--images", type=positive, default=images, metavar="N", help="of a step")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config, after --")
+    device = {"choices": ["cuda", "cpu"], "default": by_device("cuda", "cpu")}
+    if question == "memory":
+        parser.add_argument("--device", **device, help="which need not be there")
     else:
-        default = (512, 512) if question == "memory" else None
-        parser.add_argument("--size", type=size, metavar="HxW", default=default, help="of images")
-    if question in ("scaling", "kernels"):
-        parser.add_argument("-n", "--images", nargs="+", type=positive, default=[1, 2])
-    else:
-        one = question in ("memory", "inference")
-        parser.add_argument("-n", "--images", type=positive, default=1 if one else 2)
-    if question != "memory":
-        parser.add_argument("--rounds", type=positive, help="default: 50, on a CPU 7")
-        parser.add_argument("--warmup", type=positive, help="rounds before them; default: 3")
+        parser.set_defaults(device=device["default"])
+        parser.add_argument("--rounds", type=positive, default=by_device(50, 7), help="timed")
+        parser.add_argument("--warmup", type=positive, default=3, help="rounds before these")
     if question not in ("memory", "inference"):
-        parser.add_argument("--rois", type=positive, help="of each image, a quarter with masks")
+        rois = {"type": positive, "default": by_device(512, 64)}
+        parser.add_argument("--rois", **rois, help="of each image, a quarter with masks")
     if question == "kernels":
-        parser.add_argument("--dtypes", nargs="+", choices=kernels.DTYPES, help="of the maps")
-        parser.add_argument("--layouts", nargs="+", choices=kernels.LAYOUTS, help="of the maps")
-        parser.add_argument(
-            "--launch",
-            choices=["graph", "eager"],
-            default="graph",
-            help="on a GPU: time the kernels alone, or with the launches from Python",
-        )
-    else:
-        parser.add_argument(
-            "--amp", choices=["none", *AMP_DTYPES], default="none", help="mixed precision"
-        )
-        if question != "memory":
-            parser.add_argument(
-                "--channels-last",
-                nargs="?",
-                choices=["all", "ours"],
-                const="all",
-                default="",
-                help="all variants, or ours alone",
-            )
-        parser.add_argument(
-            "--freeze-at", type=int, default=0, help="MODEL.BACKBONE.FREEZE_AT; default: 0"
-        )
-
-
-def variants_of(question: str) -> list[str]:
-    if question == "kernels":
-        return list(kernels.VARIANTS)
-    return list(INFERENCE if question == "inference" else detectors.VARIANTS)
+        dtypes = by_device(["float32", "bfloat16"], ["float32"])
+        several("--dtypes", dest="dtype", choices=kernels.DTYPES, default=dtypes, help="of maps")
+        layouts = by_device(["nchw", "channels_last"], ["nchw"])
+        several("--layouts", dest="layout", choices=kernels.LAYOUTS, default=layouts, help="same")
+        return
+    amp = ["none", *AMP_DTYPES]
+    parser.add_argument("--amp", choices=amp, default="none", help="mixed precision")
+    if question != "memory":
+        whose = {"nargs": "?", "choices": ["all", "ours"], "const": "all", "default": ""}
+        parser.add_argument("--channels-last", **whose, help="all variants, or ours alone")
 
 
 def positive(text: str) -> int:
@@ -191,45 +111,34 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def ask(args):
-    values = {
-        name: getattr(args, name)
-        for name in ("config_file", "device", "images", "size", "rois", "amp")
-        + ("channels_last", "freeze_at")
-        if hasattr(args, name)
-    }
-    plan = Plan(args.variants, args.baselines)
-    if args.question != "memory":
-        plan = Plan(args.variants, args.baselines, args.rounds, args.warmup)
-    if args.question in ("kernels", "scaling"):
-        values["images"] = args.images[0]
-    if args.question == "scaling":
-        values["size"] = args.sizes[0]
-    settings = Settings(**values, opts=tuple(args.opts))
-    if args.question == "kernels":
-        graph = args.launch == "graph"
-        return ask_kernels(settings, plan, args.images, args.dtypes, args.layouts, graph)
-    if args.question == "scaling":
-        return questions.scaling(settings, plan, args.sizes, args.images)
-    return getattr(questions, args.question)(settings, plan)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "tools/benchmark.py", *words])
+    path = args.output / f"{args.question}-{time.strftime('%Y%m%d-%H%M%S')}"
+    given = vars(args) | {"opts": tuple(args.opts)}
+    fields = [f.name for f in dataclasses.fields(detectors.Settings) if f.name in given]
+    varied = {name: given[name] for name in fields if isinstance(given[name], list)}
+    settings = detectors.Settings(**{name: given[name] for name in fields if name not in varied})
+    how = {name: given[name] for name in ("variants", "rounds", "warmup") if name in given}
     try:
-        for report in ask(args):  # written as it grows: what is measured is not lost
-            paths = report.write(args.output, args.name, command)
+        args.output.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".md").touch()  # before hours of measuring
+    except OSError as error:
+        sys.exit(f"error: --output {args.output}: {error.strerror}; give a directory to write in")
+    try:
+        for rows, results in questions.answer(QUESTIONS[args.question], settings, varied, **how):
+            report.write(path, command, given, rows, results)  # what is measured is not lost
     except Exception as error:
         message = sentence(error)
         if message is None:
             raise
         sys.exit(f"error: {message}")
-    print(report.text())
-    print("Wrote", *paths)
+    # Single layers are many, and in the file.
+    print(report.markdown([row for row in rows if row.get("layer", "all") == "all"]))
+    print("Wrote", path.with_suffix(".md"), path.with_suffix(".json"))
 
 
 if __name__ == "__main__":

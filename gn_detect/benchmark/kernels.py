@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from gn_detect.layers import GroupNorm
-from gn_detect.layers.functional import group_norm_act
+from gn_detect.layers import GroupNorm, group_norm_act
 
 from .detectors import Settings, variant_config
-from .timing import as_cuda_graph, failing, interleave, kernel_clock
+from .timing import as_cuda_graph, failing, interleave, kernel_clock, wall_clock
 
 # "copy": Tensor.copy_ of as many bytes as the layer has to read and write at the least.
 VARIANTS = ("eager", "autocast", "compiled", "frozenbn", "ours", "copy")
@@ -35,14 +34,12 @@ class Layer:
         num_groups: G.
         relu: a ReLU follows.
         residual: a tensor of the same shape is added before that.
-        eps: of the GN.
     """
 
     shape: tuple[int, int, int, int]
     num_groups: int
     relu: bool
     residual: bool
-    eps: float = 1e-5
 
     def minimum_bytes(self, itemsize: int, backward: bool) -> int:
         """Of the maps that a pass has to read and write, each once.
@@ -53,12 +50,7 @@ class Layer:
         maps = 2 + self.residual
         if backward:
             maps += 3 + 2 * (self.residual and self.relu)
-        return maps * self.numel * itemsize
-
-    @property
-    def numel(self) -> int:
-        """Elements of the input."""
-        return torch.Size(self.shape).numel()
+        return maps * math.prod(self.shape) * itemsize
 
     def __str__(self) -> str:
         kind = "+add" * self.residual + "+relu" * self.relu
@@ -66,97 +58,89 @@ class Layer:
 
 
 @torch.no_grad()
-def gn_layers(settings: Settings) -> dict[Layer, list[str]]:
-    """The distinct GN layers of the fused detector, in the order in which they run, each with
-    the names of the modules that are like it.
+def gn_layers(settings: Settings) -> dict[Layer, int]:
+    """The distinct GN layers of the detector, in the order in which they run, and how many of each
+    there are.
 
-    They are taken from the model itself, which runs without data (on the device ``meta``): the
+    They are taken from our model, which runs without data (on the device ``meta``): the
     backbone on ``settings.images`` of ``settings.size``, the heads on ``settings.rois`` of each
     image and a quarter of them.
     """
     settings = dataclasses.replace(settings, device="meta", channels_last="", amp="none")
     model = build_model(variant_config("ours-fast", settings))
-    layers: dict[Layer, list[str]] = collections.defaultdict(list)
+    layers = collections.Counter()
 
-    def note(name: str, module: GroupNorm) -> None:
-        def hook(_, args, kwargs):
-            residual = kwargs.get("residual") is not None
-            shape, relu = tuple(args[0].shape), kwargs.get("activation") == "relu"
-            layers[Layer(shape, module.num_groups, relu, residual, module.eps)].append(name)
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        relu, residual = kwargs.get("activation") == "relu", kwargs.get("residual") is not None
+        layers[Layer(tuple(args[0].shape), module.num_groups, relu, residual)] += 1
 
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, GroupNorm):
-            note(name, module)
+            module.register_forward_pre_hook(note, with_kwargs=True)
     step = model.backbone.size_divisibility  # to which the model pads images
     size = (math.ceil(side / step) * step for side in settings.size)
+    heads, rois = model.roi_heads, settings.images * settings.rois
     features = model.backbone(torch.empty(settings.images, 3, *size, device="meta"))
     channels = features["p2"].shape[1]
-    heads, rois = model.roi_heads, settings.images * settings.rois
     side = heads.box_pooler.output_size
     heads.box_head(torch.empty(rois, channels, *side, device="meta"))
     side = heads.mask_pooler.output_size
     heads.mask_head.layers(torch.empty(max(rois // 4, 1), channels, *side, device="meta"))
-    return dict(layers)
+    return layers
 
 
 def time_layer(
-    layer: Layer,
-    variants: list[str],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    layout: str,
-    rounds: int,
-    warmup: int,
-    graph: bool,
-    failures: dict[str, str],
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each variant, interleaved: pass -> variant -> samples.
+    layer: Layer, variants: Sequence[str], settings: Settings, rounds: int, warmup: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Seconds of each variant, interleaved: pass -> variant -> samples; and those that failed, with
+    the reason.
 
-    Args:
-        layout: a key of ``LAYOUTS``.
-        graph: on CUDA, replay CUDA graphs, so that the time is that of the kernels. Without, a
-            short kernel waits for Python.
-        failures: of ``timing.failing``; a variant that fails is left out from there on.
+    On CUDA, CUDA graphs are replayed, so that the time is that of the kernels: else a short one
+    would wait for Python.
     """
     torch.manual_seed(0)
     torch.compiler.reset()  # compiled for each shape alone
-    runs, samples = {}, {}
+    on_gpu = settings.device == "cuda"
+    clock = kernel_clock() if on_gpu else wall_clock
+    runs, samples, failures = {}, {}, {}
     for name in variants:
         with failing(name, failures):
-            runs[name] = layer_runs(name, layer, device, dtype, LAYOUTS[layout])
-    clock = kernel_clock(device)
+            runs[name] = layer_runs(name, layer, settings)
     for kind in PASSES:
         of_pass = {name: run[kind] for name, run in runs.items() if name not in failures}
-        if graph and device.type == "cuda":
-            for name, run in of_pass.items():
-                with failing(name, failures):
-                    of_pass[name] = as_cuda_graph(run)
-        samples[kind] = interleave(of_pass, rounds, warmup, clock, failures)
-    return samples
+        for name, run in of_pass.items() if on_gpu else ():
+            with failing(name, failures):
+                of_pass[name] = as_cuda_graph(run)
+        samples[kind] = interleave(of_pass, rounds, warmup, failures, clock)
+    return samples, failures
 
 
-def layer_runs(
-    name: str, layer: Layer, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
-) -> dict[str, Callable[[], object]]:
+def layer_runs(name: str, layer: Layer, settings: Settings) -> dict[str, Callable[[], object]]:
     """One layer as a variant runs it, on random maps: the forward pass, which gives y, and
     forward+backward, which gives the gradients of x, the residual (where there is one), gamma and
     beta (where they are trained)."""
+    device, dtype = settings.device, DTYPES[settings.dtype]
 
     def new() -> torch.Tensor:
-        return torch.randn(layer.shape, device=device, dtype=dtype).to(memory_format=layout)
+        x = torch.randn(layer.shape, device=device, dtype=dtype)
+        return x.to(memory_format=LAYOUTS[settings.layout])
+
+    def copy(kind: str) -> Callable[[], object]:
+        half = layer.minimum_bytes(dtype.itemsize, kind != "forward") // 2
+        source, target = torch.zeros(2, half, dtype=torch.uint8, device=device)
+        return lambda: target.copy_(source)
 
     if name == "copy":
-        return {
-            kind: _copy(layer.minimum_bytes(dtype.itemsize, "backward" in kind), device)
-            for kind in PASSES
-        }
-    function, parameters = _function(name, layer, device, dtype)
+        return {kind: copy(kind) for kind in PASSES}
+    norm = nn.GroupNorm(layer.num_groups, layer.shape[1])
+    if name == "frozenbn":
+        norm = FrozenBatchNorm2d(layer.shape[1])
+    # Under autocast parameters are float32, as ours always; F.group_norm alone wants them as x.
+    norm = norm.to(device, dtype if name in ("eager", "compiled") else None)
+    function = _function(name, layer, norm, settings)
     x, gradient = new().requires_grad_(), new()
     residual = new().requires_grad_() if layer.residual else None
-    inputs = [t for t in (x, residual, *parameters) if t is not None]
+    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
 
     def forward() -> torch.Tensor:
         return function(x, residual)
@@ -167,49 +151,27 @@ def layer_runs(
     return dict(zip(PASSES, (forward, forward_backward), strict=True))
 
 
-def _copy(number_of_bytes: int, device: torch.device) -> Callable[[], object]:
-    source, target = torch.zeros(2, number_of_bytes // 2, dtype=torch.uint8, device=device)
-    return lambda: target.copy_(source)
+def _function(name: str, layer: Layer, norm: nn.Module, settings: Settings) -> Callable:
+    """``function(x, residual)`` of a variant."""
+    dtype = DTYPES[settings.dtype]
 
-
-def _function(
-    name: str, layer: Layer, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable, list[nn.Parameter]]:
-    """``function(x, residual)`` of a variant, and its parameters."""
-    channels = layer.shape[1]
-    if name == "frozenbn":  # as Detectron2's blocks run it
-        norm = FrozenBatchNorm2d(channels).to(device)
-        return _then(norm, layer), []
-    # Under autocast parameters are float32, as ours always; F.group_norm alone wants them as x.
-    norm = nn.GroupNorm(layer.num_groups, channels, layer.eps, device=device)
-    if name in ("eager", "compiled"):
-        norm = norm.to(dtype)
-    parameters = list(norm.parameters())
-    if name == "ours":
-        activation = "relu" if layer.relu else None
-        kernel = Settings("", device=device.type).kernel
-        fixed = layer.num_groups, norm.weight, norm.bias, layer.eps
-        return lambda x, r: group_norm_act(x, *fixed, r, activation, kernel=kernel), parameters
-    eager = _then(norm, layer)
-    if name == "eager":
-        return eager, parameters
-    if name == "compiled":
-        return torch.compile(eager, dynamic=False), parameters
-
-    def autocast(x, residual):
-        with torch.autocast(device.type, dtype, cache_enabled=False):
-            return eager(x, residual).to(dtype)  # which the next convolution would do
-
-    return autocast, parameters
-
-
-def _then(norm: Callable, layer: Layer) -> Callable:
-    """What Detectron2's convolutions and blocks do with their norm, residual and ReLU."""
-
-    def function(x, residual):
+    def detectron2(x, residual):  # what its convolutions and blocks do
         y = norm(x)
         if layer.residual:
             y += residual
         return F.relu_(y) if layer.relu else y
 
-    return function
+    def autocast(x, residual):
+        with torch.autocast(
+            settings.device, dtype, enabled=dtype.itemsize == 2, cache_enabled=False
+        ):
+            return detectron2(x, residual).to(dtype)  # as the next convolution does
+
+    def ours(x, residual):
+        fixed = norm.num_groups, norm.weight, norm.bias, norm.eps
+        activation = "relu" if layer.relu else None
+        return group_norm_act(x, *fixed, residual, activation, kernel=settings.kernel)
+
+    if name == "compiled":
+        return torch.compile(detectron2, dynamic=False)
+    return {"autocast": autocast, "ours": ours}.get(name, detectron2)

@@ -31,7 +31,7 @@ def saved_bytes(forward: Callable[[], object]) -> int:
             creates it, and what it stores elsewhere counts, too.
     """
     with _Storages() as created:
-        results = [t.grad_fn for t in tree_leaves(forward()) if isinstance(t, torch.Tensor)]
+        results = [tensor.grad_fn for tensor in _tensors(forward())]
     gc.collect()
     total = sum(size for ref, size in created.sizes.items() if not ref.expired())
     del results
@@ -44,7 +44,6 @@ def backbone_bytes(variant: str, settings: Settings) -> int:
     Its tensors are fake: they have a device, which need not be there, and no memory. What the
     autocast of a device changes, it changes here too.
     """
-    height, width = settings.size
     cfg = variant_config(variant, settings)
     cfg.MODEL.GN.KERNEL = "auto"
     with FakeTensorMode(), torch.device(settings.device):
@@ -52,7 +51,7 @@ def backbone_bytes(variant: str, settings: Settings) -> int:
 
         def forward() -> dict[str, torch.Tensor]:
             with _autocast(settings):
-                return backbone(torch.empty(settings.images, 3, height, width))
+                return backbone(torch.empty(settings.images, 3, *settings.size))
 
         return saved_bytes(forward)
 
@@ -82,16 +81,12 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # A view of a parameter has its storage, and so has the result of an in-place operation.
-        for tensor in _tensors((args, kwargs)):
-            ref = StorageWeakRef(tensor.untyped_storage())
-            if ref not in self.sizes:
-                self.inputs.add(ref)
+        read = {StorageWeakRef(t.untyped_storage()) for t in _tensors((args, kwargs))}
+        self.inputs |= read - self.sizes.keys()
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            ref = StorageWeakRef(storage)
-            if ref not in self.inputs:
-                self.sizes[ref] = storage.nbytes()
+        storages = [tensor.untyped_storage() for tensor in _tensors(result)]
+        created = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        self.sizes |= {ref: size for ref, size in created.items() if ref not in self.inputs}
         return result
 
 

@@ -1,30 +1,17 @@
 """The layers are those of the detector, and every variant computes the same thing."""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import build_model
-from helpers import config
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import gn_detect
-from gn_detect.benchmark.detectors import DETECTRON2_GN, Detector, Settings
-from gn_detect.benchmark.kernels import LAYOUTS, PASSES, Layer, gn_layers, layer_runs, time_layer
+from gn_detect.benchmark import kernels
+from gn_detect.benchmark.detectors import Detector, Settings
+from gn_detect.benchmark.kernels import DTYPES, LAYOUTS, VARIANTS, Layer, gn_layers, layer_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
-SMALL = Settings(
-    gn_detect.get_config_file("quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"),
-    images=2,
-    size=(64, 96),
-    rois=16,
-)
-CPU = torch.device("cpu")
 
 
 def test_resnet_50_fpn():
@@ -48,36 +35,19 @@ def test_resnet_50_fpn():
         add(2, False, False, 256, height, width)  # lateral and output convolution of the FPN
     add(4, True, False, 256, 7, 7, images=2 * 512)  # box head
     add(4, True, False, 256, 14, 14, images=2 * 128)  # mask head
-
-    settings = Settings(gn_detect.get_config_file(R50), images=2, size=(800, 1344), rois=512)
-    layers = gn_layers(settings)
-    assert {layer: len(names) for layer, names in layers.items()} == hand
-    # The norms that Detectron2 builds from the same config.
-    names = [
-        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
-        *("MODEL.RPN.HEAD_NAME", "StandardRPNHead"),
-        *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
-        *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
-    ]
-    detectron2 = build_model(config(R50, *names, "MODEL.DEVICE", "meta"))
-    norms = {n for n, m in detectron2.named_modules() if isinstance(m, nn.GroupNorm)}
-    found = [name for names in layers.values() for name in names]
-    assert len(norms) == len(found) == 69 and norms == set(found)
+    assert gn_layers(Settings(images=2, size=(800, 1344), rois=512)) == hand
+    assert sum(hand.values()) == 69
 
 
-@pytest.mark.parametrize("size", [(64, 96), (70, 90)])
-def test_shapes_are_those_of_a_training_step(size):
-    settings = dataclasses.replace(SMALL, size=size)
-    detector = Detector(DETECTRON2_GN, settings)
-    shapes = {}
-    for name, module in detector.model.named_modules():
+def test_shapes_are_those_of_a_training_step_of_ours(settings):
+    settings = dataclasses.replace(settings, size=(70, 90))  # which the model pads
+    detector, shapes = Detector("ours-fast", settings), []
+    for module in detector.model.modules():
         if isinstance(module, nn.GroupNorm):
-            module.register_forward_pre_hook(
-                lambda _, inputs, name=name: shapes.__setitem__(name, tuple(inputs[0].shape))
-            )
+            module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     detector.forward()
     layers = gn_layers(settings)
-    assert {name: layer.shape for layer, names in layers.items() for name in names} == shapes
+    assert sorted(shapes) == sorted(s.shape for s, count in layers.items() for _ in range(count))
 
 
 def test_minimum_bytes():
@@ -93,24 +63,16 @@ def test_minimum_bytes():
     assert linear.minimum_bytes(4, backward=True) == (3 + 3) * 64  # dy, x, dx; dresidual is dy
 
 
-CASES = [
-    (name, layout, relu, residual)
-    for name in ("eager", "autocast", "ours", "frozenbn")
-    for layout in LAYOUTS
-    for relu, residual in ((True, False), (True, True), (False, False))
-]
-# Compiling takes seconds; one case shows that it is the eager function.
-NO_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
-CASES.append(pytest.param("compiled", "nchw", True, True, marks=NO_COMPILER))
-
-
-@pytest.mark.parametrize("name, layout, relu, residual", CASES)
-def test_variants_agree_with_float64(name, layout, relu, residual):
+@pytest.mark.parametrize("relu, residual", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "copy"])
+def test_variants_agree_with_float64(name, layout, relu, residual, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)  # which takes seconds
     layer = Layer((2, 8, 5, 7), 4, relu, residual)
-    dtype = torch.bfloat16 if name == "autocast" else torch.float32
-    tolerance = 2e-2 if name == "autocast" else 1e-5
+    of_dtype = "bfloat16" if name == "autocast" else "float32"
+    dtype, tolerance = DTYPES[of_dtype], 2e-2 if name == "autocast" else 1e-5
     torch.manual_seed(0)
-    runs = layer_runs(name, layer, CPU, dtype, LAYOUTS[layout])
+    runs = layer_runs(name, layer, Settings(dtype=of_dtype, layout=layout))
     torch.manual_seed(0)  # the same maps, in the order in which they are drawn
     draw = [torch.randn(layer.shape, dtype=dtype).double() for _ in range(2 + residual)]
     x, dy = draw[:2]
@@ -128,7 +90,7 @@ def test_variants_agree_with_float64(name, layout, relu, residual):
         reference = reference.relu()
 
     y = runs["forward"]()
-    assert y.dtype == dtype
+    assert y.dtype == dtype and y.is_contiguous(memory_format=LAYOUTS[layout])
     torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
     found = runs["forward+backward"]()
     expected = torch.autograd.grad(reference, inputs, dy)
@@ -139,39 +101,27 @@ def test_variants_agree_with_float64(name, layout, relu, residual):
         )
 
 
-def test_every_variant_is_timed_in_both_passes():
+def test_the_copy_has_the_least_bytes():
     layer = Layer((1, 8, 4, 4), 4, relu=True, residual=True)
-    variants = ["eager", "copy", "ours"]
-    samples = time_layer(
-        layer,
-        variants,
-        device=CPU,
-        dtype=torch.float32,
-        layout="nchw",
-        rounds=2,
-        warmup=1,
-        graph=True,
-        failures={},
-    )
-    assert list(samples) == list(PASSES)
-    for of_pass in samples.values():
-        assert list(of_pass) == variants
-        assert all(len(times) == 2 and min(times) > 0 for times in of_pass.values())
+    for kind, run in layer_runs("copy", layer, Settings()).items():
+        assert 2 * run().nbytes == layer.minimum_bytes(4, kind == "forward+backward")
 
 
-def test_on_cuda_ours_has_to_be_triton(monkeypatch):
+def test_on_a_gpu_ours_is_triton(monkeypatch):
     found = []
-    monkeypatch.setattr(
-        "gn_detect.benchmark.kernels.group_norm_act", lambda *args, kernel: found.append(kernel)
-    )
+    monkeypatch.setattr(kernels, "group_norm_act", lambda *_, kernel: found.append(kernel))
+    layer, x = Layer((1, 8, 4, 4), 4, relu=True, residual=True), torch.zeros(1, 8, 4, 4)
     for device in ("cpu", "cuda"):
-        with FakeTensorMode():  # the device need not be there
-            runs = layer_runs(
-                "ours",
-                Layer((1, 8, 4, 4), 4, relu=True, residual=True),
-                torch.device(device),
-                torch.float32,
-                LAYOUTS["nchw"],
-            )
-            runs["forward"]()
+        settings = Settings(device=device)
+        kernels._function("ours", layer, nn.GroupNorm(4, 8), settings)(x, x)
     assert found == ["torch", "triton"]
+
+
+def test_on_a_gpu_graphs_are_replayed(monkeypatch):
+    run, recorded = object(), object()
+    monkeypatch.setattr(kernels, "layer_runs", lambda *_: dict.fromkeys(kernels.PASSES, run))
+    monkeypatch.setattr(kernels, "as_cuda_graph", {run: recorded}.get)
+    monkeypatch.setattr(kernels, "kernel_clock", lambda: {recorded: 0.5}.get)
+    layer = Layer((1, 8, 4, 4), 4, relu=True, residual=True)
+    samples, _ = kernels.time_layer(layer, ["ours"], Settings(device="cuda"), 2, 1)
+    assert samples == {kind: {"ours": [0.5, 0.5]} for kind in kernels.PASSES}

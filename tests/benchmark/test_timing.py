@@ -1,78 +1,41 @@
-import contextlib
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from gn_detect.benchmark.timing import (
-    Spread,
-    as_cuda_graph,
-    failing,
-    interleave,
-    kernel_clock,
-    ratio,
-)
+from gn_detect.benchmark.report import compare, quartiles, ratio
+from gn_detect.benchmark.timing import as_cuda_graph, failing, interleave, kernel_clock
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """What is called of ``torch.cuda``, in order; no GPU is needed."""
-    calls = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            calls.append("record")
-            self.number = calls.count("record")
-
-        def synchronize(self):
-            calls.append(f"synchronize {self.number}")
-
-        def elapsed_time(self, end):
-            assert (self.number, end.number) == (1, 2)
-            return 250.0  # ms
-
-    class Stream:
-        def __init__(self, name="side"):
-            self.name = name
-
-        def wait_stream(self, other):
-            calls.append(f"{self.name} waits for {other.name}")
-
-    class Graph:
-        def replay(self):
-            calls.append("replay")
-
-    @contextlib.contextmanager
-    def within(what):
-        calls.append(f"enter {getattr(what, 'name', 'graph')}")
-        yield
-        calls.append(f"leave {getattr(what, 'name', 'graph')}")
-
-    replaced = {"Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": within}
-    replaced |= {"stream": within, "current_stream": lambda: Stream("usual")}
-    for name, value in replaced.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: "total" if size == ((),) else "other")
-    monkeypatch.setattr(torch, "sum", lambda x, dim, out: calls.append(f"read {x} into {out}"))
-    return calls
+def cuda(monkeypatch):
+    """Takes all calls of ``torch.cuda``; no GPU is needed. ``names()`` has them in order."""
+    cuda = MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: f"{size} on {device}")
+    monkeypatch.setattr(torch, "sum", cuda.sum)
+    cuda.names = lambda: [name for name, *_ in cuda.mock_calls]
+    return cuda
 
 
-def test_clock_of_the_device(calls):
-    clock = kernel_clock(torch.device("cuda"))
-    assert clock(lambda: calls.append("run")) == 0.25
-    expected = ["read other into total", "record", "run", "record", "synchronize 2"]
-    assert calls == expected
+def test_clock_of_the_device(cuda):
+    start, end = cuda.Event.side_effect = [cuda.start, cuda.end]
+    start.elapsed_time.return_value = 250.0  # ms
+    assert kernel_clock()(cuda.run) == 0.25
+    assert cuda.sum.call_args.args == ("(67108864,) on cuda",)
+    order = ["sum", "start.record", "run", "end.record", "end.synchronize", "start.elapsed_time"]
+    assert cuda.names() == ["Event", "Event", *order]
+    start.elapsed_time.assert_called_with(end)
 
 
-def test_a_graph_is_recorded_warm_and_replayed(calls):
-    replay = as_cuda_graph(lambda: calls.append("run"))
-    before = ["side waits for usual", "enter side", "run", "run", "run", "leave side"]
-    before += ["usual waits for side", "enter graph", "run", "leave graph"]
-    assert calls == before
+def test_a_graph_is_recorded_warm_and_replayed(cuda):
+    replay = as_cuda_graph(cuda.run)
+    warm = ["Stream().wait_stream", "stream", "stream().__enter__", "run", "run", "run"]
+    warm += ["stream().__exit__", "current_stream", "current_stream().wait_stream", "CUDAGraph"]
+    recorded = ["graph", "graph().__enter__", "run", "graph().__exit__"]
+    assert cuda.names() == ["Stream", "current_stream", *warm, *recorded]
     replay()
-    assert calls == [*before, "replay"]
+    assert cuda.names()[-1] == "CUDAGraph().replay"
 
 
 def test_variants_run_in_turn_and_warmup_is_dropped():
@@ -84,7 +47,7 @@ def test_variants_run_in_turn_and_warmup_is_dropped():
         run()
         return next(times)
 
-    samples = interleave(runs, rounds=2, warmup=1, clock=clock, failures={})
+    samples = interleave(runs, 2, 1, {}, clock)
     assert calls == list("abc" * 3)
     assert samples == {"a": [3, 6], "b": [4, 7], "c": [5, 8]}
 
@@ -99,29 +62,29 @@ def test_a_variant_that_fails_leaves_the_others():
 
     calls, failures = [], {"d": "had failed"}
     runs = {"a": overflow, "b": lambda: calls.append("b"), "c": exhaust, "d": overflow}
-    samples = interleave(runs, 3, 0, lambda run: (run(), 1.0)[1], failures)
+    samples = interleave(runs, 3, 0, failures, lambda run: (run(), 1.0)[1])
     assert samples == {"b": [1.0] * 3}
     assert failures == {"a": "an overflow", "c": "out of memory", "d": "had failed"}
     with pytest.raises(RuntimeError, match="anything else"), failing("b", failures):
         raise RuntimeError("anything else")
 
 
-def test_ratios_are_of_one_round():
+def test_cells():
     # A machine that is ten times as slow in one round changes no ratio.
-    spread = ratio([1.0, 20.0, 3.0, 40.0, 5.0], [1.0, 10.0, 2.0, 20.0, 5.0])
-    assert spread == Spread(median=1.5, lower=1.0, upper=2.0)
-    assert f"{spread:.2f}" == "1.50 (1.00-2.00)"
-
-
-def test_cells_have_no_exponents():
-    assert f"{Spread(1151.4, 0.0123456, 120.4)}" == "1151 (0.0123-120)"
-    assert f"{Spread(2.5, 1.0, 99.96)}" == "2.50 (1.00-100)"
-
-
-def test_one_sample_has_no_spread():
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
-
-
-def test_samples_of_other_rounds_are_not_compared():
-    with pytest.raises(ValueError):
+    assert ratio([1.0, 20.0, 3.0, 40.0, 5.0], [1.0, 10.0, 2.0, 20.0, 5.0]) == "1.500 (1.000-2.000)"
+    with pytest.raises(ValueError):  # samples of other rounds
         ratio([1.0, 2.0], [1.0])
+    assert quartiles([1151.4, 0.0123456, 120.44]) == "120 (60.2-636)"
+    assert quartiles([1151.4]) == "1150"
+
+
+def test_rows_are_compared_with_those_that_did_not_fail():
+    measured = {"images": 2, "variant": "a", "measures": {"s": [1.0, 3.0], "MiB": [4.0]}}
+    other = {"images": 2, "variant": "b", "measures": {"s": [2.0, 3.0], "MiB": [8.0]}}
+    failed = {"images": 2, "variant": "c", "failure": "out of memory"}
+    rows = compare([measured, other, failed], ["b", "c"])
+    assert rows[0] == {
+        **{"images": 2, "variant": "a", "s": "2 (1.5-2.5)", "s / b": "0.750 (0.625-0.875)"},
+        **{"MiB": "4", "MiB / b": "0.500"},
+    }
+    assert rows[2] == failed
