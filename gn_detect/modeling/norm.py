@@ -10,6 +10,7 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from torch import nn
 
 from gn_detect.config import ConfigError, locate
+from gn_detect.env import warn_of_ignored_keys
 from gn_detect.layers import GroupNorm
 from gn_detect.layers.functional import KERNELS
 from gn_detect.layers.group_norm import divisors
@@ -106,6 +107,7 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
         ConfigError: the value is unknown, the groups of ``MODEL.GN`` are not stated once, or its
             kernel is not for the device.
     """
+    warn_of_ignored_keys(cfg)
     node, name = locate(cfg, key)
     norm, gn = node[name], cfg.MODEL.GN
     if gn.KERNEL == "triton" and cfg.MODEL.DEVICE == "cpu":
