@@ -28,7 +28,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Exactly one of the two is positive, the other 0. It must divide the channels of each layer.
     gn.setdefault("NUM_GROUPS", 32)
     gn.setdefault("CHANNELS_PER_GROUP", 0)
-    # Where it does not divide them, take the nearest number that does, and log the layer.
+    # Where this does not divide the channels of a layer, take the nearest number that does (the
+    # smaller of two), and log the layer.
     gn.setdefault("NEAREST_DIVISOR", False)
     # Added to the variance of a group before the square root (GN paper, eq. 3).
     gn.setdefault("EPS", 1e-5)
@@ -39,12 +40,13 @@ def add_gn_config(cfg: CfgNode) -> None:
     # without (open-mmlab/mmdetection PR #521: mask AP 33.1 against 37.7), and none for others.
     gn.setdefault("WEIGHT_STANDARDIZATION", "auto")
     # "triton": fused kernels for CUDA; "torch": PyTorch's own operations. "auto" takes the first
-    # where it can, and says once which it took and why.
+    # where they can run and agree with float64, and says once which it took and why.
     gn.setdefault("KERNEL", "auto")
     # What the backward pass keeps. "fast": everything. "balanced" rebuilds the outputs of GN+ReLU;
     # "lean" also runs the last 1x1 convolution of each residual block, and its shortcut's, again,
     # where a norm follows (not in the pre-activation ResNet);
-    # "checkpoint" keeps the inputs of blocks alone and runs them twice. Same gradients.
+    # "checkpoint" keeps the inputs of blocks alone and runs them twice. Same gradients;
+    # docs/memory.md has the bytes and the time.
     gn.setdefault("MEMORY", "fast")
 
     # The weights of the convolutions of our components, and so the maps from the stem to the heads,
@@ -66,12 +68,13 @@ def add_gn_config(cfg: CfgNode) -> None:
     # TEST.EVAL_PERIOD) is stated for this many images per iteration.
     cfg.SOLVER.setdefault("REFERENCE_BATCH_SIZE", 16)
     # Images of a forward pass of one GPU. If it is positive, IMS_PER_BATCH and the recipe follow
-    # from it by the linear rule (solver/schedule.py); if it is 0, they are taken as stated.
+    # from it by the linear rule (docs/small_batches.md); if it is 0, they are taken as stated.
     cfg.SOLVER.setdefault("IMS_PER_GPU", 0)
     # Forward passes whose gradients are averaged into one iteration. "auto", with IMS_PER_GPU:
     # as many as restore the reference batch. IMS_PER_BATCH counts the images of all of them.
     cfg.SOLVER.setdefault("ACCUMULATE_STEPS", None)
-    # How many checkpoints of SOLVER.CHECKPOINT_PERIOD to keep, the newest; 0: all, as Detectron2.
+    # How many checkpoints of SOLVER.CHECKPOINT_PERIOD to keep, the newest (model_final.pth is kept
+    # besides); 0: all, as Detectron2.
     cfg.SOLVER.setdefault("CHECKPOINT_KEEP", 0)
     # "float16" (with a gradient scaler) or "bfloat16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.setdefault("DTYPE", "float16")
@@ -84,7 +87,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     lsj.setdefault("MAX_SCALE", 2.0)
     lsj.setdefault("IMAGE_SIZE", 1024)  # pixels
 
-    # What is refused, or warned of, before a run (engine/guards.py). False lets it pass.
+    # What is refused, or warned of, before it wastes a run: docs/small_batches.md has the reasons.
+    # False lets it pass.
     guards = cfg.setdefault("GUARDS", CfgNode())
     guards.setdefault("SCRATCH_FREEZE_AT", True)
     guards.setdefault("SCRATCH_FROZEN_BN", True)

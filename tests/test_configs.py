@@ -6,7 +6,6 @@ Configs that differ in their schedule alone share one model.
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -422,27 +421,6 @@ def test_published_figures_belong_to_configs_and_sources():
     for name, row in PUBLISHED["configs"].items():
         assert row.keys() <= {"box", "mask", "keypoint", "PQ", "source", "note"}, name
         assert not {"box", "mask", "keypoint", "PQ"}.isdisjoint(row) or "note" in row, name
-
-
-def test_the_table_in_the_readme(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("config_table", ROOT / "tools/config_table.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def exit_status(*args):
-        monkeypatch.setattr("sys.argv", ["config_table.py", *args])
-        return tool.main()
-
-    assert exit_status("--check") == 0, "run tools/config_table.py"
-    text = tool.README.read_text()
-    assert [name for name in CONFIGS if f"](configs/{name})" not in text] == []
-
-    monkeypatch.setattr(tool, "README", tmp_path / "README.md")
-    tool.README.write_text(text.replace("42.6 / 38.6", "44.6 / 38.6"))
-    assert exit_status("--check") == 1 and "44.6 / 38.6" in tool.README.read_text()
-    assert exit_status() == 0 and tool.README.read_text() == text
-    tool.README.write_text("no marks")
-    assert exit_status() == 1 and "no lines" in capsys.readouterr().err
 
 
 def test_number_of_configs(capsys):

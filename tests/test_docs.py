@@ -1,20 +1,169 @@
-"""What docs/ says can be run does what it says."""
+"""What README.md and docs/ say holds: commands run, links lead somewhere, tables are of today."""
 
-import importlib.util
+import functools
+import json
 import logging
 import re
+import runpy
 import shlex
+import shutil
+import string
+from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_tool
+from detectron2.config import LazyConfig
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
+from detectron2.utils import logger as detectron2_logger
+from helpers import ROOT, TINY, CocoFiles, coco_json, config
 
-from gn_detect.config import ConfigError
+from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.data import shapes
 
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 GUARDS = re.findall(
     r"^\| `(\w+)`( \(warns\))? \| `(.+?)`(?: after `(.+?)`)? \|",
     (ROOT / "docs/small_batches.md").read_text(),
     flags=re.MULTILINE,
 )
+
+
+def loggers() -> list[logging.Logger]:
+    named = logging.root.manager.loggerDict.values()
+    return [logging.root, *(x for x in named if isinstance(x, logging.Logger))]
+
+
+@pytest.fixture
+def run_tool(monkeypatch):
+    """Run ``tools/<name>`` in this process; returns what it exits with: None, or an error."""
+    before = {x: (x.handlers[:], x.propagate, x.level) for x in loggers()}
+
+    def run(name: str, *args):
+        # So that the tool sets its loggers up, for the terminal of this test.
+        detectron2_logger.setup_logger.cache_clear()
+        detectron2_logger._cached_log_stream.cache_clear()
+        monkeypatch.setattr("sys.argv", [name, *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+        except SystemExit as error:
+            return error.code or None
+        finally:
+            for logger in loggers():
+                state = before.get(logger, ([], True, logging.NOTSET))
+                logger.handlers[:], logger.propagate, level = state
+                logger.setLevel(level)
+
+    return run
+
+
+def blocks(page: str, language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [text for name, text in fenced if name == language]
+
+
+def shell_lines(page: str) -> list[list[str]]:
+    """The words of each command in a page, with the variables that the page sets."""
+    commands, variables = [], {}
+    for line in "".join(blocks(page, "")).replace("\\\n", " ").splitlines():
+        if assignment := re.fullmatch(r'([A-Z]+)="(.*)"', line):
+            variables[assignment[1]] = assignment[2]
+        elif words := shlex.split(string.Template(line).substitute(variables), comments=True):
+            commands.append(words)
+    return commands
+
+
+def with_options(args: list[str], before: list, after: list) -> list[str]:
+    """Put options in front of the KEY VALUE of a command, which win over them, and behind."""
+    keys = (i for i, arg in enumerate(args) if re.fullmatch(r"[A-Z][A-Z_.\d]+\.[A-Z_]+", arg))
+    start = next(keys, len(args))
+    return [*args[:start], *map(str, before), *args[start:], *map(str, after)]
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """The directory of a user, with a checkout, photos, COCO, and the weights that pages name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    files = CocoFiles(tmp_path)
+    for name in ("train.json", "val.json"):
+        shutil.copy(files.json_file, name)
+    shutil.copy("images/1.png", "photo.jpg")
+    for name in ("train_images", "DIR"):
+        Path(name).symlink_to("images")
+    content = coco_json(1) | {"categories": [c for c in COCO_CATEGORIES if c["isthing"]]}
+    content["annotations"][0]["category_id"] = 1
+    for split in ("train", "val"):
+        path = Path(f"datasets/coco/annotations/instances_{split}2017.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+        path.parents[1].joinpath(f"{split}2017").symlink_to(tmp_path / "images")
+    Path("GN.yaml").write_text(f"_BASE_: configs/{PHOTOS}\n")
+    Path("output/quickstart").mkdir(parents=True)
+    for path, norm in (("output/quickstart/model_final", "GN"), ("bn", "BN")):
+        cfg = config(PHOTOS, *TINY, "MODEL.RESNETS.NORM", norm)
+        guards = WeightGuards.from_config(cfg)
+        Checkpointer(build_model(cfg), str(tmp_path), guards=guards).save(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if shell_lines(page) and page != "docs/benchmarks.md"]
+)
+def test_commands(page, user, run_tool, monkeypatch):
+    """Own data is trained on, for an iteration; for COCO all is checked that comes before that."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, *args in shell_lines(page):
+        if program == "make":
+            assert args[0] in targets
+        if program in ("make", "export", "python3", ".venv/bin/pip"):  # what they install is there
+            continue
+        assert program == "python"
+        path, *args = args
+        tool = path.removeprefix("tools/")
+        with monkeypatch.context() as patch:
+            if any(arg.startswith("configs/COCO-") for arg in args):
+                patch.setattr("detectron2.engine.launch", lambda *args, **kwargs: None)
+            elif any(arg.startswith("configs/lazy/") for arg in args):
+                patch.setattr("detectron2.engine.launch", load_lazy)
+            elif tool == "compare_norms.py":
+                args.append("--report")  # tests/tools/test_compare_norms.py trains
+                Path("output/norms").mkdir(exist_ok=True)
+            elif tool in ("train_net.py", "bn_to_gn.py"):
+                args = with_options(args, TINY, ["SOLVER.MAX_ITER", 1])
+            assert run_tool(tool, *args) is None, (tool, args)
+    for block in blocks(page, "python"):
+        exec(block, {})
+
+
+def load_lazy(*args, **kwargs):
+    (args,) = kwargs["args"]
+    LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+
+
+def test_links():
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            file, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / file if file else ROOT / page
+            assert target.exists(), (page, link)
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE) if anchor else []
+            # As GitHub makes them: lower case, no punctuation, hyphens for spaces.
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in anchors, (page, link)
+
+
+def test_readme_is_one_page():
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text.splitlines()) <= 130 and len(text) <= 10 * 1024
+    missing = [p for p in PAGES if p.startswith("docs/") and p.encode() not in text]
+    assert missing == []
+
+
+def test_every_guard_has_a_command():
+    assert {guard[0] for guard in GUARDS} == set(config().GUARDS)
 
 
 @pytest.fixture(scope="module")
@@ -23,42 +172,19 @@ def workplace(tmp_path_factory):
     return tmp_path_factory.mktemp("docs")
 
 
-@pytest.fixture
-def train_net(workplace, monkeypatch):
-    """What ``tools/train_net.py`` does before it starts to train, in this process."""
-    monkeypatch.chdir(workplace)
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools/train_net.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def set_up(options):
-        name, *opts = shlex.split(options)
-        args = ["train_net.py", "--config-file", str(ROOT / "configs" / name), *opts]
-        monkeypatch.setattr("sys.argv", args)
-        tool.setup(tool.parse_args())
-
-    return set_up
-
-
-def test_every_guard_has_a_command():
-    assert len(GUARDS) == 11
-
-
 @pytest.mark.parametrize("switch, warns, options, before", GUARDS, ids=[g[0] for g in GUARDS])
-def test_guards(switch, warns, options, before, train_net, workplace, caplog, monkeypatch):
-    if warns:
-        # The tool has set the logger up for a terminal.
-        monkeypatch.setattr(logging.getLogger("gn_detect"), "propagate", True)
-        with caplog.at_level(logging.WARNING, "gn_detect"):
-            train_net(options)
-        assert f"GUARDS.{switch} False" in caplog.text
-    elif before:  # weights are looked at when they are loaded
-        for command, error in ((f"{before} DATASETS.TEST ()", ""), (options, f"GUARDS.{switch}")):
-            name, *opts = shlex.split(command)
-            args = ["--config-file", ROOT / "configs" / name, *opts]
-            result = run_tool("train_net.py", *args, cwd=workplace, check=not error)
-            assert error in result.stderr
-        assert result.returncode == 1
-    else:
-        with pytest.raises(ConfigError, match=f"set GUARDS.{switch} False"):
-            train_net(options)
+def test_guards(switch, warns, options, before, workplace, run_tool, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    few = functools.partial(shapes.write_shapes, num_train=8, num_val=2)
+    monkeypatch.setattr(shapes, "write_shapes", few)
+    (name, *opts), earlier = shlex.split(options), shlex.split(before)
+    if earlier and not Path(earlier[-1]).is_dir():
+        earlier = ["--config-file", ROOT / "configs" / earlier[0], *earlier[1:]]
+        earlier += ["DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0]
+        assert run_tool("train_net.py", *earlier) is None
+    if not earlier:  # weights are looked at when they are loaded; all else before
+        monkeypatch.setattr("detectron2.engine.launch", lambda *args, **kwargs: None)
+    error = run_tool("train_net.py", "--config-file", ROOT / "configs" / name, *opts)
+    shown = capsys.readouterr().out if warns else error
+    assert f"GUARDS.{switch} False" in shown
+    assert bool(error) != bool(warns)

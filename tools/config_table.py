@@ -1,16 +1,20 @@
-"""Write the table of configs into README.md; published figures come from configs/published.json.
+"""Write the tables of docs/configs.md and docs/keys.md.
 
-python tools/config_table.py            # writes README.md
-python tools/config_table.py --check    # exits with 1 if README.md is not up to date
+The first is of configs/, with published figures from configs/published.json; the second is of the
+keys of gn_detect/config.py, with their comments there.
+
+python tools/config_table.py            # writes them
+python tools/config_table.py --check    # exits with 1 if one is not up to date
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import ast
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,9 +24,10 @@ from torch import nn
 from gn_detect.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 CONFIGS = ROOT / "configs"
-BEGIN, END = "<!-- config table -->", "<!-- end of config table -->"
+KEYS = ROOT / "gn_detect/config.py"
+BEGIN, END = "<!-- written by tools/config_table.py -->", "<!-- end of what it wrote -->"
 # What is published for the configs of a folder.
 FIGURES = {
     "COCO-Detection": ("box",),
@@ -39,22 +44,27 @@ def numerically(path: Path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-@functools.cache
-def model_size(config: Path) -> tuple[float, int]:
-    """(millions of parameters, GroupNorm layers); 80 classes where none are stated."""
-    cfg = load_config(str(config), ["MODEL.DEVICE", "meta"])
+def model_size(config: Path, known: dict[str, tuple[float, int]]) -> tuple[float, int]:
+    """(millions of parameters, GroupNorm layers); 80 classes where none are stated.
+
+    ``known`` has those of the models that were built before.
+    """
+    cfg = load_config(str(config), ["MODEL.DEVICE", "meta", "MODEL.WEIGHTS", ""])
     for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         if head.NUM_CLASSES is None:
             head.NUM_CLASSES = 80
-    with torch.device("meta"):
-        model = build_model(cfg)
-    layers = sum(isinstance(m, nn.GroupNorm) for m in model.modules())
-    return sum(p.numel() for p in model.parameters()) / 1e6, layers
+    text = cfg.MODEL.dump()
+    if text not in known:
+        with torch.device("meta"):
+            model = build_model(cfg)
+        layers = sum(isinstance(m, nn.GroupNorm) for m in model.modules())
+        known[text] = sum(p.numel() for p in model.parameters()) / 1e6, layers
+    return known[text]
 
 
-def table() -> str:
+def config_table() -> str:
     published = json.loads((CONFIGS / "published.json").read_text())
-    lines = []
+    lines, sizes = [], {}
     for folder, figures in FIGURES.items():
         unit = " / ".join(figures) + ("" if figures == ("PQ",) else " AP")
         lines += [
@@ -64,34 +74,82 @@ def table() -> str:
         ]
         configs = (p for p in (CONFIGS / folder).glob("*.yaml") if not p.name.startswith("Base-"))
         for config in sorted(configs, key=numerically):
-            millions, layers = model_size(config)
-            row = published["configs"].get(config.relative_to(CONFIGS).as_posix(), {})
+            name = config.relative_to(CONFIGS).as_posix()
+            millions, layers = model_size(config, sizes)
+            row = published["configs"].get(name, {})
             values = " / ".join(str(row[f]) for f in figures if f in row) or "-"
             notes = ": ".join(row[k] for k in ("source", "note") if k in row)
-            link = f"[{config.stem}]({config.relative_to(ROOT).as_posix()})"
+            link = f"[{config.stem}](../configs/{name})"
             lines.append(f"| {link} | {millions:.1f} | {layers} | {values} | {notes} |")
         lines.append("")
     lines += [f"- {key}: [{s['title']}]({s['url']})" for key, s in published["sources"].items()]
     return "\n".join(lines)
 
 
-def main() -> int:
+def key_table() -> str:
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for keys, comment in documented_keys(KEYS.read_text()):
+        names = "<br>".join(f"`{key}`" for key, _ in keys)
+        defaults = "<br>".join(default for _, default in keys)
+        comment = re.sub(r"docs/(\w+\.md)", r"[\1](\1)", comment)
+        lines.append(f"| {names} | {defaults} | {comment} |")
+    return "\n".join(lines)
+
+
+def documented_keys(source: str) -> Iterator[tuple[list[tuple[str, str]], str]]:
+    """For each comment of ``add_gn_config``: the keys below it, with their defaults, and its text.
+
+    ``source`` is the module. Every key is set by ``setdefault``, and the nodes that hold keys have
+    names or are attributes of ``cfg``; what stands behind a key on its line belongs to it alone.
+    """
+    lines = source.splitlines()
+    (function,) = (n for n in ast.parse(source).body if getattr(n, "name", "") == "add_gn_config")
+    nodes, keys, comment = {"cfg": []}, [], ""
+
+    def path(expression: ast.expr) -> list[str]:
+        match expression:
+            case ast.Name(name):
+                return nodes[name]
+            case ast.Attribute(node, name) | ast.Call(ast.Attribute(node), [ast.Constant(name), _]):
+                return [*path(node), name]
+
+    for before, statement in zip(function.body, function.body[1:], strict=False):
+        text = [line.strip() for line in lines[before.end_lineno : statement.lineno - 1]]
+        if new := " ".join(line.removeprefix("# ") for line in text if line):
+            if keys:
+                yield keys, comment
+            keys, comment = [], new
+        match statement:
+            case ast.Assign([ast.Name(name)], call):
+                nodes[name] = path(call)
+            case ast.Expr(ast.Call(_, [_, default]) as call):
+                behind = lines[statement.end_lineno - 1].partition("  # ")[2]
+                default = f"`{ast.unparse(default)}` {behind}".rstrip()
+                keys.append((".".join(path(call)), default))
+    yield keys, comment
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args().check
-    text = README.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        print(f"{README} has no lines {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    new = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if check:
+    check = parser.parse_args(argv).check
+    stale = []
+    for name, table in (("configs.md", config_table), ("keys.md", key_table)):
+        page = DOCS / name
+        text = page.read_text()
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            print(f"error: {page} has no lines {BEGIN} and {END}", file=sys.stderr)
+            return 1
+        new = f"{before}{BEGIN}\n{table()}\n{END}{after}"
         if new != text:
-            print("README.md is not up to date: run tools/config_table.py", file=sys.stderr)
-        return int(new != text)
-    README.write_text(new)
-    return 0
+            stale.append(name)
+            if not check:
+                page.write_text(new)
+    if check and stale:
+        print(f"{', '.join(stale)} not up to date: run tools/config_table.py", file=sys.stderr)
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+import ast
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from helpers import ROOT
+
+from gn_detect.config import add_gn_config
+
+PUBLISHED = json.loads((ROOT / "configs/published.json").read_text())["configs"]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("config_table", ROOT / "tools/config_table.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_pages_are_up_to_date_and_mended(tool, tmp_path, monkeypatch, capsys):
+    text = {name: (ROOT / "docs" / name).read_text() for name in ("configs.md", "keys.md")}
+    configs = [p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")]
+    names = [p.as_posix() for p in configs if not p.name.startswith("Base-")]
+    assert [name for name in names if f"](../{name})" not in text["configs.md"]] == []
+
+    sizes = {}
+    for name, size in re.findall(r"\]\(\.\./(.+?)\) \| ([\d.]+ \| \d+) \|", text["configs.md"]):
+        millions, layers = size.split(" | ")
+        sizes[ROOT / name] = float(millions), int(layers)
+    for config in list(sizes)[::9]:  # a few: to build all takes seconds
+        millions, layers = tool.model_size(config, {})
+        assert (round(millions, 1), layers) == sizes[config]
+    monkeypatch.setattr(tool, "model_size", lambda config, known: sizes[config])
+    assert tool.main(["--check"]) == 0, "run tools/config_table.py"
+    monkeypatch.setattr(tool, "DOCS", tmp_path)
+    for page, old, new in (
+        ("configs.md", "42.6 / 38.6", "44.6 / 38.6"),
+        ("keys.md", "| `32`<br>", "| `16`<br>"),
+    ):
+        for name in text:
+            shutil.copy(ROOT / "docs" / name, tmp_path)
+        changed = text[page].replace(old, new)
+        assert changed != text[page]
+        (tmp_path / page).write_text(changed)
+        assert tool.main(["--check"]) == 1 and (tmp_path / page).read_text() == changed
+        assert capsys.readouterr().err.startswith(f"{page} not up to date")
+        assert tool.main([]) == 0 and (tmp_path / page).read_text() == text[page]
+    (tmp_path / "keys.md").write_text("no marks")
+    assert tool.main([]) == 1 and "no lines" in capsys.readouterr().err
+
+
+def leaves(cfg: CfgNode, path: str = "") -> dict:
+    found = {}
+    for name, value in cfg.items():
+        key = f"{path}{name}"
+        found |= leaves(value, f"{key}.") if isinstance(value, CfgNode) else {key: value}
+    return found
+
+
+def test_each_key_is_described_once_with_its_default():
+    cfg = get_cfg()
+    theirs = leaves(cfg)
+    add_gn_config(cfg)
+    expected = {key: value for key, value in leaves(cfg).items() if key not in theirs}
+    rows = re.findall(
+        r"^\| (`[A-Z].*?) \| (`.*?) \| (.+) \|$", (ROOT / "docs/keys.md").read_text(), re.MULTILINE
+    )
+    described = []
+    for keys, defaults, meaning in rows:
+        defaults = [ast.literal_eval(d.split("`")[1]) for d in defaults.split("<br>")]
+        described += zip(keys.replace("`", "").split("<br>"), defaults, strict=True)
+        assert len(meaning) > 20
+    assert len(described) == len(expected) and dict(described) == expected
+
+
+def test_a_comment_holds_for_the_keys_below_it(tool):
+    source = """
+def add_gn_config(cfg):
+    '''Docstring.'''
+    # Of two,
+    # in two lines.
+    node = cfg.MODEL.setdefault("NEW", CfgNode())
+    node.setdefault("A", 1)
+    node.setdefault("B", "x")  # pixels
+
+    # Of one.
+    cfg.MODEL.setdefault("V2", CfgNode()).setdefault("C", None)
+"""
+    assert list(tool.documented_keys(source)) == [
+        ([("MODEL.NEW.A", "`1`"), ("MODEL.NEW.B", "`'x'` pixels")], "Of two, in two lines."),
+        ([("MODEL.V2.C", "`None`")], "Of one."),
+    ]
+
+
+def test_readme_has_the_best_published_figures():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \[(\w+)\]\(configs/(\S+)\) \| (.+) \|$", readme, re.MULTILINE)
+    best = sorted(
+        (
+            (-row["box"], -row["mask"], name)
+            for name, row in PUBLISHED.items()
+            if name.startswith("COCO-InstanceSegmentation/") and "SyncBN" not in row.get("note", "")
+        )
+    )[:5]
+    assert rows == [
+        (name.split("/")[1].removesuffix(".yaml"), name, f"{-box} / {-mask}")
+        for box, mask, name in best
+    ]
