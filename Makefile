@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.gn_detect-installed
 DEMO := output/quickstart
 
-.PHONY: venv test demo lint
+.PHONY: venv test test-quick demo lint
 
 venv: $(STAMP)
 
@@ -33,8 +33,14 @@ $(STAMP): constraints.txt setup.py pyproject.toml \
 	fi
 	@touch $@
 
+# One process for each core, with one thread.
+test: export OMP_NUM_THREADS := 1
 test: venv
-	$(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal tests $(PYTEST_ARGS)
+
+# What the inner loop needs: no process, no training, no compiler.
+test-quick: PYTEST_ARGS += -m "not slow"
+test-quick: test
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
