@@ -1,9 +1,16 @@
 """Runs that are killed, or whose disk is full, while they save."""
 
+import ctypes
 import json
 import logging
-import shutil
-import subprocess
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -12,7 +19,7 @@ import yaml
 from detectron2.checkpoint import PeriodicCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from helpers import config, run_script
+from helpers import config
 from iopath.common.file_io import PathHandler
 from safetensors.torch import load_file
 
@@ -39,223 +46,207 @@ def names(directory) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-# What the scripts share: a model of 5 MB, all of it filled with the number of the iteration.
-COMMON = """
-import os, sys
-from pathlib import Path
-import torch
-from checkpoint.test_saving import make_checkpointer
-
 class Model(torch.nn.Module):
+    """1 MB, all of it filled with the number of the iteration."""
+
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.ParameterList(torch.zeros(500, 500) for _ in range(5))
+        self.layers = torch.nn.ParameterList(torch.zeros(250, 200) for _ in range(5))
 
     def fill(self, value):
         for parameter in self.parameters():
             parameter.data.fill_(value)
 
-def read(directory):
-    '''The iteration of the last checkpoint, which is whole.'''
-    path = directory / (directory / "last_checkpoint").read_text()
-    checkpoint = torch.load(path, weights_only=True)
+
+def read(directory) -> int:
+    """The iteration of the last checkpoint, which is whole."""
+    checkpoint = torch.load(directory / (directory / "last_checkpoint").read_text())
     values = torch.cat([v.flatten() for v in checkpoint["model"].values()])
-    assert len(checkpoint["model"]) == 5 and len(values) == 5 * 500 * 500
-    assert (values == checkpoint["iteration"]).all()
+    assert len(values) == 5 * 250 * 200 and (values == checkpoint["iteration"]).all()
     return checkpoint["iteration"]
 
-def partial_files(directory):
+
+def partial_files(directory) -> list:
     return list(directory.glob("*.partial"))
 
-torch.set_num_threads(1)
-"""
 
-KILLS = """
-import random, signal, time
+def run(scenario, *args) -> int:
+    """Run a scenario in a process of its own, which has the imports of this one."""
+    child = multiprocessing.get_context("fork").Process(target=scenario, args=args)
+    child.start()
+    child.join()
+    return child.exitcode
+
 
 def train(directory, pipe):
+    """Save without end, and say each time what was saved."""
+    torch.set_num_threads(1)
     model = Model()
     checkpointer = make_checkpointer(directory, model=model, keep=2)
     iteration = checkpointer.resume_or_load("", resume=True).get("iteration", -1)
-    os.write(pipe, b"%d\\n" % iteration)
+    os.write(pipe, b"%d\n" % iteration)
     while True:
         iteration += 1
         model.fill(iteration)
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        os.write(pipe, b"%d\\n" % iteration)
-
-directory, generator = Path("run"), random.Random(0)
-directory.mkdir()
-last, cycle, interrupted = -1, 0.05, 0
-for kill in range(200):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            train(directory, writer)
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with open(reader) as said:
-        resumed = int(said.readline())
-        assert resumed == last, f"kill {kill}: resumed at {resumed}, not {last}"
-        if not kill:  # one save, to know how long it takes
-            start = time.perf_counter()
-            said.readline()
-            cycle = time.perf_counter() - start
-        time.sleep(generator.uniform(0, 2 * cycle))
-        os.kill(child, signal.SIGKILL)
-        acknowledged = [last, *map(int, said)][-1]
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    left = partial_files(directory)
-    assert len(left) <= 1, left  # those of earlier kills are gone
-    interrupted += len(left)
-    if (directory / "last_checkpoint").exists():
-        last = read(directory)
-        assert acknowledged <= last <= acknowledged + 1, f"kill {kill}: {last}"
-    else:
-        assert acknowledged == -1
-print(f"{interrupted} of 200 kills left a partial file; {last + 1} checkpoints, {cycle:.3f} s each")
-assert 40 < interrupted < 200 and last > 40
-"""
+        os.write(pipe, b"%d\n" % iteration)
 
 
-def test_a_killed_run_is_resumable_200_times_of_200(tmp_path):
-    run_script(COMMON + KILLS, cwd=tmp_path)
+def test_a_run_is_resumable_whenever_it_is_killed(tmp_path):
+    last, cycle, interrupted, kills, generator = -1, 0.05, 0, 40, random.Random(0)
+    for kill in range(kills):
+        reader, writer = os.pipe()
+        child = multiprocessing.get_context("fork").Process(target=train, args=(tmp_path, writer))
+        child.start()
+        os.close(writer)
+        with open(reader) as said:
+            assert int(said.readline()) == last
+            if not kill:  # one save, to know how long it takes
+                start = time.perf_counter()
+                said.readline()
+                cycle = time.perf_counter() - start
+            time.sleep(generator.uniform(0, 2 * cycle))
+            child.kill()
+            acknowledged = [last, *map(int, said)][-1]
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        left = partial_files(tmp_path)
+        assert len(left) <= 1, left  # those of earlier kills are gone
+        interrupted += len(left)
+        if (tmp_path / "last_checkpoint").exists():
+            last = read(tmp_path)
+            assert acknowledged <= last <= acknowledged + 1
+        else:
+            assert acknowledged == -1
+    assert kills / 10 < interrupted < kills and last > kills / 10
 
 
-# Two checkpoints, then a last one for which there is no room.
-FULL_DISK = """
-import safetensors.torch
-from gn_detect.checkpoint import CheckpointError
+class FullDisk:
+    """A checkpoint, and then a last one for which there is no room."""
 
-directory = Path("run")
-model = Model()
-checkpointer = make_checkpointer(directory, model=model, config="x" * 100_000)
+    def __init__(self, directory, reason):
+        torch.set_num_threads(1)
+        self.directory, self.reason, self.model = directory, reason, Model()
+        self.checkpointer = make_checkpointer(directory, model=self.model, config="x" * 100_000)
 
-def save(iteration, name):
-    model.fill(iteration)
-    checkpointer.save(name, iteration=iteration)
+    def save(self, iteration, name):
+        self.model.fill(iteration)
+        self.checkpointer.save(name, iteration=iteration)
 
-def refused(path, earlier="model_0000000.pth", reason="No space left on device"):
-    '''Save model_final; assert that ``path`` fails.'''
-    try:
-        save(1, "model_final")
-    except CheckpointError as error:
-        expected = (
-            f"run/{path} could not be written: {reason}. The earlier checkpoint run/{earlier} is "
-            "intact. Free space there, or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy "
-            "configs train.checkpointer.max_to_keep), and continue with --resume"
+    def refuses(self, path, earlier="model_0000000.pth"):
+        """Save model_final; assert that ``path`` fails."""
+        directory = self.directory
+        with pytest.raises(CheckpointError) as error:
+            self.save(1, "model_final")
+        assert str(error.value) == (
+            f"{directory}/{path} could not be written: {self.reason}. The earlier checkpoint "
+            f"{directory}/{earlier} is intact. Free space there, or keep fewer checkpoints "
+            "(SOLVER.CHECKPOINT_KEEP, in lazy configs train.checkpointer.max_to_keep), and "
+            "continue with --resume"
         )
-        assert str(error) == expected, error
-    else:
-        raise AssertionError(f"{path} was written")
-    assert not partial_files(directory)
-    assert (directory / "last_checkpoint").read_text() == earlier
-    assert read(directory) == (earlier == "model_final.pth")
-    assert (directory / "model_final.pth").exists() == (path != "model_final.pth")
-    assert not (directory / "model_final.safetensors").exists()
-    (directory / "model_final.pth").unlink(missing_ok=True)
-    if earlier == "model_final.pth":
-        (directory / "last_checkpoint").write_text("model_0000000.pth")
+        assert not partial_files(directory)
+        assert (directory / "last_checkpoint").read_text() == earlier
+        assert read(directory) == (earlier == "model_final.pth")
+        assert (directory / "model_final.pth").exists() == (path != "model_final.pth")
+        assert not (directory / "model_final.safetensors").exists()
+        (directory / "model_final.pth").unlink(missing_ok=True)
+        if earlier == "model_final.pth":
+            (directory / "last_checkpoint").write_text("model_0000000.pth")
 
-def works_again():
-    save(1, "model_final")
-    assert read(directory) == 1 and not partial_files(directory)
-    weights = safetensors.torch.load_file("run/model_final.safetensors")
-    assert all((v == 1).all() for v in weights.values()) and len(weights) == 5
-"""
+    def works_again(self):
+        self.save(1, "model_final")
+        assert read(self.directory) == 1 and not partial_files(self.directory)
+        weights = load_file(self.directory / "model_final.safetensors")
+        assert all((v == 1).all() for v in weights.values()) and len(weights) == 5
 
-# The sizes of files are limited, which any user may do: a write beyond is refused.
-LIMIT = """
-import resource, signal
 
-def limit(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def limited_files(directory):
+    """The sizes of files are limited, which any user may do: a write beyond is refused."""
 
-directory.mkdir()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save(0, "model_final")
-whole = (directory / "model_final.pth").stat().st_size
-assert whole < (directory / "model_final.safetensors").stat().st_size  # 100 kB of config
-for name in ("model_final.pth", "model_final.safetensors"):
-    (directory / name).unlink()
-save(0, "model_0000000")
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-sizes = [0, 1, 100, 5000, *range(whole // 7, whole, whole // 7)]
-for size in [*sizes, *(whole - back for back in (5000, 1000, 300, 100, 22, 2, 1))]:
-    limit(size)
-    refused("model_final.pth", reason="File too large")
-limit(whole)
-refused("model_final.safetensors", "model_final.pth", "File too large")
-tag = checkpointer.tag_last_checkpoint
-checkpointer.tag_last_checkpoint = lambda name: (limit(5), tag(name))
-refused("last_checkpoint", reason="File too large")
-checkpointer.tag_last_checkpoint = tag
-limit(resource.RLIM_INFINITY)
-works_again()
-"""
+    disk = FullDisk(directory, "File too large")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    disk.save(0, "model_final")
+    whole = (directory / "model_final.pth").stat().st_size
+    assert whole < (directory / "model_final.safetensors").stat().st_size  # 100 kB of config
+    for name in ("model_final.pth", "model_final.safetensors"):
+        (directory / name).unlink()
+    disk.save(0, "model_0000000")
+    for size in [0, 1, 5000, whole // 2, *(whole - back for back in (5000, 1000, 100, 22, 2, 1))]:
+        limit(size)
+        disk.refuses("model_final.pth")
+    limit(whole)
+    disk.refuses("model_final.safetensors", "model_final.pth")
+    tag = disk.checkpointer.tag_last_checkpoint
+    disk.checkpointer.tag_last_checkpoint = lambda name: (limit(5), tag(name))
+    disk.refuses("last_checkpoint")
+    disk.checkpointer.tag_last_checkpoint = tag
+    limit(resource.RLIM_INFINITY)
+    disk.works_again()
 
 
 def test_no_room_for_a_file(tmp_path):
-    run_script(COMMON + FULL_DISK + LIMIT, cwd=tmp_path)
+    assert run(limited_files, tmp_path) == 0
 
 
-# A real file system of 20 MB, in name spaces of the script's own, which need no root.
-TMPFS = """
-if len(sys.argv) == 1:
-    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "script.py", "-"]
-    os.execvp("unshare", command)
-import subprocess
+NO_MOUNT = 77  # exit code
 
-directory.mkdir()
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", "run"], check=True)
-save(0, "model_0000000")
-PAGE = os.sysconf("SC_PAGE_SIZE")
-filler = directory / "filler"
 
-def leave(pages):
-    '''Fill the disk but for so many pages.'''
-    filler.unlink(missing_ok=True)
-    free = os.statvfs(directory).f_bavail
-    with filler.open("wb") as f:
-        f.write(bytes((free - pages) * PAGE))
-    assert os.statvfs(directory).f_bavail == pages
+def mount(directory):
+    """A file system of 4 MB, in name spaces of the process's own, which need no root."""
+    libc, ids = ctypes.CDLL(None), {"uid": os.getuid(), "gid": os.getgid()}
+    if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
+        sys.exit(NO_MOUNT)
+    Path("/proc/self/setgroups").write_text("deny")
+    for name, number in ids.items():
+        Path(f"/proc/self/{name}_map").write_text(f"0 {number} 1")
+    if libc.mount(b"tmpfs", bytes(directory), b"tmpfs", 0, b"size=4m"):
+        sys.exit(NO_MOUNT)
 
-whole = -(-(directory / "model_0000000.pth").stat().st_size // PAGE)  # that of model_final.pth
-for pages in [0, 1, 2, *range(whole // 9, whole, whole // 9), whole - 2, whole - 1]:
-    leave(pages)
-    refused("model_final.pth")
-leave(whole)
-refused("last_checkpoint")
-for pages in (1, 2, whole // 2, whole):  # beside the checkpoint and a second last_checkpoint
-    leave(whole + pages)
-    refused("model_final.safetensors", "model_final.pth")
-filler.unlink()
-works_again()
 
-# Keeping fewer checkpoints makes room.
-(directory / "model_final.safetensors").unlink()
-(directory / "model_final.pth").rename(directory / "model_0000001.pth")
-(directory / "last_checkpoint").write_text("model_0000001.pth")
-leave(whole - 1)
-checkpointer = make_checkpointer(directory, model=model, keep=1)
-checkpointer.resume_or_load("", resume=True)
-checkpointer.save("model_0000002", iteration=1)
-assert read(directory) == 1
-assert [path.name for path in directory.glob("*.pth")] == ["model_0000002.pth"]
-"""
+def full_disk(directory):
+    mount(directory)
+    disk = FullDisk(directory, "No space left on device")
+    disk.save(0, "model_0000000")
+    page, filler = os.sysconf("SC_PAGE_SIZE"), directory / "filler"
+
+    def leave(pages):
+        """Fill the disk but for so many pages."""
+        filler.unlink(missing_ok=True)
+        filler.write_bytes(bytes((os.statvfs(directory).f_bavail - pages) * page))
+        assert os.statvfs(directory).f_bavail == pages
+
+    whole = -(-(directory / "model_0000000.pth").stat().st_size // page)  # as model_final.pth
+    for pages in (0, 1, 2, whole // 2, whole - 1):
+        leave(pages)
+        disk.refuses("model_final.pth")
+    leave(whole)
+    disk.refuses("last_checkpoint")
+    for pages in (1, whole // 2, whole):  # beside the checkpoint and a second last_checkpoint
+        leave(whole + pages)
+        disk.refuses("model_final.safetensors", "model_final.pth")
+    filler.unlink()
+    disk.works_again()
+
+    # Keeping fewer checkpoints makes room.
+    (directory / "model_final.safetensors").unlink()
+    (directory / "model_final.pth").rename(directory / "model_0000001.pth")
+    (directory / "last_checkpoint").write_text("model_0000001.pth")
+    leave(whole - 1)
+    checkpointer = make_checkpointer(directory, model=disk.model, keep=1)
+    checkpointer.resume_or_load("", resume=True)
+    checkpointer.save("model_0000002", iteration=1)
+    assert read(directory) == 1
+    assert [path.name for path in directory.glob("*.pth")] == ["model_0000002.pth"]
 
 
 def test_a_full_disk(tmp_path):
-    if not shutil.which("unshare"):
-        pytest.skip("a file system of the test's own needs unshare (util-linux)")
-    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs"]
-    probe = subprocess.run([*command, "tmpfs", tmp_path], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"this machine allows no file system of the test's own: {probe.stderr}")
-    run_script(COMMON + FULL_DISK + TMPFS, cwd=tmp_path)
+    code = run(full_disk, tmp_path)
+    if code == NO_MOUNT:
+        pytest.skip("this machine allows no file system of the test's own")
+    assert code == 0
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
@@ -375,7 +366,8 @@ def as_yaml(cfg):
 
 
 def test_final_weights_as_safetensors(tmp_path):
-    cfg = config(R18, "SOLVER.CHECKPOINT_KEEP", 3, "SOLVER.ACCUMULATE_STEPS", "auto")
+    opts = ["SOLVER.CHECKPOINT_KEEP", 3, "SOLVER.ACCUMULATE_STEPS", "auto"]
+    cfg = config(R18, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, *opts)
     guards = WeightGuards.from_config(cfg)
     checkpointer = Checkpointer(
         build_model(cfg), str(tmp_path), guards=guards, config=cfg.dump(), keep=3
