@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,8 @@ def read_images(directory: str, num_images: int, cfg: CfgNode) -> list[torch.Ten
     for file in (files[i * len(files) // count] for i in range(count)):
         try:
             image = read_image(str(file), cfg.INPUT.FORMAT)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises too many kinds to list
             raise DataError(
                 f"cannot read the image {file} ({type(error).__name__}: {error}); replace it, or "
@@ -172,15 +175,15 @@ def convert(
     return Conversion(state, origin, errors, layers, pair.fresh, (len(batch), len(held_out)))
 
 
-def _calibrate(
-    pair: Pair, batch: list[torch.Tensor]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _calibrate(pair: Pair, batch: list[torch.Tensor]) -> dict[str, tuple]:
     """The gamma and beta of :func:`convert`; those of the GN network are lost."""
     source, target, layers = pair.source, pair.target, pair.layers
     images = source.preprocess_image([{"image": image} for image in batch])
     expected, values = {}, {}
 
-    def record(layer: str, module: nn.Module, output: torch.Tensor) -> None:
+    def record(layer: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if len(output) == 0:  # RoIs
+            return
         expected[layer] = _moments(output)
         if not expected[layer][0].isfinite().all():
             raise ConfigError(
@@ -188,18 +191,20 @@ def _calibrate(
                 "variance; the weights are damaged, or not of this network: try them with BN"
             )
 
-    def adjust(layer: str, module: nn.Module, x: torch.Tensor) -> None:
-        (variance, mean) = expected[layer]
-        v, m = _moments(F.group_norm(x, module.num_groups, eps=module.eps))
+    def adjust(layer: str, module: nn.Module, inputs: tuple) -> None:
+        if len(inputs[0]) == 0:
+            return
+        variance, mean = expected[layer]
+        v, m = _moments(F.group_norm(inputs[0], module.num_groups, eps=module.eps))
         gamma = torch.where(v > _MIN_VARIANCE, (variance / v).sqrt(), 0)
-        sign = torch.as_tensor(_affine(source.get_submodule(layer))[0], device=v.device).sign()
-        gamma = torch.where(sign < 0, -gamma, gamma)
+        sign, _ = _affine(source.get_submodule(layer))
+        gamma = gamma.copysign(torch.as_tensor(sign, device=v.device))
         values[layer] = gamma, mean - gamma * m
         _set_affine(target, {layer: values[layer]})
 
     heads = any(layer.startswith("roi_heads.") for layer in layers)
-    proposals = []
-    with _hooks(source, layers, record):
+    trained = any(name.startswith("roi_heads.box_predictor") for name in pair.kept)
+    with _hooks("register_forward_hook", source, layers, record):
         features = source.backbone(images.tensor)
         if heads:
             proposals = _tiles(images)
@@ -210,81 +215,59 @@ def _calibrate(
                     "the BN network proposes no object in the images, so that no RoI head can be "
                     "calibrated; give other images"
                 )
-            boxes = _box_head(source, features, proposals)
-            trained = any(name.startswith("roi_heads.box_predictor") for name in pair.kept)
-            if not (trained and any(map(len, boxes))):
-                boxes = _best(proposals)
-            _other_heads(source, features, boxes)
-    with _hooks(target, layers, adjust, before=True):
+            best, inputs = _best(proposals), (images, features, proposals)
+            boxes = _run_heads(
+                source, inputs, lambda found: found if trained and any(map(len, found)) else best
+            )
+    with _hooks("register_forward_pre_hook", target, layers, adjust):
         features = target.backbone(images.tensor)
         if heads:
-            _box_head(target, features, proposals)
-            _other_heads(target, features, boxes)
+            _run_heads(target, (images, features, proposals), lambda _: boxes)
     return values
 
 
 def _tiles(images: ImageList) -> list[Instances]:
     """Each image, its 4 quarters and their 16 quarters, as its proposals."""
-    proposals = []
-    for height, width in images.image_sizes:
-        tiles = [(x / n, y / n, 1 / n) for n in (1, 2, 4) for y in range(n) for x in range(n)]
-        boxes = [(x * width, y * height, (x + s) * width, (y + s) * height) for x, y, s in tiles]
-        boxes = Boxes(torch.tensor(boxes, device=images.device))
-        proposals.append(Instances((height, width), proposal_boxes=boxes))
-    return proposals
+    corners = [(n, x, y) for n in (1, 2, 4) for y in range(n) for x in range(n)]
+    tiles = [(x / n, y / n, (x + 1) / n, (y + 1) / n) for n, x, y in corners]
+    tiles = torch.tensor(tiles, device=images.device)
+    return [
+        Instances((h, w), proposal_boxes=Boxes(tiles * tiles.new_tensor([w, h, w, h])))
+        for h, w in images.image_sizes
+    ]
 
 
-def _box_head(model: nn.Module, features: dict, proposals: list[Instances]) -> list[Instances]:
-    """Run it on the proposals, and return the detections; with C4, run res5.
-
-    By private methods of Detectron2: its public way is inference, which proposes by itself, where
-    both networks are to see the same proposals.
+def _run_heads(model: nn.Module, inputs: tuple, boxes: Callable) -> list[Instances]:
+    """Run box heads (res5 of C4) on images, features and proposals, and then all others on
+    ``boxes(detections)``, which are returned, in place of the detections, on which they have run.
     """
+    images, features, proposals = inputs
     heads = model.roi_heads
-    if isinstance(heads, Res5ROIHeads):
+    if isinstance(heads, Res5ROIHeads):  # where no other has norms
         maps = [features[name] for name in heads.in_features]
-        heads._shared_roi_transform(maps, [p.proposal_boxes for p in proposals])
+        heads.res5(heads.pooler(maps, [p.proposal_boxes for p in proposals]))
         return []
-    return heads._forward_box(features, proposals)
-
-
-def _other_heads(model: nn.Module, features: dict, boxes: list[Instances]) -> None:
-    if not isinstance(model.roi_heads, Res5ROIHeads):  # which has run all that has norms
-        model.roi_heads.forward_with_given_boxes(features, boxes)
+    given = boxes(heads(images, features, proposals)[0])
+    heads.forward_with_given_boxes(features, given)
+    return given
 
 
 def _best(proposals: list[Instances]) -> list[Instances]:
     """The best of each image as boxes of the first class."""
-    best = [p[:_BEST] for p in proposals]
-    return [
-        Instances(
-            p.image_size,
-            pred_boxes=p.proposal_boxes,
-            pred_classes=torch.zeros(len(p), dtype=torch.int64, device=p.proposal_boxes.device),
-        )
-        for p in best
-    ]
+    best = [Instances(p.image_size, pred_boxes=p.proposal_boxes[:_BEST]) for p in proposals]
+    for b in best:
+        b.pred_classes = torch.zeros_like(b.pred_boxes.area(), dtype=torch.int64)
+    return best
 
 
 @contextlib.contextmanager
-def _hooks(
-    model: nn.Module, layers: list[str], hook: Callable, before: bool = False
-) -> Iterator[None]:
-    """Call ``hook(layer, module, output)`` after each layer, or with its input before it."""
-    handles = []
-    for layer in layers:
-
-        def call(module, inputs, *output, layer=layer):
-            return hook(layer, module, *(output or inputs))
-
-        module = model.get_submodule(layer)
-        register = module.register_forward_pre_hook if before else module.register_forward_hook
-        handles.append(register(call))
-    try:
+def _hooks(register: str, model: nn.Module, layers: list[str], hook: Callable) -> Iterator[None]:
+    """Call ``hook(layer, module, ...)`` at each layer; ``register`` is the method for it."""
+    with contextlib.ExitStack() as handles:
+        for layer in layers:
+            method = getattr(model.get_submodule(layer), register)
+            handles.enter_context(method(functools.partial(hook, layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,18 +287,13 @@ def _set_affine(model: nn.Module, values: dict[str, tuple]) -> None:
         norm.bias.copy_(torch.as_tensor(beta).expand_as(norm.bias))
 
 
-def _features(
-    model: nn.Module, images: list[torch.Tensor], with_fpn: bool
-) -> dict[str, torch.Tensor]:
+def _features(model: nn.Module, images: list[torch.Tensor], with_fpn: bool) -> dict:
     """Outputs of the backbone: res2 to res5 under an FPN, then its own."""
     x = model.preprocess_image([{"image": image} for image in images]).tensor
-    if not isinstance(model.backbone, FPN):
-        return model.backbone(x)
+    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     if not with_fpn:
-        return model.backbone.bottom_up(x)
+        return bottom_up(x)
     features = {}
-    bottom_up = model.backbone.bottom_up
-    handle = bottom_up.register_forward_hook(lambda *args: features.update(args[-1]))
-    outputs = model.backbone(x)
-    handle.remove()
+    with bottom_up.register_forward_hook(lambda *args: features.update(args[-1])):
+        outputs = model.backbone(x)
     return features | outputs
