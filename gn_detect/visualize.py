@@ -4,40 +4,24 @@ Needs no model, GPU, display or OpenCV: `draw_predictions` reads the dataset and
 ``coco_instances_results.json`` of an evaluation, `draw_curves` the ``metrics.json`` of a training.
 """
 
-import colorsys
-import functools
+import contextlib
+import io
 import json
 import os
-import random
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-import pycocotools.mask as mask_util
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from detectron2.data.detection_utils import read_image
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from matplotlib.patches import Rectangle
+from pycocotools.coco import COCO
 
-PANEL = (480, 400)  # the space that an image is fitted into: width, height in pixels
-GAP, TITLE = 10, 26  # between panels, above each panel; pixels
-FEW, MANY = 12, 30  # objects: up to FEW, labels are large; above MANY, only masks are drawn
+MANY = 30  # objects, above which only masks are drawn
 ALPHA = 0.45  # opacity of masks
-CROWD_COLOR = (160, 160, 160)
-
-
-@dataclass
-class Instance:
-    """One object to draw: box in XYXY pixels, boolean mask (H, W) or None, label ("" for none)."""
-
-    box: Sequence[float]
-    mask: np.ndarray | None
-    color: tuple[int, int, int]
-    label: str = ""
-    crowd: bool = False
+CROWD_COLOR = (0.6, 0.6, 0.6)
 
 
 def draw_predictions(
@@ -48,93 +32,63 @@ def draw_predictions(
     *,
     num_images: int = 8,
     score_threshold: float = 0.5,
-    columns: int = 2,
-    seed: int = 0,
 ) -> Path:
-    """Draw ground truth and predictions side by side into one PNG.
+    """Draw ground truth and predictions side by side into one picture.
 
     Args:
         dataset_json: COCO-format dataset.
         image_root: folder that the "file_name" of its images is relative to.
         results_json: COCO results, a list of image_id, category_id, score, bbox (XYWH) and, if
             there are masks, segmentation. An empty list is fine.
-        output: PNG to write; folders are made as needed.
-        num_images: how many images at most. They range from few objects to many; one without
-            objects is among them if the dataset has any.
+        output: file to write, PNG or another format of Matplotlib; folders are made as needed.
+        num_images: how many images at most. They range from the fewest objects to the most; one
+            without objects is among them if the dataset has any.
         score_threshold: predictions below it are not drawn.
-        columns: image pairs per row.
-        seed: another seed chooses other images, the same one always the same.
 
     Returns:
-        The path of the PNG.
+        The path of the picture.
 
     Raises:
-        FileNotFoundError: if a JSON or a chosen image is missing.
-        ValueError: if a file is damaged, or if results, dataset and images do not match.
+        ValueError: if a file cannot be read, or if results, dataset and images do not match.
     """
-    if num_images < 1 or columns < 1:
-        raise ValueError(f"num_images ({num_images}) and columns ({columns}) must be at least 1")
-    dataset, results = _load_json(dataset_json), _load_json(results_json)
-    if not isinstance(dataset, dict) or not dataset.get("images") or "categories" not in dataset:
-        raise ValueError(f"{dataset_json} is not a COCO dataset with 'images' and 'categories'")
-    _check_results(results, results_json)
-    names = {category["id"]: category["name"] for category in dataset["categories"]}
-    ids = {record["id"] for record in dataset["images"]}
-    truth, predicted = defaultdict(list), defaultdict(list)
-    for objects, by_image, source in (
-        (dataset.get("annotations", []), truth, dataset_json),
-        (results, predicted, results_json),
-    ):
-        for item in objects:
-            if by_image is truth and item["image_id"] not in ids:
-                continue  # Detectron2 skips it, too
-            for key, known in (("image_id", ids), ("category_id", names)):
-                if item[key] not in known:
-                    raise ValueError(
-                        f"{source} has an object with {key} {item[key]}, which {dataset_json} does "
-                        "not list; give the dataset that the results were computed on"
-                    )
-            if by_image is truth or item["score"] >= score_threshold:
-                by_image[item["image_id"]].append(item)
-
-    panels = []
-    for record in _choose(dataset["images"], truth, num_images, random.Random(seed)):
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; it must be at least 1")
+    coco = _read_dataset(dataset_json)
+    predicted = defaultdict(list)
+    for result in _read_results(results_json, coco):
+        if result["score"] >= score_threshold:
+            predicted[result["image_id"]].append(result)
+    records = _choose(coco, num_images)
+    columns = 2 * min(2, len(records))
+    rows = -(-2 * len(records) // columns)
+    figure = Figure((4.8 * columns, 4.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.set_axis_off()
+    for record, *pair in zip(records, panels[::2], panels[1::2], strict=False):
         image = _read_image(Path(image_root, record["file_name"]), record, dataset_json)
-        for title, objects, source in (
-            ("ground truth", truth[record["id"]], dataset_json),
-            (f"predictions ≥ {score_threshold:g}", predicted[record["id"]], results_json),
+        for axes, title, objects, source in (
+            (pair[0], "ground truth", coco.imgToAnns[record["id"]], dataset_json),
+            (pair[1], f"predictions ≥ {score_threshold:g}", predicted[record["id"]], results_json),
         ):
-            instances = [_instance(o, record, names, image.size, source) for o in objects]
-            panels.append(_draw_panel(image, title, instances))
-    sheet = _grid(panels, min(2 * columns, len(panels)))
-    return _write_png(output, lambda file: sheet.save(file, format="PNG"))
+            _draw_panel(axes, title, image, objects, coco, source)
+    return _save(figure, output)
 
 
-def overlay(image: np.ndarray, instances: Sequence[Instance], alpha: float = ALPHA) -> np.ndarray:
-    """Blend the masks of ``instances`` over ``image``, in order.
-
-    A pixel inside becomes ``(1 - alpha) * image + alpha * color``; the outermost two pixels of a
-    mask get its plain color, so that touching objects stay apart. A crowd is hatched: only
-    alternate diagonal stripes are filled. Pixels outside every mask do not change.
+def draw_curves(metrics_json: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Draw losses, learning rate and AP of a training into one picture.
 
     Args:
-        image: uint8 RGB of shape (H, W, 3), not modified.
-        instances: those without a mask are skipped.
-        alpha: opacity of the filling, from 0 to 1.
+        metrics_json: the ``metrics.json`` that Detectron2 writes to its OUTPUT_DIR.
+        output: file to write, PNG or another format of Matplotlib; folders are made as needed.
 
     Returns:
-        uint8 RGB of shape (H, W, 3).
+        The path of the picture.
+
+    Raises:
+        ValueError: see `read_curves`.
     """
-    out = image.astype(np.float32)
-    rows, cols = np.indices(image.shape[:2], sparse=True)
-    stripes = (rows + cols) // 5 % 2 == 0
-    for instance in instances:
-        if instance.mask is not None:
-            color = np.asarray(instance.color, dtype=np.float32)
-            filled = instance.mask & stripes if instance.crowd else instance.mask
-            out[filled] = (1 - alpha) * out[filled] + alpha * color
-            out[instance.mask & ~_erode(_erode(instance.mask))] = color
-    return np.rint(out).astype(np.uint8)
+    return _save(_curves_figure(read_curves(metrics_json)), output)
 
 
 def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], list[float]]]:
@@ -145,8 +99,8 @@ def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], l
     that a killed run cut off is ignored.
 
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it holds no complete line, or an unreadable one, named by its number.
+        ValueError: if the file cannot be read, holds no complete line, or an unreadable one, which
+            is named by its number.
     """
     lines = _read_text(metrics_json).rstrip().split("\n")
     curves = defaultdict(lambda: ([], []))
@@ -172,32 +126,14 @@ def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], l
     return dict(curves)
 
 
-def draw_curves(metrics_json: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Draw losses, learning rate and AP of a training into one PNG.
-
-    Args:
-        metrics_json: the ``metrics.json`` that Detectron2 writes to its OUTPUT_DIR.
-        output: PNG to write; folders are made as needed.
-
-    Returns:
-        The path of the PNG.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_curves`.
-    """
-    figure = _curves_figure(read_curves(metrics_json))
-    return _write_png(output, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def _curves_figure(curves):
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+def _curves_figure(curves: dict[str, tuple[list[int], list[float]]]) -> Figure:
+    figure = Figure((15, 4.5), layout="constrained")
     loss, rate, ap = figure.subplots(1, 3)
     losses = [key for key in curves if key == "total_loss" or key.startswith("loss_")]
     losses.sort(key=lambda key: key != "total_loss")  # black and first in the legend
     for axes, title, keys, empty in (
         (loss, "loss", losses, "no losses"),
-        (rate, "learning rate", ["lr"] if "lr" in curves else [], "no learning rate"),
+        (rate, "learning rate", [key for key in curves if key == "lr"], "no learning rate"),
         # With several test sets, the name of each comes before "bbox/AP".
         (ap, "AP", [key for key in sorted(curves) if key.endswith("/AP")], "no evaluation"),
     ):
@@ -216,23 +152,35 @@ def _curves_figure(curves):
     return figure
 
 
-def _read_text(path):
+def _read_text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
+        raise ValueError(f"{path} cannot be read ({error}); check the path") from None
 
 
-def _load_json(path):
+def _read_json(path: str | os.PathLike):
     try:
         return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not complete JSON ({error}); write it again") from None
 
 
-def _check_results(results, path):
+def _read_dataset(path: str | os.PathLike) -> COCO:
+    coco, dataset = COCO(), _read_json(path)
+    if not isinstance(dataset, dict) or not dataset.get("images") or "categories" not in dataset:
+        raise ValueError(f"{path} is not a COCO dataset with 'images' and 'categories'")
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):  # "creating index..."
+        coco.createIndex()
+    unknown = {item["category_id"] for item in dataset.get("annotations", [])} - coco.cats.keys()
+    if unknown:
+        raise ValueError(f"{path} has objects of category {min(unknown)}, which it does not list")
+    return coco
+
+
+def _read_results(path: str | os.PathLike, coco: COCO) -> list[dict]:
+    results = _read_json(path)
     keys = ("image_id", "category_id", "bbox", "score")
     if not isinstance(results, list) or not all(
         isinstance(result, dict) and all(key in result for key in keys) for result in results
@@ -241,152 +189,103 @@ def _check_results(results, path):
             f"{path} is not a list of COCO results, each with {', '.join(keys)}; Detectron2's "
             "COCOEvaluator writes such a list to coco_instances_results.json"
         )
+    for result in results:
+        for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
+            if result[key] not in known:
+                raise ValueError(
+                    f"{path} has an object with {key} {result[key]}, which the dataset does not "
+                    "list; give the dataset that the results were computed on"
+                )
+    return results
 
 
-def _choose(records, truth, num_images, rng):
-    """One record from each quantile of object counts, then one without objects, or as needed."""
-    filled = sorted((r for r in records if truth[r["id"]]), key=lambda r: len(truth[r["id"]]))
-    empty = [r for r in records if not truth[r["id"]]]
-    num_filled = min(len(filled), num_images - (1 if empty and num_images > 1 else 0))
-    bounds = [len(filled) * i // num_filled for i in range(num_filled + 1)] if filled else []
-    chosen = [filled[rng.randrange(*ends)] for ends in pairwise(bounds)]
-    return chosen + rng.sample(empty, min(len(empty), num_images - len(chosen)))
+def _choose(coco: COCO, num_images: int) -> list[dict]:
+    """Records from the fewest objects to the most, then one without, or as needed."""
+    records = sorted(coco.dataset["images"], key=lambda r: len(coco.imgToAnns[r["id"]]))
+    empty = [record for record in records if not coco.imgToAnns[record["id"]]]
+    filled = records[len(empty) :]
+    number = min(len(filled), max(1, num_images - bool(empty)))
+    chosen = [filled[int(i)] for i in np.linspace(0, len(filled) - 1, number)]
+    return chosen + empty[: num_images - number]
 
 
-def _read_image(path, record, dataset_json):
-    """The image at the size of a panel, turned as its EXIF data says, as Detectron2 does."""
+def _read_image(path: Path, record: dict, dataset_json: str | os.PathLike) -> np.ndarray:
+    """The image, (H, W, 3) uint8, turned as its EXIF data says."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist; give the folder that file names in {dataset_json} start from"
-        ) from None
+        image = read_image(str(path), "RGB")
     except (OSError, SyntaxError) as error:  # Pillow's ways to say that a file is damaged
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace it") from None
-    if image.size != (record["width"], record["height"]):
         raise ValueError(
-            f"{path} is {image.width}x{image.height} pixels, but {dataset_json} says "
-            f"{record['width']}x{record['height']}; correct the width and height there"
+            f"{path} cannot be read as an image ({error}); give the folder that file names in "
+            f"{dataset_json} start from, or replace it"
+        ) from None
+    height, width = image.shape[:2]
+    stated = record.setdefault("width", width), record.setdefault("height", height)
+    if stated != (width, height):
+        raise ValueError(
+            f"{path} is {width}x{height} pixels, but {dataset_json} says "
+            f"{stated[0]}x{stated[1]}; correct the width and height there"
         )
-    scale = min(panel / side for panel, side in zip(PANEL, image.size, strict=True))
-    return image.resize([max(1, round(side * scale)) for side in image.size])
+    return image
 
 
-def _instance(annotation, record, names, size, source):
-    """An annotation or a result as an `Instance` in a panel of ``size`` (width, height)."""
-    height, width = record["height"], record["width"]
-    rle = annotation.get("segmentation")
-    if isinstance(rle, list):  # polygons; pycocotools takes those of four numbers for boxes
-        polygons = [polygon for polygon in rle if len(polygon) >= 6]
-        rle = polygons and mask_util.merge(mask_util.frPyObjects(polygons, height, width))
-    elif rle and isinstance(rle["counts"], list):
-        rle = mask_util.frPyObjects(rle, *rle["size"])
-    mask = None
-    if rle:
-        if list(rle["size"]) != [height, width]:
-            raise ValueError(
-                f"{source} has a mask of {rle['size']} pixels on image {record['id']}, which has "
-                f"{[height, width]}; give the dataset that it was computed on"
-            )
-        # Bilinear, then a threshold: an enlarged contour stays smooth.
-        mask = Image.fromarray(mask_util.decode(rle) * np.uint8(255))
-        mask = np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) >= 128
-    x, y, w, h = (value * size[0] / width for value in annotation["bbox"])
-    box = (x, y, x + w, y + h)
-    if annotation.get("iscrowd"):
-        return Instance(box, mask, CROWD_COLOR, "crowd", crowd=True)
-    name = names[annotation["category_id"]] if len(names) > 1 else ""
-    score = f"{annotation['score']:.2f}" if "score" in annotation else ""
-    color = _color(sorted(names).index(annotation["category_id"]))
-    return Instance(box, mask, color, f"{name} {score}".strip())
-
-
-def _color(index):
-    """Steps of the golden ratio around the hues: each class is far from those before it."""
-    hue, saturation = (0.53 + 0.618034 * index) % 1, (0.9, 0.6)[index // 5 % 2]
-    return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, saturation, 1.0))
-
-
-def _erode(mask):
-    padded = np.pad(mask, 1)
-    across, down = padded[1:-1, 2:] & padded[1:-1, :-2], padded[2:, 1:-1] & padded[:-2, 1:-1]
-    return mask & across & down
-
-
-def _draw_panel(image, title, instances):
-    """The image under its title, with masks, boxes and as many labels as there is room for."""
-    count = sum(not i.crowd for i in instances)
+def _draw_panel(
+    axes: Axes,
+    title: str,
+    image: np.ndarray,
+    objects: list[dict],
+    coco: COCO,
+    source: str | os.PathLike,
+) -> None:
+    """The image with masks, boxes and, if they are not too many, labels."""
+    count = sum(not item.get("iscrowd") for item in objects)
+    axes.set_title(f"{title}: {count} object{'s' * (count != 1)}", loc="left")
+    blend = image.astype(np.float32) / 255
     # Small objects go on top of large ones, and those on crowds.
-    instances = sorted(
-        instances, key=lambda i: (not i.crowd, -(i.box[2] - i.box[0]) * (i.box[3] - i.box[1]))
-    )
-    image = Image.fromarray(overlay(np.asarray(image), instances))
-    draw = ImageDraw.Draw(image)
-    for i in instances:
-        if i.mask is None or (count <= MANY and not i.crowd):
-            draw.rectangle(i.box, outline=i.color, width=2 if count <= FEW else 1)
-    placed = []
-    for i in instances if count <= MANY else []:
-        _draw_label(draw, image.size, i, placed, few=count <= FEW)
-    title, font = f"{title}: {count} object{'s' * (count != 1)}", _font(18)
-    width = max(image.width, int(font.getlength(title)) + 1)
-    panel = Image.new("RGB", (width, image.height + TITLE), "white")
-    panel.paste(image, (0, TITLE))
-    ImageDraw.Draw(panel).text((0, 2), title, "black", font)
-    return panel
+    for item in sorted(objects, key=lambda o: (not o.get("iscrowd"), -o["bbox"][2] * o["bbox"][3])):
+        crowd = item.get("iscrowd")
+        number = sorted(coco.cats).index(item["category_id"])
+        color = CROWD_COLOR if crowd else _color(number)
+        mask = _mask(item, coco, source)
+        if mask is not None:
+            blend[mask] = (1 - ALPHA) * blend[mask] + ALPHA * np.array(color)
+        if count > MANY and mask is not None:
+            continue
+        x, y, width, height = item["bbox"]
+        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color))
+        name = coco.cats[item["category_id"]]["name"] if len(coco.cats) > 1 else ""
+        score = f"{item['score']:.2f}" if "score" in item else ""
+        label = "crowd" if crowd else f"{name} {score}".strip()
+        if label and count <= MANY:
+            box = {"facecolor": color, "linewidth": 0, "pad": 0.5}
+            above = "bottom" if y > image.shape[0] / 20 else "top"
+            axes.text(x, y, label, va=above, size=8, clip_on=True, bbox=box)
+    axes.imshow(blend)
 
 
-def _draw_label(draw, size, instance, placed, few):
-    """Print a label at its box unless it would be far wider than that or hide another one."""
-    x0, y0, x1, y1 = instance.box
-    font = _font(14 if few else 11)
-    width, height = font.getlength(instance.label) + 4, font.size + 3
-    if not instance.label or width > (x1 - x0) * (3 if few else 1):
-        return
-    left = min(max(x0, 0), size[0] - width)
-    for top in (y0 - height, y0, y1):
-        place = (left, top, left + width, top + height)
-        inside = top >= 0 and place[3] <= size[1]
-        if inside and not any(_overlap(place, other) for other in placed):
-            placed.append(place)
-            draw.rectangle(place, fill=instance.color)
-            bright = np.dot(instance.color, (0.299, 0.587, 0.114)) > 100
-            draw.text((left + 2, top), instance.label, "black" if bright else "white", font)
-            return
+def _color(number: int) -> tuple[float, float, float]:
+    """Steps of the golden ratio around the hues: each class is far from those before it."""
+    return matplotlib.colormaps["hsv"]((0.53 + 0.618034 * number) % 1)[:3]
 
 
-def _overlap(a, b):
-    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+def _mask(item: dict, coco: COCO, source: str | os.PathLike) -> np.ndarray | None:
+    """The mask of an annotation or a result, (H, W) bool."""
+    segmentation = item.get("segmentation")
+    if isinstance(segmentation, list):  # polygons; pycocotools takes those of four for boxes
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if not segmentation:
+        return None
+    record = coco.imgs[item["image_id"]]
+    mask = coco.annToMask(item | {"segmentation": segmentation}).astype(bool)
+    if mask.shape != (record["height"], record["width"]):
+        raise ValueError(
+            f"{source} has a mask of {list(mask.shape)} pixels on image {record['id']}, which has "
+            f"{[record['height'], record['width']]}; give the dataset that it was computed on"
+        )
+    return mask
 
 
-@functools.cache
-def _font(size):
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
-
-
-def _grid(panels, columns):
-    """The panels in rows of equal cells; the gap around a pair is twice the one inside it."""
-    width = GAP + max(panel.width for panel in panels)
-    height = GAP + max(panel.height for panel in panels)
-    xs = [column * width + (column // 2 + 1) * GAP for column in range(columns)]
-    sheet = Image.new("RGB", (xs[-1] + width, -(-len(panels) // columns) * height + GAP), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (xs[i % columns], i // columns * height + GAP))
-    return sheet
-
-
-def _write_png(output, save):
-    """Write through a temporary file, so that a run that dies leaves no half picture."""
+def _save(figure: Figure, output: str | os.PathLike) -> Path:
     output = Path(output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output} must end in .png: pictures are written as PNG")
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    figure.savefig(output, dpi=110)
     return output
