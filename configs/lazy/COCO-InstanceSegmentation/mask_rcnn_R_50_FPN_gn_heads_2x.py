@@ -1,4 +1,11 @@
-from ..common.schedule import lr_multiplier_2x as lr_multiplier
-from .mask_rcnn_R_50_FPN_gn_heads_3x import dataloader, model, optimizer, train
+"""GN in FPN and heads alone, on a backbone of frozen BN (GN paper, table 5)."""
 
-train.max_iter = lr_multiplier.scheduler.num_updates
+from ..common.base import load
+from .mask_rcnn_R_50_FPN_gn_3x import dataloader, model, optimizer, train
+
+train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+bottom_up = model.backbone.bottom_up
+bottom_up.stem.norm = bottom_up.stages.norm = "FrozenBN"
+bottom_up.stages.stride_in_1x1 = True  # as these weights were trained
+lr_multiplier = load("coco_schedule.py", "lr_multiplier_2x")
+train.max_iter = 180000

@@ -5,12 +5,13 @@ images are 100 epochs of 118000."""
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 
-from ..common.schedule import multi_step
-from .scratch_mask_rcnn_R_50_FPN_gn_3x import dataloader, model, optimizer, train
+from .scratch_mask_rcnn_R_50_FPN_gn_3x import dataloader, lr_multiplier, model, optimizer, train
 
 train.max_iter = 184375
 train.amp.enabled = True
-lr_multiplier = multi_step(train.max_iter, [163889, 177546], warmup_iters=500, warmup_factor=0.067)
+lr_multiplier.warmup_length = 500 / train.max_iter
+lr_multiplier.warmup_factor = 0.067
+lr_multiplier.scheduler.milestones = [163889, 177546, train.max_iter]
 optimizer.lr = 0.1
 optimizer.weight_decay = 4e-5
 model.proposal_generator.head.conv_dims = [-1, -1]

@@ -1,8 +1,12 @@
-from ..common.coco_panoptic import dataloader
-from ..common.models.panoptic_fpn import model
-from ..common.optim import optimizer
-from ..common.schedule import lr_multiplier_3x as lr_multiplier
-from ..common.train import train
+from ..common.base import load
+from ..common.coco import coco
+from ..common.gn import with_gn
+from ..common.train import R_50_GN, train
 
-train.init_checkpoint = "catalog://ImageNetPretrained/FAIR/R-50-GN"
-train.max_iter = lr_multiplier.scheduler.num_updates
+model = with_gn(load("models/panoptic_fpn.py", "model"))
+model.sem_seg_head.loss_weight = 0.5
+dataloader = coco("coco_panoptic_separated")
+optimizer = load("optim.py", "SGD")
+lr_multiplier = load("coco_schedule.py", "lr_multiplier_3x")
+train.init_checkpoint = R_50_GN
+train.max_iter = 270000

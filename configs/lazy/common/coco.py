@@ -1,48 +1,29 @@
-"""COCO 2017 instances, at the training scales of Detectron2's model zoo, scored by pycocotools."""
+"""COCO 2017, as Detectron2 reads it, in an order that a resumed run continues; errors name the
+image, and evaluations write to the output directory of the run."""
 
-import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
-from detectron2.evaluation import COCOEvaluator
 
 from gn_detect.data.loader import NamingDatasetMapper, resumable_train_loader
+from gn_detect.evaluation import build_evaluator
 
-dataloader = dict(
-    train=L(resumable_train_loader)(
-        dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
-        mapper=L(NamingDatasetMapper)(
-            is_train=True,
-            augmentations=[
-                L(T.ResizeShortestEdge)(
-                    short_edge_length=(640, 672, 704, 736, 768, 800),
-                    max_size=1333,
-                    sample_style="choice",
-                ),
-                L(T.RandomFlip)(),
-            ],
-            image_format="BGR",
-            use_instance_mask=True,
-        ),
-        total_batch_size=16,
-        num_workers=4,
-    ),
-    test=L(build_detection_test_loader)(
-        dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
-        mapper=L(NamingDatasetMapper)(
-            is_train=False,
-            augmentations=[
-                L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333, sample_style="choice")
-            ],
-            image_format="${...train.mapper.image_format}",
-        ),
-        num_workers=4,
-    ),
-    evaluator=L(COCOEvaluator)(
-        dataset_name="${..test.dataset.names}",
-        output_dir="${train.output_dir}/inference",
-        use_fast_impl=False,
-    ),
-)
+from .base import load
+
+
+def coco(kind="coco", masks=True):
+    """``kind``: "coco", "coco_keypoint" or "coco_panoptic_separated" (Detectron2's
+    datasets/README.md says how to prepare the last)."""
+    dataloader = load(f"data/{kind}.py", "dataloader")
+    dataloader.train._target_ = resumable_train_loader
+    dataloader.train.mapper._target_ = dataloader.test.mapper._target_ = NamingDatasetMapper
+    dataloader.train.mapper.use_instance_mask &= masks
+    dataloader.test.mapper.augmentations[0].sample_style = "choice"
+    dataloader.evaluator = L(build_evaluator)(
+        dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
+    )
+    return dataloader
+
+
+def use_rgb(model, dataloader, mean, std):
+    """Feed ``model`` as weights of timm's and torchvision's were trained."""
+    model.input_format = dataloader.train.mapper.image_format = "RGB"
+    model.pixel_mean, model.pixel_std = mean, std

@@ -1,4 +1,0 @@
-from ..common.schedule import lr_multiplier_3x as lr_multiplier
-from .retinanet_R_50_FPN_gn_1x import dataloader, model, optimizer, train
-
-train.max_iter = lr_multiplier.scheduler.num_updates

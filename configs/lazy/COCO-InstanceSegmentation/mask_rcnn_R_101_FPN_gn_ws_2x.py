@@ -1,5 +1,0 @@
-from ..common.ws import start_from
-from .mask_rcnn_R_50_FPN_gn_ws_2x import dataloader, lr_multiplier, model, optimizer, train
-
-start_from(train, "R-101")
-model.backbone.bottom_up.stages.depth = 101

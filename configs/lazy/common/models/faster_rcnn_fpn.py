@@ -1,6 +1,0 @@
-"""Faster R-CNN with FPN: Mask R-CNN without its mask head."""
-
-from .mask_rcnn_fpn import model
-
-for _key in ("mask_in_features", "mask_pooler", "mask_head"):
-    del model.roi_heads[_key]
