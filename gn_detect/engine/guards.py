@@ -150,12 +150,13 @@ def _check_learning_rate(run: Settings) -> None:
             f"images). {keys['ims_per_gpu']} derives it, with the number of iterations; "
             f"{_silence(run, 'LEARNING_RATE')}"
         )
-    # Those of a lazy config are relative to the end.
-    relative = run["max_iter"] / (run["num_updates"] or run["max_iter"])
-    first_drop = min([*(relative * m for m in run["milestones"] or ()), run["max_iter"]])
-    name = "warmup_iters" if "warmup_iters" in keys else "warmup_length"
-    iterations = (run[name] or 0) * (run["max_iter"] if name == "warmup_length" else 1)
-    if iterations >= first_drop:
+    end, drops = run["max_iter"], run["milestones"] or ()
+    name, warmup = "warmup_iters", run["warmup_iters"]
+    if warmup is None:  # those of a lazy config are relative to the end
+        name, warmup = "warmup_length", (run["warmup_length"] or 0) * end
+        drops = [end * drop / (run["num_updates"] or drops[-1]) for drop in drops]
+    first_drop = min([*drops, end])
+    if warmup >= first_drop:
         logger.warning(
             f"{keys[name]} is {run[name]}, but the rate drops, or training ends, at iteration "
             f"{first_drop:.0f}: {keys['base_lr']} is never reached. Lower {keys[name]}; "

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gn_detect.config import ConfigError, load_config
 
-_TRAIN = ("output_dir", "init_checkpoint", "max_iter", "device", "amp.enabled", "amp.dtype")
+_TRAIN = ("output_dir", "init_checkpoint", "max_iter", "device", "amp.enabled")
 _TRAIN += ("ddp", "checkpointer", "eval_period", "log_period")
 _REQUIRED = (
     *("model", "optimizer.lr", "lr_multiplier", "dataloader.train.total_batch_size"),
@@ -26,9 +26,8 @@ _REQUIRED = (
 def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> DictConfig:
     """Load a lazy config, then apply ``overrides`` (``key=value``).
 
-    Where ``train`` lacks what our YAML configs have under ``SOLVER`` (``ims_per_gpu``,
-    ``accumulate_steps``, ``reference_batch_size``) and ``GUARDS`` (``guards``), their defaults
-    (``gn_detect/config.py``) are filled in.
+    Where ``train`` lacks what our YAML configs have under ``SOLVER`` and ``GUARDS``, as in
+    Detectron2's own lazy configs, it gets their defaults (``gn_detect/config.py``).
 
     Raises:
         ConfigError: the file is missing or no lazy config, or an override names a key that is not
@@ -48,6 +47,7 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
             "are for tools/train_net.py)"
         )
     defaults = load_config()
+    cfg.train.amp.setdefault("dtype", defaults.SOLVER.AMP.DTYPE)
     for name in ("ims_per_gpu", "accumulate_steps", "reference_batch_size"):
         cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
     cfg.train.setdefault("guards", {})

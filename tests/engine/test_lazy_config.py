@@ -1,5 +1,7 @@
 import re
+from pathlib import Path
 
+import detectron2
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -11,7 +13,7 @@ import gn_detect
 from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
-from gn_detect.engine import prepare_run
+from gn_detect.engine import guards, prepare_run
 from gn_detect.engine.lazy import build_lazy_model
 from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.solver import resolve_schedule
@@ -175,14 +177,25 @@ def test_guards_that_warn(lazy_data, switch, overrides, message, caplog):
     assert re.search(f"{message}.*train.guards.{switch} False silences this", warning)
 
 
-def test_drops_are_relative_to_the_end(lazy_data, caplog):
+@pytest.mark.parametrize("num_updates", [None, 270000])
+def test_drops_are_relative_to_the_end(lazy_data, caplog, num_updates):
     cfg = lazy_data("train.max_iter=900", "train.guards.learning_rate=True")
     cfg.lr_multiplier = load("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x").lr_multiplier
+    cfg.lr_multiplier.scheduler.num_updates = num_updates
     cfg.lr_multiplier.warmup_length = 0.78  # the first drop is at 7/9
     prepare_run(cfg)
     assert "warmup_length is 0.78, but the rate drops, or training ends, at iteration 700" in (
         caplog.text
     )
+
+
+def test_a_config_of_detectron2_itself():
+    zoo = Path(detectron2.__file__).parent / "model_zoo/configs"
+    cfg = load_lazy_config(str(zoo / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"))
+    cfg.train.device = "cpu"
+    resolve_schedule(cfg, 1)
+    guards.check_recipe(cfg, processes=1, num_images=118_000)
+    assert WeightGuards.from_config(cfg).ours == Origin.of_name("MSRA/R-50")
 
 
 def test_weights_of_another_stride():
@@ -226,7 +239,7 @@ def test_guard_of_bn_weights(lazy_data, tmp_path):
     guards = WeightGuards.from_config(cfg)
     assert guards.ours.stride_in_1x1 is None  # ResNet-18
     with pytest.raises(ConfigError, match="BN in 20 layers .* train.guards.bn_weights_into_gn"):
-        Checkpointer(build_lazy_model(cfg), guards=guards).load(str(tmp_path / "bn.pth"))
+        Checkpointer(build_lazy_model(cfg), guards=guards).load(str(tmp_path / "bn.pth"), [])
 
 
 def test_bad_data_is_refused(lazy_data, coco_files):
