@@ -11,7 +11,6 @@ import string
 from pathlib import Path
 
 import pytest
-from detectron2.config import LazyConfig
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
 from detectron2.utils import logger as detectron2_logger
@@ -19,6 +18,7 @@ from helpers import ROOT, TINY, CocoFiles, coco_json, config
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data import shapes
+from gn_detect.engine.lazy_config import load_lazy_config
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
@@ -139,7 +139,7 @@ def test_commands(page, user, run_tool, monkeypatch):
 
 def load_lazy(*args, **kwargs):
     (args,) = kwargs["args"]
-    LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    load_lazy_config(args.config_file, args.opts)
 
 
 def test_links():
