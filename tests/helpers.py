@@ -1,5 +1,6 @@
 """Small configs and data for the tests."""
 
+import functools
 import itertools
 import json
 import os
@@ -20,6 +21,19 @@ from gn_detect.config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 # Real photos, not part of the project: tests that use them are skipped where they are absent.
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# The YAML configs that ship, as paths below configs/.
+CONFIGS = sorted(
+    path.relative_to(ROOT / "configs").as_posix()
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if not path.name.startswith("Base-")
+)
+
+
+@functools.cache
+def as_shipped(name: str):
+    """One of ``CONFIGS``, for looking at."""
+    return load_config(gn_detect.get_config_file(name))
 
 
 def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", *opts):

@@ -1,136 +1,89 @@
-"""Every config that ships: it builds and trains an iteration, GN is where it says, the parameters
-are those of Detectron2's own model, and the schedule is the one in its name.
+"""Every config that ships: GN is where it says, and the parameters are those of Detectron2's own
+model; and each kind of detector trains an iteration.
 
-Configs that differ in their schedule alone share one model.
+Configs that differ in their schedule alone share one model, without memory for its weights.
 """
 
 import dataclasses
 import functools
-import json
-import math
 import re
+from unittest import mock
 
 import pytest
-import timm
 import torch
-from detectron2.checkpoint.catalog import ModelCatalog
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
-from helpers import ROOT, config
+from helpers import CONFIGS, as_shipped, config, training_image
 from torch import nn
 
-import gn_detect
-from gn_detect.config import ConfigError, load_config
-from gn_detect.engine.guards import check_recipe
 from gn_detect.layers import GroupNorm
-from gn_detect.solver import resolve_schedule
-
-CONFIGS = sorted(
-    p.relative_to(ROOT / "configs").as_posix()
-    for p in (ROOT / "configs").rglob("*.yaml")
-    if not p.name.startswith("Base-")
-)
-PUBLISHED = json.loads((ROOT / "configs" / "published.json").read_text())
-every_config = pytest.mark.parametrize("name", CONFIGS)
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
-def as_shipped(name):
-    return load_config(gn_detect.get_config_file(name))
+def configured(name):
+    return config(name, "INPUT.MASK_FORMAT", "bitmask")
 
 
-def small_run(name):
-    """The config, with fewer proposals: no layer depends on their number."""
-    classes = 1 if "keypoint" in name else 80
-    return config(
-        name,
-        *("MODEL.ROI_HEADS.NUM_CLASSES", classes, "INPUT.MASK_FORMAT", "bitmask"),
-        *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 10),
-        *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8),
-    )
+def grouped(configure) -> dict[str, list[str]]:
+    """The names of all configs that have the same model, by the first of them."""
+    groups = {}
+    for name in CONFIGS:
+        model = configure(name).MODEL.clone()
+        model.PIXEL_MEAN = model.PIXEL_STD = []  # no layer depends on them
+        groups.setdefault(model.dump(), []).append(name)
+    return {names[0]: names for names in groups.values()}
 
 
-def training_image(cfg):
-    """An image of 96 x 64 pixels with two objects."""
-    instances = Instances((64, 96))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6, 40, 50], [30, 20, 90, 60]]))
-    instances.gt_classes = torch.tensor([0, 0 if cfg.MODEL.KEYPOINT_ON else 3])
-    if cfg.MODEL.MASK_ON:
-        masks = torch.zeros(2, 64, 96, dtype=torch.bool)
-        masks[0, 6:50, 4:40] = masks[1, 20:60, 40:90] = True
-        instances.gt_masks = BitMasks(masks)
-    if cfg.MODEL.KEYPOINT_ON:
-        points = torch.tensor([22.0, 28, 2]), torch.tensor([60.0, 40, 2])
-        instances.gt_keypoints = Keypoints(torch.stack([p.repeat(17, 1) for p in points]))
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 64, 96), generator=generator, dtype=torch.uint8)
-    sem_seg = torch.randint(0, 54, (64, 96), generator=generator)
-    return {"image": image, "instances": instances, "sem_seg": sem_seg, "height": 64, "width": 96}
+def thin(name):
+    """The config of the same kind of detector, with fewer and narrower layers and proposals."""
+    cfg = configured(name).clone()
+    model = cfg.MODEL
+    model.BACKBONE.FREEZE_AT = 0
+    model.RESNETS.DEPTH = min(model.RESNETS.DEPTH, 50)
+    model.RESNETS.RES2_OUT_CHANNELS = 64
+    model.RESNETS.WIDTH_PER_GROUP = 32 // model.RESNETS.NUM_GROUPS
+    model.GN.NUM_GROUPS, model.GN.CHANNELS_PER_GROUP = 32, 0
+    model.FPN.OUT_CHANNELS = model.SEM_SEG_HEAD.CONVS_DIM = 64
+    model.ROI_BOX_HEAD.CONV_DIM = model.ROI_BOX_HEAD.FC_DIM = model.ROI_MASK_HEAD.CONV_DIM = 64
+    model.ROI_KEYPOINT_HEAD.CONV_DIMS = [64] * 8
+    model.ROI_HEADS.NUM_CLASSES = model.RETINANET.NUM_CLASSES = 3
+    model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TRAIN = 50, 10
+    model.RPN.BATCH_SIZE_PER_IMAGE, model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16, 8
+    return cfg
+
+
+MODELS = grouped(configured)
+KINDS = grouped(thin)
 
 
 @dataclasses.dataclass
-class Iteration:
-    """What the tests look at, of a model that is too large to be kept."""
+class Model:
+    name: str  # the first config with it
+    cfg: CfgNode
+    module: nn.Module
 
-    norms: dict[str, nn.Module]  # name -> layer
-    convs: dict[str, str]  # name of a convolution -> its weight standardization
-    losses: dict[str, float]
-    gradients: dict[str, float | None]  # name -> largest absolute value, None where there is none
-    frozen: set[str]
-    decay_of_gn: set[float]
+    def layers(self, kind) -> dict[str, nn.Module]:
+        return {n: m for n, m in self.module.named_modules() if isinstance(m, kind)}
 
 
-ITERATIONS: dict[str, Iteration] = {}
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    cfg = configured(request.param)
+    return Model(request.param, cfg, without_memory(cfg))
 
 
-def iteration(name) -> Iteration:
-    cfg = small_run(name)
-    like = cfg.MODEL.clone()
-    like.PIXEL_MEAN = like.PIXEL_STD = []  # no layer depends on them
-    key = like.dump()
-    if key not in ITERATIONS:
-        ITERATIONS[key] = run_iteration(cfg)
-    return ITERATIONS[key]
-
-
-def run_iteration(cfg) -> Iteration:
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    with EventStorage():  # the model logs to one
-        losses = model([training_image(cfg)])
-    sum(losses.values()).backward()
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    norm_types = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
-    gn = {id(p) for m in modules.values() if isinstance(m, nn.GroupNorm) for p in m.parameters()}
-    decay = {
-        group["weight_decay"]
-        for group in build_optimizer(cfg, model).param_groups
-        if any(id(p) in gn for p in group["params"])
-    }
-    return Iteration(
-        convs={
-            n: getattr(m, "weight_standardization", "")
-            for n, m in modules.items()
-            if isinstance(m, nn.Conv2d)
-        },
-        losses={k: v.item() for k, v in losses.items()},
-        gradients={
-            n: None if p.grad is None else p.grad.abs().max().item()
-            for n, p in parameters.items()
-            if p.requires_grad
-        },
-        frozen={n for n, p in parameters.items() if not p.requires_grad},
-        decay_of_gn=decay,
-        norms={n: m.to("meta") for n, m in modules.items() if isinstance(m, norm_types)},
-    )
+def without_memory(cfg):
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "meta"
+    # Slow, and of no effect where there is nothing to fill.
+    no_filling = mock.patch.object(torch.Tensor, "normal_", lambda self, *args, **kwargs: self)
+    with torch.device("meta"), no_filling:
+        return build_model(cfg)
 
 
 def is_preactivated(cfg) -> bool:
@@ -181,9 +134,26 @@ NORM_TYPES = {
 }
 
 
-@every_config
-def test_norms_are_where_the_config_says(name):
-    cfg, norms = as_shipped(name), iteration(name).norms
+# The GN layers of well-known models.
+GN_LAYERS = {
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml": 69,
+    "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_gn_3x.yaml": 120,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml": 53,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_heads_3x.yaml": 16,
+    "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml": 69 + 8,
+    "COCO-Detection/retinanet_R_50_FPN_gn_3x.yaml": 53 + 6 + 8,
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_gn_3x.yaml": 69 + 7,
+    "GN-paper/table5_frozen_bn.yaml": 0,
+    "GN-paper/table5_frozen_bn_gn_box_head.yaml": 4,
+    "GN-paper/table5_gn_gn_box_head.yaml": 65,
+    "GN-paper/table6_R_101_frozen_bn.yaml": 0,
+    "GN-paper/table7_scratch_R_50_syncbn.yaml": 0,
+}
+
+
+def test_norms_are_where_the_config_says(model):
+    cfg = model.cfg
+    norms = model.layers((nn.GroupNorm, nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))
     counted = 0
     for component, (norm, count) in expected_norm_layers(cfg).items():
         layers = [m for n, m in norms.items() if re.match(rf"{component}[._]", n)]
@@ -196,55 +166,55 @@ def test_norms_are_where_the_config_says(name):
             assert layer.num_groups == (1 if norm == "LN" else groups)
             assert layer.eps == 1e-5
     assert counted == len(norms)  # and nowhere else
+    for name in GN_LAYERS.keys() & set(MODELS[model.name]):
+        assert len(model.layers(nn.GroupNorm)) == GN_LAYERS[name]
 
 
-@pytest.mark.parametrize(
-    "name, layers",
-    [
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x", 69),
-        ("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_gn_3x", 120),
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x", 53),
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_heads_3x", 16),
-        ("COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x", 69 + 8),
-        ("COCO-Detection/retinanet_R_50_FPN_gn_3x", 53 + 6 + 8),
-        ("COCO-PanopticSegmentation/panoptic_fpn_R_50_gn_3x", 69 + 7),
-        ("GN-paper/table5_frozen_bn", 0),
-        ("GN-paper/table5_frozen_bn_gn_box_head", 4),
-        ("GN-paper/table5_gn_gn_box_head", 65),
-        ("GN-paper/table6_R_101_frozen_bn", 0),
-        ("GN-paper/table7_scratch_R_50_syncbn", 0),
-    ],
-)
-def test_the_number_of_gn_layers(name, layers):
-    norms = iteration(f"{name}.yaml").norms.values()
-    assert sum(isinstance(m, nn.GroupNorm) for m in norms) == layers
+def test_weight_standardization_is_where_gn_is(model):
+    before_gn = {n.removesuffix(".norm") for n in model.layers(GroupNorm)}
+    if is_preactivated(model.cfg):  # GN stands before each convolution there
+        resnet = "backbone.bottom_up."
+        before_gn = {n for n in before_gn if not n.startswith(resnet)}
+        before_gn |= {n for n in model.layers(nn.Conv2d) if n.startswith(resnet)}
+    convs = model.layers(nn.Conv2d).items()
+    standardized = {n for n, m in convs if getattr(m, "weight_standardization", "")}
+    assert standardized == (before_gn if "_ws_" in model.name else set())
 
 
-@every_config
-def test_weight_standardization_is_where_gn_is(name):
-    run = iteration(name)
-    standardized = {n for n, variant in run.convs.items() if variant}
-    before_gn = {n.removesuffix(".norm") for n, m in run.norms.items() if type(m) is GroupNorm}
-    if is_preactivated(as_shipped(name)):  # GN stands before each convolution there
-        before_gn = {n for n in before_gn if not n.startswith("backbone.bottom_up.")}
-        before_gn |= {n for n in run.convs if n.startswith("backbone.bottom_up.")}
-    assert standardized == (before_gn if "_ws_" in name else set())
+def resnet_stages(cfg) -> list[str]:
+    resnet = "backbone.bottom_up" if cfg.MODEL.FPN.IN_FEATURES else "backbone"
+    return [f"{resnet}.{stage}." for stage in ("stem", "res2", "res3", "res4")]
 
 
-@every_config
+def test_what_is_frozen_and_what_decays(model):
+    trained = {id(p) for p in model.module.parameters() if p.requires_grad}
+    parameters = {n: id(p) for n, p in model.module.named_parameters()}
+    frozen = tuple(resnet_stages(model.cfg)[: model.cfg.MODEL.BACKBONE.FREEZE_AT])
+    assert {n for n, p in parameters.items() if p not in trained} == {
+        n for n in parameters if n.startswith(frozen)
+    }
+    norms = model.layers((nn.GroupNorm, nn.modules.batchnorm._BatchNorm)).values()
+    of_norms = {id(p) for norm in norms for p in norm.parameters()}
+    assert model.cfg.SOLVER.WEIGHT_DECAY > 0
+    for group in build_optimizer(model.cfg, model.module).param_groups:
+        decays = group["weight_decay"] > 0
+        assert all((id(p) in of_norms) != decays for p in group["params"])
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_an_iteration(name):
-    cfg, run = as_shipped(name), iteration(name)
-    assert set(run.losses) == expected_losses(cfg)
-    assert all(math.isfinite(loss) for loss in run.losses.values()), run.losses
-    assert all(g is not None and math.isfinite(g) for g in run.gradients.values())
-    resnet = "backbone" if "C4" in name else "backbone.bottom_up"
-    stages = [f"{resnet}.{stage}." for stage in ("stem", "res2", "res3", "res4")]
-    frozen_stages = tuple(stages[: cfg.MODEL.BACKBONE.FREEZE_AT])
-    assert all(n.startswith(frozen_stages) for n in run.frozen)
-    assert not any(n.startswith(frozen_stages) for n in run.gradients)
-    for stage in stages[cfg.MODEL.BACKBONE.FREEZE_AT :]:
-        reached = [g for n, g in run.gradients.items() if n.startswith(stage) and "conv" in n]
-        assert reached and min(reached) > 0, stage
+    cfg = thin(name)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with EventStorage():  # the model logs to one
+        losses = model([training_image()])
+    assert set(losses) == expected_losses(cfg)
+    assert all(loss.isfinite() for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        if name.startswith(tuple(resnet_stages(cfg))) and "conv" in name:
+            assert parameter.grad.any(), name
 
 
 def expected_losses(cfg):
@@ -261,13 +231,6 @@ def expected_losses(cfg):
     if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
         losses.add("loss_sem_seg")
     return losses
-
-
-@every_config
-def test_gamma_and_beta_have_no_weight_decay(name):
-    cfg, run = as_shipped(name), iteration(name)
-    has_gn = any(norm in ("GN", "LN") and n for norm, n in expected_norm_layers(cfg).values())
-    assert run.decay_of_gn == ({0.0} if has_gn else set()) and cfg.SOLVER.WEIGHT_DECAY > 0
 
 
 DETECTRON2_NAMES = {
@@ -301,25 +264,21 @@ def detectron2_config(ours):
     return cfg
 
 
-def shapes(cfg):
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return [(k, v.shape) for k, v in build_model(cfg).state_dict().items()]
-
-
-@every_config
-def test_parameters_are_those_of_detectron2(name):
-    cfg = small_run(name)
-    model = cfg.MODEL
+def test_parameters_are_those_of_detectron2(model):
+    cfg = model.cfg.MODEL
     # Detectron2 has no key for these.
-    assert not model.RPN.NORM and not model.ROI_KEYPOINT_HEAD.NORM
-    assert not model.ROI_BOX_HEAD.FC_NORM and not model.ROI_MASK_HEAD.DECONV_NORM
-    ours, theirs = shapes(cfg), shapes(detectron2_config(cfg))
-    if is_preactivated(cfg):  # that ResNet is timm's: tests/modeling/test_resnetv2.py
-        ours, theirs = (
-            [(k, shape) for k, shape in both if not k.startswith("backbone.bottom_up.")]
-            for both in (ours, theirs)
-        )
+    assert not cfg.RPN.NORM and not cfg.ROI_KEYPOINT_HEAD.NORM
+    assert not cfg.ROI_BOX_HEAD.FC_NORM and not cfg.ROI_MASK_HEAD.DECONV_NORM
+    theirs = without_memory(detectron2_config(model.cfg))
+    ours, theirs = (
+        [
+            (name, value.shape)
+            for name, value in module.state_dict().items()
+            # That ResNet is timm's: tests/modeling/test_resnetv2.py.
+            if not (is_preactivated(model.cfg) and name.startswith("backbone.bottom_up."))
+        ]
+        for module in (model.module, theirs)
+    )
     assert ours == theirs
 
 
@@ -329,101 +288,5 @@ def test_anchors_of_retinanet():
         assert given == pytest.approx([size, size * 2 ** (1 / 3), size * 2 ** (2 / 3)], rel=1e-5)
 
 
-@every_config
-def test_schedule(name):
-    cfg = as_shipped(name)
-    solver = cfg.SOLVER
-    assert solver.IMS_PER_BATCH == solver.REFERENCE_BATCH_SIZE
-    images = solver.MAX_ITER * solver.IMS_PER_BATCH
-    stem = name.removesuffix(".yaml")
-    if match := re.search(r"_(\d+)x$", stem):
-        assert solver.IMS_PER_BATCH == 16 and images == int(match[1]) * 90_000 * 16
-    elif match := re.search(r"_(\d+)ep$", stem):
-        assert images == pytest.approx(int(match[1]) * 118_000, rel=1e-6)
-    elif name.startswith("GN-paper/"):
-        long = "_long" in name or "scratch" in name or "table3" in name
-        assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (16, 270_000 if long else 180_000)
-    else:
-        assert name.startswith("quickstart/") and solver.STEPS == ()
-        return
-    before_the_end = tuple((solver.MAX_ITER - s) * solver.IMS_PER_BATCH // 16 for s in solver.STEPS)
-    if "_lsj_" in name:  # of Detectron2, at 8/9 and 26/27
-        scale = solver.MAX_ITER // 184_375
-        assert solver.STEPS == (163_889 * scale, 177_546 * scale)
-    elif stem.endswith("_1x") or re.search(r"_ws_2x$", stem):
-        assert before_the_end == (30_000, 10_000)
-    else:
-        assert before_the_end == (60_000, 20_000)
-
-
-@every_config
-def test_weights_and_guards(name, caplog):
-    """What is fine-tuned has weights that fit, what is not has nothing frozen; and where there are
-    no public weights, the user is told so."""
-    cfg = as_shipped(name).clone()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 80  # as from the data
-    weights = cfg.MODEL.WEIGHTS
-    depth = cfg.MODEL.RESNETS.DEPTH
-    from_scratch = any(word in name for word in ("scratch", "_lsj_", "table3", "quickstart"))
-    to_be_named = name.endswith("_ln.yaml")
-    assert (weights == "") == (from_scratch or to_be_named)
-    assert cfg.MODEL.BACKBONE.FREEZE_AT == (0 if from_scratch else 2)
-    if weights.startswith("catalog://"):
-        assert ModelCatalog.get(weights.removeprefix("catalog://")).startswith("https://")
-    elif weights.startswith("timm://"):
-        assert timm.is_model_pretrained(weights.removeprefix("timm://"))
-    elif "_ws_" in name:
-        letter = "X" if "_X_" in name else "R"
-        assert weights.endswith(f"syqiao/WeightStandardization/{letter}-{depth}-GN-WS.pth.tar")
-    elif weights:
-        assert weights == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
-    assert (
-        f"_R_{cfg.MODEL.RESNETS.DEPTH}" in name
-        or f"_X_{cfg.MODEL.RESNETS.DEPTH}" in name
-        or (cfg.MODEL.RESNETS.DEPTH == 50 and "GN-paper" in name)
-    )
-    resolve_schedule(cfg, processes=1)
-    if to_be_named:
-        with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
-            check_recipe(cfg, processes=1, num_images=600)
-        cfg.MODEL.WEIGHTS = "converted.pth"
-    check_recipe(cfg, processes=1, num_images=600 if "shapes" in name else 118_000)
-    assert not caplog.records
-
-
-def test_the_input_of_weights_in_the_layout_of_torchvision_is_its_own():
-    """Other weights of timm are compared with timm in tests/modeling/test_resnetv2.py."""
-    rgb = {name for name in CONFIGS if as_shipped(name).INPUT.FORMAT == "RGB"}
-    of_timm = {n for n in CONFIGS if as_shipped(n).MODEL.WEIGHTS.startswith("timm://resnetv2")}
-    a1h = {name for name in CONFIGS if "_a1h_" in name}
-    assert rgb == {name for name in CONFIGS if "_ws_" in name} | of_timm | a1h
-    for name in rgb - of_timm:
-        model = as_shipped(name).MODEL
-        assert model.PIXEL_MEAN == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
-        assert model.PIXEL_STD == pytest.approx([255 * v for v in (0.229, 0.224, 0.225)])
-
-
-def test_large_scale_jitter_configs():
-    names = [name for name in CONFIGS if as_shipped(name).INPUT.LSJ.ENABLED]
-    assert names == [name for name in CONFIGS if "_lsj_" in name] != []
-    for name in names:
-        cfg = as_shipped(name)
-        lsj, solver = cfg.INPUT.LSJ, cfg.SOLVER
-        assert (lsj.MIN_SCALE, lsj.MAX_SCALE, lsj.IMAGE_SIZE) == (0.1, 2.0, 1024)
-        assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (64, 0.1, 4e-5)
-        assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (500, 0.067)
-        assert solver.AMP.ENABLED and cfg.MODEL.RPN.CONV_DIMS == [-1, -1]
-
-
-def test_published_figures_belong_to_configs_and_sources():
-    assert PUBLISHED["configs"].keys() <= set(CONFIGS)
-    assert {row["source"] for row in PUBLISHED["configs"].values()} == PUBLISHED["sources"].keys()
-    for name, row in PUBLISHED["configs"].items():
-        assert row.keys() <= {"box", "mask", "keypoint", "PQ", "source", "note"}, name
-        assert not {"box", "mask", "keypoint", "PQ"}.isdisjoint(row) or "note" in row, name
-
-
-def test_number_of_configs(capsys):
-    with capsys.disabled():
-        print(f"\n{len(CONFIGS)} configs, {len(ITERATIONS)} models")
-    assert len(CONFIGS) >= 90
+def test_number_of_configs():
+    assert len(CONFIGS) >= 90 and GN_LAYERS.keys() <= set(CONFIGS)
