@@ -11,7 +11,6 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from omegaconf import OmegaConf
 from PIL import Image
 
 import gn_detect
@@ -122,10 +121,9 @@ def panoptic_images(images, coco_files, tmp_path, monkeypatch):
 
 
 def lazy_evaluator(output_dir):
-    path = gn_detect.get_config_file("lazy/common/coco_panoptic.py")
-    dataloader = LazyConfig.load(path)["dataloader"]
-    dataloader.test.dataset.names = "panoptic"
-    cfg = OmegaConf.create({"dataloader": dataloader, "train": {"output_dir": output_dir}})
+    name = "lazy/COCO-PanopticSegmentation/panoptic_fpn_R_50_gn_3x.py"
+    cfg = LazyConfig.load(gn_detect.get_config_file(name))
+    cfg.train.output_dir, cfg.dataloader.test.dataset.names = output_dir, "panoptic"
     return instantiate(cfg.dataloader.evaluator)
 
 
