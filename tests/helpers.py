@@ -1,18 +1,24 @@
 """Small configs and data for the tests."""
 
+import contextlib
 import functools
+import io
 import itertools
 import json
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils import logger as detectron2_logger
 from PIL import Image
 
 import gn_detect
@@ -59,16 +65,49 @@ TINY = [
 ]
 
 
-def run_tool(name: str, *args, env=None, cwd=None, check=True) -> subprocess.CompletedProcess:
-    """Run ``tools/<name>``, as a user would."""
+def run_tool(name: str, *args, check=True) -> subprocess.CompletedProcess:
+    """Run ``tools/<name>`` as a user would, but in this process: imports take seconds."""
+    named = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
+    before = {x: (x.handlers[:], x.propagate, x.level) for x in named}
+    # So that the tool sets its loggers up anew, for these streams.
+    detectron2_logger.setup_logger.cache_clear()
+    detectron2_logger._cached_log_stream.cache_clear()
+    out, err, code = io.StringIO(), io.StringIO(), None
+    arguments = [str(ROOT / "tools" / name), *map(str, args)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(mock.patch("sys.argv", arguments))
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        finally:
+            for logger in logging.root.manager.loggerDict.values():
+                if isinstance(logger, logging.Logger):
+                    state = before.get(logger, ([], True, logging.NOTSET))
+                    logger.handlers[:], logger.propagate, level = state
+                    logger.setLevel(level)
+    if isinstance(code, str):  # as the interpreter does
+        err.write(f"{code}\n")
+        code = 1
+    shown = out.getvalue(), err.getvalue()
+    return _finished(subprocess.CompletedProcess(arguments, code or 0, *shown), check)
+
+
+def start_tool(name: str, *args, env=None, check=True) -> subprocess.CompletedProcess:
+    """Run ``tools/<name>`` in a process of its own, where that matters."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "tools" / name), *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
-        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,
         text=True,
         timeout=600,
     )
+    return _finished(result, check)
+
+
+def _finished(result: subprocess.CompletedProcess, check: bool) -> subprocess.CompletedProcess:
     if check and result.returncode:
         raise AssertionError(f"exit {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import logging
 import re
-import runpy
 import shlex
 import shutil
 import string
@@ -13,8 +11,7 @@ from pathlib import Path
 import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
-from detectron2.utils import logger as detectron2_logger
-from helpers import ROOT, TINY, CocoFiles, coco_json, config
+from helpers import ROOT, TINY, CocoFiles, coco_json, config, run_tool
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data import shapes
@@ -27,34 +24,6 @@ GUARDS = re.findall(
     (ROOT / "docs/small_batches.md").read_text(),
     flags=re.MULTILINE,
 )
-
-
-def loggers() -> list[logging.Logger]:
-    named = logging.root.manager.loggerDict.values()
-    return [logging.root, *(x for x in named if isinstance(x, logging.Logger))]
-
-
-@pytest.fixture
-def run_tool(monkeypatch):
-    """Run ``tools/<name>`` in this process; returns what it exits with: None, or an error."""
-    before = {x: (x.handlers[:], x.propagate, x.level) for x in loggers()}
-
-    def run(name: str, *args):
-        # So that the tool sets its loggers up, for the terminal of this test.
-        detectron2_logger.setup_logger.cache_clear()
-        detectron2_logger._cached_log_stream.cache_clear()
-        monkeypatch.setattr("sys.argv", [name, *map(str, args)])
-        try:
-            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
-        except SystemExit as error:
-            return error.code or None
-        finally:
-            for logger in loggers():
-                state = before.get(logger, ([], True, logging.NOTSET))
-                logger.handlers[:], logger.propagate, level = state
-                logger.setLevel(level)
-
-    return run
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -111,7 +80,7 @@ def user(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if shell_lines(page) and page != "docs/benchmarks.md"]
 )
-def test_commands(page, user, run_tool, monkeypatch):
+def test_commands(page, user, monkeypatch):
     """Own data is trained on, for an iteration; for COCO all is checked that comes before that."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for program, *args in shell_lines(page):
@@ -132,7 +101,7 @@ def test_commands(page, user, run_tool, monkeypatch):
                 Path("output/norms").mkdir(exist_ok=True)
             elif tool in ("train_net.py", "bn_to_gn.py"):
                 args = with_options(args, TINY, ["SOLVER.MAX_ITER", 1])
-            assert run_tool(tool, *args) is None, (tool, args)
+            run_tool(tool, *args)
     for block in blocks(page, "python"):
         exec(block, {})
 
@@ -173,7 +142,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("switch, warns, options, before", GUARDS, ids=[g[0] for g in GUARDS])
-def test_guards(switch, warns, options, before, workplace, run_tool, monkeypatch, capsys):
+def test_guards(switch, warns, options, before, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     few = functools.partial(shapes.write_shapes, num_train=8, num_val=2)
     monkeypatch.setattr(shapes, "write_shapes", few)
@@ -181,10 +150,10 @@ def test_guards(switch, warns, options, before, workplace, run_tool, monkeypatch
     if earlier and not Path(earlier[-1]).is_dir():
         earlier = ["--config-file", ROOT / "configs" / earlier[0], *earlier[1:]]
         earlier += ["DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0]
-        assert run_tool("train_net.py", *earlier) is None
+        run_tool("train_net.py", *earlier)
     if not earlier:  # weights are looked at when they are loaded; all else before
         monkeypatch.setattr("detectron2.engine.launch", lambda *args, **kwargs: None)
-    error = run_tool("train_net.py", "--config-file", ROOT / "configs" / name, *opts)
-    shown = capsys.readouterr().out if warns else error
-    assert f"GUARDS.{switch} False" in shown
-    assert bool(error) != bool(warns)
+    arguments = ("--config-file", ROOT / "configs" / name, *opts)
+    result = run_tool("train_net.py", *arguments, check=False)
+    assert f"GUARDS.{switch} False" in (result.stdout if warns else result.stderr)
+    assert bool(result.returncode) != bool(warns)

@@ -22,6 +22,7 @@ from gn_detect.solver import resolve_schedule
 
 from .guards import check_recipe
 from .lazy_config import check_lazy_config
+from .options import check_options
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def prepare_run(
         _check_output(run)
     if isinstance(cfg, DictConfig):
         check_lazy_config(cfg)
+    else:
+        check_options(cfg, training=not eval_only)
     summaries = _check_datasets(run, eval_only) if comm.is_main_process() else {}
     summaries = comm.all_gather(summaries)[0]
     _resolve_masks(run, eval_only, summaries)

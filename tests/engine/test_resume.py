@@ -345,6 +345,8 @@ def main(json_file, images):
     resumed, other = train("stopped", 4, resume=True)
     assert resumed == whole[2:], (comm.get_rank(), resumed, whole)
     assert all(torch.equal(weights[k], v) for k, v in other.items())
+    first, second = comm.all_gather(torch.cat([v.float().flatten() for v in other.values()]))
+    assert torch.equal(first, second)  # the processes see other images, and train the same
 
 if __name__ == "__main__":
     launch(main, 2, dist_url="auto", args=tuple(sys.argv[1:]))

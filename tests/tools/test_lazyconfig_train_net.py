@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import torch
 from detectron2.config import LazyConfig, instantiate
-from helpers import run_tool
+from helpers import run_tool, start_tool
 
 import gn_detect
 from gn_detect.engine.lazy_config import load_lazy_config
@@ -111,10 +111,17 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
 def test_two_processes_without_cuda(own_config, tmp_path):
-    output = train_net(
-        *("--config-file", own_config, "--num-gpus", 2, "--dist-url", "auto"),
+    output = start_tool(
+        *(
+            "lazyconfig_train_net.py",
+            "--config-file",
+            own_config,
+            "--num-gpus",
+            2,
+            "--dist-url",
+            "auto",
+        ),
         *("train.max_iter=2", f"train.output_dir={tmp_path / 'run'}"),
-        env={"OMP_NUM_THREADS": "1"},
     ).stdout
     assert "no CUDA device is available: train.device = cpu" in output
     assert "Rank of current process: 0. World size: 2" in output
@@ -137,10 +144,11 @@ def test_two_processes_without_cuda(own_config, tmp_path):
         ),
     ],
 )
-def test_errors_are_sentences(args, message, tmp_path):
+def test_errors_are_sentences(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if message.startswith("train."):
         args = [*args, f"train.output_dir={tmp_path}"]
-    result = train_net(*args, cwd=tmp_path, check=False)
+    result = train_net(*args, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr + result.stdout
     line = result.stderr.splitlines()[-1]
