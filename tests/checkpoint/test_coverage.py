@@ -54,7 +54,8 @@ def test_what_does_not_fit_is_named(model, state):
 )
 def test_names_of_a_backbone_end_those_of_the_detector(name, tmp_path):
     """As Detectron2 matches them with ``matching_heuristics``."""
-    model = build_model(config(name))
+    narrow = ["MODEL.RESNETS.WIDTH_PER_GROUP", 32] if name != R18 else []
+    model = build_model(config(name, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, *narrow))
     ours = {n: t for n, t in model.state_dict().items() if component_of(n) == "backbone"}
     assert any(".res5." in n for n in ours)
     theirs = {
@@ -84,7 +85,8 @@ def test_statistics_are_not_trained():
 
 def test_one_name_for_several_layers_is_left_out():
     """The three heads of a cascade; Detectron2 raises an error there."""
-    model = build_model(config("COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml"))
+    name = "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml"
+    model = build_model(config(name, "MODEL.DEVICE", "meta"))
     state = {"stem.conv1.weight": torch.rand(64, 3, 7, 7), "cls_score.weight": torch.rand(81, 1024)}
     coverage = cover(convert(state, "file"), model)
     assert list(coverage.loaded) == ["backbone.bottom_up.stem.conv1.weight"]

@@ -37,8 +37,7 @@ def without_classifier(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("extension", [".pth", ".safetensors"])
-@pytest.mark.parametrize("layout", CLASSIFIERS)
+@pytest.mark.parametrize("layout, extension", [("timm", ".safetensors"), ("torchvision", ".pth")])
 def test_round_trip_is_bit_equal(layout, extension, tmp_path):
     """From the classifier to us, back into a file for it, and to us again."""
     torch.manual_seed(0)
@@ -82,7 +81,7 @@ def test_another_input_and_weight_standardization_are_folded_in(variant):
     exported = export_backbone(Weights("Detectron2", ours.state_dict(), True, origin), "file")
     classifier = without_classifier(torchvision.models.resnet50(norm_layer=NORM)).double()
     classifier.load_state_dict(exported)
-    rgb = 255 * torch.rand(1, 3, 65, 96).double()
+    rgb = 255 * torch.rand(1, 3, 33, 48).double()
     bgr = rgb.flip(1)
 
     def normalized(image, values):
