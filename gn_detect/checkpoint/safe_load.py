@@ -87,8 +87,6 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str | os.PathLike) -> 
             looked at: a sparse or quantized one, or one without content (of the device "meta").
     """
     for name, value in state.items():
-        # torch.isfinite does not know all types of 8 bits.
-        value = value.float() if value.is_floating_point() and value.itemsize == 1 else value
         try:
             finite = bool(torch.isfinite(value).all())
         except RuntimeError:
@@ -169,8 +167,8 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
-        array = dtype.array(data, shape, "F" if fortran else "C")
-        super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes("A")))
+        array = dtype.array(data, shape)
+        super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes()))
 
 
 def _encode(text: str, encoding: str) -> bytes:
