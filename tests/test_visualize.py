@@ -80,7 +80,7 @@ def check(axes, title, labels, *areas):
 
 def test_masks_boxes_and_labels(workspace):
     truth, found = rectangle(5, 10, 20, 30), rectangle(30, 10, 20, 30)
-    polygons = [[5, 10, 25, 10, 25, 40, 5, 40], [5, 5]]
+    polygons = [[0, 0, 9, 9], [5, 10, 25, 10, 25, 40, 5, 40]]  # the first has no area
     workspace.dataset["annotations"] = [item(1, 20, (5, 10, 20, 30), segmentation=polygons)]
     workspace.results = [
         item(1, 19, (30, 10, 20, 30), score=0.9, segmentation=encode(found)),

@@ -1,10 +1,12 @@
 """The tool's table is the one that its samples make."""
 
+import errno
 import importlib.util
 import json
 import re
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,11 +194,21 @@ def test_a_typo_is_a_sentence(tool, tmp_path, capsys, command, message):
     assert message in capsys.readouterr().err + str(exit.value)
 
 
-def test_output_that_is_no_directory_is_a_sentence(tool, tmp_path):
+def test_output_that_cannot_be_written_is_a_sentence(tool, tmp_path, monkeypatch):
+    def sentence(output):
+        return pytest.raises(SystemExit, match=f"error: --output {output}: .*; give a directory")
+
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(SystemExit, match=f"error: --output {output}: .*; give a directory"):
+        with sentence(output):
             tool.main(["memory", "--output", str(output)])
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(Path, "touch", refuse)  # what a mode of the directory does to other users
+    with sentence(tmp_path):
+        tool.main(["memory", "--output", str(tmp_path)])
 
 
 def test_defaults(tool, monkeypatch):
