@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from detectron2.config import CfgNode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .config import locate
 
@@ -104,6 +104,9 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         return next((k for k in keys if OmegaConf.select(cfg, k, default=absent) is not absent), "")
 
     resnet = first("model.backbone.bottom_up") or "model.backbone"  # with and without FPN
+    stages = f"{resnet}.stages"
+    if isinstance(OmegaConf.select(cfg, stages), ListConfig):
+        stages += "[0]"
     augmentations = "dataloader.train.mapper.augmentations"
     keys = {
         **{name: first(lazy) for name, (_, lazy) in _KEYS.items() if lazy},
@@ -113,10 +116,7 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         "image_size": first(
             f"{augmentations}[1].crop_size", f"{augmentations}[0].short_edge_length"
         ),
-        # Basic blocks have none.
-        "stride_in_1x1": first(
-            f"{resnet}.stages.stride_in_1x1", f"{resnet}.stages[0].stride_in_1x1"
-        ),
+        "stride_in_1x1": first(f"{stages}.stride_in_1x1"),  # none in basic blocks
         "warmup_length": first("lr_multiplier.warmup_length"),
         "milestones": first("lr_multiplier.scheduler.milestones"),
         "num_updates": first("lr_multiplier.scheduler.num_updates"),
