@@ -64,7 +64,12 @@ def group_norm_act(
         ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ,
             ``activation`` or ``kernel`` is unknown, or ``kernel="triton"`` cannot take the input.
     """
-    _check(x, num_groups, residual, activation, kernel)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; one of: 'relu', None")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel {kernel!r} is unknown; one of: {', '.join(KERNELS)}")
+    if not torch.jit.is_tracing():  # where sizes are tensors, which no `if` should ask
+        _check_shapes(x, num_groups, residual)
     if x.is_cuda and x.dim() == 4 and not x.is_contiguous():
         x = x.contiguous(memory_format=_memory_format(x))
     if _takes_triton(kernel, x, num_groups, weight, bias, residual):
@@ -72,7 +77,7 @@ def group_norm_act(
     return _reference(x, num_groups, weight, bias, eps, residual, activation)
 
 
-def _check(x, num_groups, residual, activation, kernel) -> None:
+def _check_shapes(x, num_groups, residual) -> None:
     if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(
             f"group_norm_act takes (N, C, *) with C divisible by num_groups {num_groups}; "
@@ -83,10 +88,6 @@ def _check(x, num_groups, residual, activation, kernel) -> None:
             f"the residual has the shape {list(residual.shape)}, x {list(x.shape)}: they are added "
             "without broadcasting"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is unknown; one of: 'relu', None")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel {kernel!r} is unknown; one of: {', '.join(KERNELS)}")
 
 
 # --- PyTorch's operations ---
@@ -118,15 +119,16 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
+    """``F.group_norm`` for all dtypes; its check of sizes would warn in a trace."""
     dtypes = {p.dtype for p in (x, weight, bias) if p is not None}
     affine = weight is not None and bias is not None
     # PyTorch's kernel of the CPU mixes these, and else none.
     mixes = affine and x.device.type == "cpu" and x.dtype.itemsize == 2
     if len(dtypes) == 1 or (mixes and weight.dtype == bias.dtype == torch.float32):
-        return F.group_norm(x, num_groups, weight, bias, eps)
+        return torch.group_norm(x, num_groups, weight, bias, eps)
     dtype = functools.reduce(torch.promote_types, dtypes)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return F.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
+    return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
 
 
 # --- Triton kernels ---

@@ -160,6 +160,16 @@ def test_exported_with_dynamic_height_and_width():
     torch.testing.assert_close(found, norm(x, residual, "relu"))
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+def test_traced_without_warnings():
+    x, residual = torch.randn(2, 2, 8, 3, 5)
+    norm = GroupNorm(G, 8)
+    traced = torch.jit.trace(norm, (x, residual))
+    x, residual = torch.randn(2, 1, 8, 4, 2)
+    assert torch.equal(traced(x, residual), norm(x, residual))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
