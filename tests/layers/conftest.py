@@ -18,6 +18,7 @@ def interpreted_device():
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         spec.loader.exec_module(module)
+    module.core = triton.language.core  # the launch of a kernel patches what its module names
     return module
 
 
@@ -28,12 +29,9 @@ def interpreted(interpreted_device, monkeypatch):
     from triton.runtime import interpreter
 
     def call(function, *args, **kwargs):
-        # Triton's own leaves its language patched, which the compiler then cannot use.
-        patches = interpreter._patch_lang(function.fn)
-        try:
-            return function.rewrite()(*args, **kwargs)
-        finally:
-            patches.restore()
+        # Triton's own patches its language anew and leaves it so, unfit for the compiler. The
+        # launch of a kernel has done it, and undoes it.
+        return function.rewrite()(*args, **kwargs)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
     # Triton's own functions in Python are for the compiler, as triton was imported without it.
