@@ -39,10 +39,10 @@ def group_norm_act(
 ) -> Tensor:
     """``activation(group_norm(x) + residual)``, with the GN of https://arxiv.org/abs/1803.08494.
 
-    There is no autocast rule: what comes in bfloat16 goes out in bfloat16, with statistics, gamma
-    and beta in float32. (Autocast runs ``F.group_norm`` of CUDA in float32, with the memory that
-    this takes.) ``torch.compile`` sees the Triton kernels as operators of the namespace
-    ``gn_detect``; ``torch.export`` and ONNX see PyTorch's operations.
+    No autocast: what comes in bfloat16 goes out in bfloat16, with statistics, gamma and beta in
+    float32. (Autocast runs ``F.group_norm`` of CUDA in float32, with the memory that this takes.)
+    ``torch.compile`` sees the Triton kernels as operators of the namespace ``gn_detect``;
+    ``torch.export``, traces and ONNX see PyTorch's operations.
 
     Args:
         x: (N, C, *), any floating dtype; N may be 0.
@@ -71,10 +71,12 @@ def group_norm_act(
     if not torch.jit.is_tracing():  # where sizes are tensors, which no `if` should ask
         _check_shapes(x, num_groups, residual)
     if x.is_cuda and x.dim() == 4 and not x.is_contiguous():
-        x = x.contiguous(memory_format=_memory_format(x))
-    if _takes_triton(kernel, x, num_groups, weight, bias, residual):
-        return _fused(x, num_groups, weight, bias, eps, residual, activation)
-    return _reference(x, num_groups, weight, bias, eps, residual, activation)
+        nhwc = x.stride(1) == 1
+        x = x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    compute = _reference
+    if _takes_triton(kernel, x, weight, bias, residual):
+        compute = _fused
+    return compute(x, weight, bias, residual, num_groups, eps, activation)
 
 
 def _check_shapes(x, num_groups, residual) -> None:
@@ -93,7 +95,7 @@ def _check_shapes(x, num_groups, residual) -> None:
 # --- PyTorch's operations ---
 
 
-def _reference(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
+def _reference(x, weight, bias, residual, num_groups, eps, activation) -> Tensor:
     """Any device and dtype, differentiable twice, exported as it is."""
     with _without_autocast(x.device.type):
         y = _group_norm(x, num_groups, weight, bias, eps)
@@ -102,9 +104,7 @@ def _reference(x, num_groups, weight, bias, eps, residual, activation) -> Tensor
         else:  # before the ReLU, which keeps its output
             recompute.offer(
                 y,
-                lambda x, weight, bias: _reference(
-                    x, num_groups, weight, bias, eps, None, activation
-                ),
+                lambda *xwb: _reference(*xwb, None, num_groups, eps, activation),
                 (x, weight, bias),
                 in_place_operations=activation is not None,
             )
@@ -134,17 +134,13 @@ def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
 # --- Triton kernels ---
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-
-
-def _takes_triton(kernel, x, num_groups, weight, bias, residual) -> bool:
+def _takes_triton(kernel, x, weight, bias, residual) -> bool:
     if kernel == "torch" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     if triton_kernels is None:
         reason = "triton is not installed"
     else:
-        reason = triton_kernels.unsupported(x, num_groups, weight, bias, residual)
+        reason = triton_kernels.unsupported(x, weight, bias, residual)
     if reason and kernel == "triton":
         raise ValueError(
             f"MODEL.GN.KERNEL is 'triton', but {reason}; set it to 'auto', which falls back to "
@@ -161,7 +157,7 @@ def _say(reason: str, dtype: torch.dtype, device: torch.device) -> None:
     logger.info(f"GroupNorm with MODEL.GN.KERNEL auto runs {kernel}: {why}")
 
 
-def _fused(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
+def _fused(x, weight, bias, residual, num_groups, eps, activation) -> Tensor:
     relu = activation is not None
     arguments = x, weight, bias, residual, num_groups, eps, relu
     if torch.compiler.is_compiling():
@@ -173,7 +169,7 @@ def _fused(x, num_groups, weight, bias, eps, residual, activation) -> Tensor:
     if residual is None:
         recompute.offer(
             y,
-            lambda x, weight, bias: triton_kernels.apply(x, mean, rstd, weight, bias, None, relu),
+            lambda x, weight, bias: triton_kernels.apply(x, mean, rstd, weight, bias, relu),
             (x, weight, bias),
         )
     return y
@@ -202,16 +198,14 @@ class _GroupNormAct(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 7
-        x, weight, bias, mean, rstd, y = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+        needs, (x, weight, bias, mean, rstd, y) = ctx.needs_input_grad[:4], ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient that is differentiated
             gradients = _gradients_of_reference(ctx, dy, x, weight, bias, y, needs)
         else:
             gradients = triton_kernels.backward(
                 dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.residual_dtype, needs
             )
-        dx, dweight, dbias, dresidual = gradients
-        return dx, dweight, dbias, dresidual, None, None, None
+        return *gradients, None, None, None
 
 
 def _save(ctx, inputs, output) -> None:
@@ -223,33 +217,22 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients_of_reference(ctx, dy, x, weight, bias, y, needs) -> list[Tensor | None]:
-    gradients: list[Tensor | None] = [None] * 4
+def _gradients_of_reference(ctx, dy, x, weight, bias, y, needs) -> tuple[Tensor | None, ...]:
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
-    if needs[3]:
-        gradients[3] = dy.to(ctx.residual_dtype)
     activation = "relu" if ctx.relu and y is None else None
-    inputs = (x, weight, bias)
-    wanted = [i for i in range(3) if needs[i]]
-    if wanted:
-        z = _reference(x, ctx.num_groups, weight, bias, ctx.eps, None, activation)
-        found = torch.autograd.grad(z, [inputs[i] for i in wanted], dy, create_graph=True)
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-    return gradients
+    z = _reference(x, weight, bias, None, ctx.num_groups, ctx.eps, activation)
+    wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
+    found = iter(torch.autograd.grad(z, wanted, dy, create_graph=True) if wanted else ())
+    gradients = (next(found) if need else None for need in needs[:3])
+    return *gradients, dy.to(ctx.residual_dtype) if needs[3] else None
 
 
 @torch.library.custom_op("gn_detect::group_norm_act", mutates_args=())
 def _operator(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    num_groups: int,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    num_groups: int, eps: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The kernels for torch.compile: y, mean and rstd."""
     return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
 
@@ -262,17 +245,9 @@ def _(x, weight, bias, residual, num_groups, eps, relu):
 
 @torch.library.custom_op("gn_detect::group_norm_act_backward", mutates_args=())
 def _backward_operator(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    y: Tensor | None,
-    relu: bool,
-    residual_dtype: torch.dtype | None,
-    needs: list[bool],
-) -> list[Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    y: Tensor | None, relu: bool, residual_dtype: torch.dtype | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     """The gradients that ``needs`` asks for (x, weight, bias, residual), in this order."""
     gradients = triton_kernels.backward(
         dy, x, y, mean, rstd, weight, bias, relu, residual_dtype, tuple(needs)
@@ -283,32 +258,22 @@ def _backward_operator(
 
 @_backward_operator.register_fake
 def _(dy, x, weight, bias, mean, rstd, y, relu, residual_dtype, needs):
-    likes = (x, weight, bias, x)
-    dtypes = (x.dtype, *(p if p is None else p.dtype for p in (weight, bias)), residual_dtype)
-    return [
-        torch.empty_like(like, dtype=dtype)
-        for like, dtype, need in zip(likes, dtypes, needs, strict=True)
-        if need
-    ]
+    dtypes = {3: residual_dtype}
+    likes = enumerate((x, weight, bias, x))
+    return [torch.empty_like(like, dtype=dtypes.get(i)) for i, like in likes if needs[i]]
 
 
 def _backward_of_operator(ctx, dy, *_):
-    gradients: list[Tensor | None] = [None] * 4
     if dy is None:
-        return *gradients, None, None, None
+        return (None,) * 7
+    *needs, residual = ctx.needs_input_grad[:4]
+    needs.append(residual and ctx.relu)  # else dy, and an operator must not return its input
     x, weight, bias, mean, rstd, y = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:4])
-    if needs[3] and not ctx.relu:  # an operator must not return its input
-        gradients[3], needs[3] = dy.to(ctx.residual_dtype), False
-    if any(needs):
-        found = iter(
-            _backward_operator(
-                dy, x, weight, bias, mean, rstd, y, ctx.relu, ctx.residual_dtype, needs
-            )
-        )
-        for i in range(4):
-            if needs[i]:
-                gradients[i] = next(found)
+    arguments = dy, x, weight, bias, mean, rstd, y, ctx.relu, ctx.residual_dtype, needs
+    found = iter(_backward_operator(*arguments))
+    gradients = [next(found) if need else None for need in needs]
+    if residual and not ctx.relu:
+        gradients[3] = dy.to(ctx.residual_dtype)
     return *gradients, None, None, None
 
 

@@ -1,11 +1,10 @@
 """The device code of ``triton_kernels.py``, which says what it computes and how.
 
 Two kernels for the forward pass and two for the backward pass of groups that many programs share,
-and one for each where a program holds whole groups in registers ("resident").
-
-A program of the shared kind has tiles of P pixels x CB channels. ``block`` of those channels are
-used; they are GB whole groups, or part of one group where GB = 1. S programs share the pixels of
-these channels, each doing ``iters`` tiles. NCHW has one channel per program.
+and one for each where a program holds whole groups in registers ("resident"). A program of the
+shared kind has tiles of P pixels x CB channels, of which it uses ``block``: GB whole groups, or
+part of one where GB = 1 (NCHW: one channel). S programs share the pixels of these channels, each
+doing ``iters`` tiles, and R programs share a group.
 
 H * W is passed as ``HWV * VEC``: only a constant factor tells the compiler that rows of, say, 4200
 elements may be read 8 at a time (of an argument it knows divisibility by 16 alone).
@@ -17,28 +16,26 @@ is None where the mask of the ReLU is found from x. Arithmetic is float32, whate
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 # By default Triton compiles a kernel anew the first time that one of these is 1 or divisible by 16,
 # and training at many image sizes meets all combinations. Nothing is faster for it.
-SIZES = ("HWV", "D", "S", "splits", "iters")
+SIZES = ("HWV", "D", "S", "R", "iters")
 
 
 @triton.jit
 def _tile(
     C, D, HW, block, S, iters,
-    REVERSE: tl.constexpr, NHWC: tl.constexpr,
-    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+    REVERSE: constexpr, NHWC: constexpr, GB: constexpr, CB: constexpr, P: constexpr,
 ):  # fmt: skip
     """What a program of the split kernels works on.
 
     Returns:
-        The image, its offset, and the part ``s`` of the pixels; the first channel, channels
-        (1, CB), which of them are valid, and the groups (1, GB) they belong to; the offset of the
-        first tile, offsets in it (P, CB), its pixels (P, 1), and the number of the first one.
+        The image; the number of this program among those of its group; channels (1, CB), which of
+        them are valid, and their groups (1, GB); the offset of the first tile, offsets in it
+        (P, CB), its pixels (P, 1), and how many pixels there are from its first one on.
     """
-    pid = tl.program_id(0)
-    if REVERSE:
-        pid = tl.num_programs(0) - 1 - pid
+    pid = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
     blocks = (C + block - 1) // block
     if NHWC:
         n, c0, s = pid // blocks // S, pid % blocks * block, pid // blocks % S
@@ -47,46 +44,27 @@ def _tile(
         n, c0, s = pid // S // blocks, pid // S % blocks * block, pid % S
         pixel_stride, channel_stride = 1, HW
     lane = tl.arange(0, CB)[None, :]
-    c = c0 + lane
-    g = c0 // D + tl.arange(0, GB)[None, :]
+    c, g = c0 + lane, c0 // D + tl.arange(0, GB)[None, :]
     start = s * iters * P
-    pixel = tl.arange(0, P)[:, None]
+    p = tl.arange(0, P)[:, None]
     n = n.to(tl.int64)
-    image = n * C * HW
-    first = image + c0 * channel_stride + start * pixel_stride
+    first = n * C * HW + c0 * channel_stride + start * pixel_stride
     valid = (lane < block) & (c < C)
-    return n, image, s, c0, c, valid, g, first, pixel * pixel_stride + lane, pixel, start
+    nth = c0 % D // block * S + s
+    return n, nth, c, valid, g, first, p * pixel_stride + lane, p, HW - start
 
 
 @triton.jit
-def _per_group(v, c, D, g, GB: tl.constexpr):
-    """Sums of v (1, CB), of the channels c, over each of the groups g (1, GB)."""
+def _regroup(v, of, to, GB: constexpr):
+    """For each of the groups ``to`` (1, B) the sum of the v (1, A) that are ``of`` it (1, A)."""
     if GB == 1:
         return tl.sum(v, axis=1, keep_dims=True)
-    else:
-        return tl.sum(tl.where(tl.trans(c // D) == g, tl.trans(v), 0.0), axis=0, keep_dims=True)
-
-
-@triton.jit
-def _per_channel(v, c, D, g, GB: tl.constexpr):
-    """The value in v (1, GB) of the group of each of the channels c (1, CB)."""
-    if GB == 1:
-        return v
     else:  # for the compiler, which would look at what follows the `if` too
-        return tl.sum(tl.where(tl.trans(g) == c // D, tl.trans(v), 0.0), axis=0, keep_dims=True)
+        return tl.sum(tl.where(tl.trans(of) == to, tl.trans(v), 0.0), axis=0, keep_dims=True)
 
 
 @triton.jit
-def _pairs(D, block, S, GB: tl.constexpr):
-    """R, the programs that share a group: each gives a pair of sums."""
-    if GB == 1:
-        return D // block * S
-    else:
-        return S
-
-
-@triton.jit
-def _add_pairs(part, row, valid, R, RP: tl.constexpr):
+def _add_pairs(part, row, valid, R, RP: constexpr):
     """The two sums of the groups ``row`` (1, GB) from their R pairs in ``part``."""
     r = tl.arange(0, RP)[:, None]
     mask = (r < R) & valid
@@ -99,12 +77,8 @@ def _add_pairs(part, row, valid, R, RP: tl.constexpr):
 @triton.jit
 def _affine(weight, bias, c, valid):
     """gamma and beta of channels ``c``, 1 and 0 where there are none."""
-    gamma = 1.0
-    beta = 0.0
-    if weight is not None:
-        gamma = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
-    if bias is not None:
-        beta = tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
+    gamma = 1.0 if weight is None else tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
+    beta = 0.0 if bias is None else tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
     return gamma, beta
 
 
@@ -115,87 +89,74 @@ def _normalize(v, mean, a, beta):
 
 
 @triton.jit
-def _relu(z):
-    """ReLU that keeps NaN."""
-    return tl.where(z < 0.0, 0.0, z)
-
-
-@triton.jit
-def _relu_gradient(t, v, y, mean, a, beta, offset, mask):
-    """t where y, or what rounds to it, is above 0 or NaN, as in PyTorch."""
-    if y is not None:
-        z = tl.load(y + offset, mask=mask, other=0.0)
-    else:
-        z = _normalize(v, mean, a, beta).to(v.dtype)
-    return tl.where(z <= 0.0, 0.0, t)
+def _read(dy, x, y, mean, a, beta, base, tile, mask, RELU: constexpr):
+    """x, and dz: dy where y, or what rounds to it, is above 0 or NaN, as in PyTorch."""
+    v = tl.load(x + base + tile, mask=mask, other=0.0)
+    t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        if y is not None:
+            z = tl.load(y + base + tile, mask=mask, other=0.0)
+        else:
+            z = _normalize(v, mean, a, beta).to(v.dtype)
+        t = tl.where(z <= 0.0, 0.0, t)
+    return v, t
 
 
 @triton.jit(do_not_specialize=SIZES)
 def statistics(
-    x, part, HWV, C, D, block, S, iters,
-    NHWC: tl.constexpr, VEC: tl.constexpr, GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+    x, part, HWV, C, D, block, S, R, iters,
+    NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr,
 ):  # fmt: skip
     """Sums of x - k and of its square over this program's pixels, and k, into ``part``.
 
     Of each group, ``part`` (N * G, 2 R + 1) has R first sums, R second ones, and k: the mean of 32
-    elements of the first channel. One element would do but for outliers, say in a corner.
-    """
+    elements of the first channel. One element would do but for outliers, say in a corner."""
     HW = HWV * VEC
-    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
-        C, D, HW, block, S, iters, False, NHWC, GB, CB, P
-    )
+    n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 0, NHWC, GB, CB, P)
     sample = tl.arange(0, 32)[:, None] * (HW // 32) * (C if NHWC else 1)
     sample += g * D * (1 if NHWC else HW)
-    sample = tl.load(x + image + sample, mask=g < C // D, other=0.0).to(tl.float32)
+    sample = tl.load(x + n * C * HW + sample, mask=g < C // D, other=0.0).to(tl.float32)
     k = tl.sum(sample, axis=0, keep_dims=True) / 32
-    shift = _per_channel(k, c, D, g, GB)
-    sum1 = tl.full([P, CB], 0.0, tl.float32)
-    sum2 = tl.full([P, CB], 0.0, tl.float32)
+    shift = _regroup(k, g, c // D, GB)
+    sum1, sum2 = tl.full([P, CB], 0.0, tl.float32), tl.full([P, CB], 0.0, tl.float32)
     for i in range(iters):
-        mask = (pixel < HW - (start + i * P)) & valid
+        mask = (p < left - i * P) & valid
         v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
         v = tl.where(mask, v - shift, 0.0)
         sum1 += v
         sum2 += v * v
         base += P * (C if NHWC else 1)
-    sum1 = _per_group(tl.sum(sum1, axis=0, keep_dims=True), c, D, g, GB)
-    sum2 = _per_group(tl.sum(sum2, axis=0, keep_dims=True), c, D, g, GB)
-    R = _pairs(D, block, S, GB)
-    part += (n * (C // D) + g) * (2 * R + 1) + c0 % D // block * S + s
+    sum1 = _regroup(tl.sum(sum1, axis=0, keep_dims=True), c // D, g, GB)
+    sum2 = _regroup(tl.sum(sum2, axis=0, keep_dims=True), c // D, g, GB)
+    part += (n * (C // D) + g) * (2 * R + 1) + nth
     tl.store(part, sum1, mask=g < C // D)
     tl.store(part + R, sum2, mask=g < C // D)
-    tl.store(part + 2 * R, k, mask=(g < C // D) & (s == 0) & (c0 % D == 0))
+    tl.store(part + 2 * R, k, mask=(g < C // D) & (nth == 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def apply(
-    x, residual, weight, bias, y, part, mean, rstd, eps, HWV, C, D, block, S, splits, iters,
-    RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
-    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, RP: tl.constexpr,
+    x, residual, weight, bias, y, part, mean, rstd, eps, HWV, C, D, block, S, R, iters,
+    RELU: constexpr,
+    NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr, RP: constexpr,
 ):  # fmt: skip
     """y from x. The statistics come from ``part`` and go to mean, rstd; without ``part`` they are
-    read there. ``splits`` is the S of ``statistics``."""
+    read there."""
     HW = HWV * VEC
-    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
-        C, D, HW, block, S, iters, True, NHWC, GB, CB, P
-    )
+    n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 1, NHWC, GB, CB, P)
     if part is not None:
-        row = n * (C // D) + g
-        known = g < C // D
-        R = _pairs(D, block, splits, GB)
+        row, known = n * (C // D) + g, g < C // D
         sum1, sum2 = _add_pairs(part, row, known, R, RP)
         k = tl.load(part + row * (2 * R + 1) + 2 * R, mask=known, other=0.0)
         scale = 1.0 / (HW * D)
         shift = sum1 * scale
-        m = k + shift
-        var = sum2 * scale - shift * shift
+        m, var = k + shift, sum2 * scale - shift * shift
         r = tl.rsqrt(tl.where(var < 0.0, 0.0, var) + eps)  # a maximum would drop NaN
-        # One program of each group tells the statistics.
-        told = known & (s == 0) & (c0 % D == 0)
+        told = known & (nth == 0)  # by one program of each group
         tl.store(mean + row, m, mask=told)
         tl.store(rstd + row, r, mask=told)
-        m = _per_channel(m, c, D, g, GB)
-        r = _per_channel(r, c, D, g, GB)
+        m = _regroup(m, g, c // D, GB)
+        r = _regroup(r, g, c // D, GB)
     else:
         row = n * (C // D) + c // D
         m = tl.load(mean + row, mask=valid, other=0.0)
@@ -203,42 +164,33 @@ def apply(
     gamma, beta = _affine(weight, bias, c, valid)
     a = r * gamma
     for i in range(iters):
-        mask = (pixel < HW - (start + i * P)) & valid
+        mask = (p < left - i * P) & valid
         z = _normalize(tl.load(x + base + tile, mask=mask, other=0.0), m, a, beta)
         if residual is not None:
             z += tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
         if RELU:
-            z = _relu(z)
+            z = tl.where(z < 0.0, 0.0, z)  # keeps NaN
         tl.store(y + base + tile, z, mask=mask)
         base += P * (C if NHWC else 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_sums(
-    dy, x, y, weight, bias, mean, rstd, dz, part, sums, HWV, C, D, block, S, iters,
-    RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
-    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+    dy, x, y, weight, bias, mean, rstd, dz, part, sums, HWV, C, D, block, S, R, iters,
+    RELU: constexpr, NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr,
 ):  # fmt: skip
     """Sums of dz and dz * xhat over this program's pixels: per channel into ``sums`` (N, S, 2, C),
-    times gamma and per group into ``part``, as in ``statistics`` but without k. Either may be None.
-    Writes dz if given.
-    """
+    times gamma and per group into ``part``, as in ``statistics`` but without k. Writes dz. Each of
+    the three may be None."""
     HW = HWV * VEC
-    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
-        C, D, HW, block, S, iters, False, NHWC, GB, CB, P
-    )
+    n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 0, NHWC, GB, CB, P)
     gamma, beta = _affine(weight, bias, c, valid)
     row = n * (C // D) + c // D
-    m = tl.load(mean + row, mask=valid, other=0.0)
-    r = tl.load(rstd + row, mask=valid, other=0.0)
-    sum1 = tl.full([P, CB], 0.0, tl.float32)
-    sum2 = tl.full([P, CB], 0.0, tl.float32)
+    m, r = tl.load(mean + row, mask=valid, other=0.0), tl.load(rstd + row, mask=valid, other=0.0)
+    sum1, sum2 = tl.full([P, CB], 0.0, tl.float32), tl.full([P, CB], 0.0, tl.float32)
     for i in range(iters):
-        mask = (pixel < HW - (start + i * P)) & valid
-        v = tl.load(x + base + tile, mask=mask, other=0.0)
-        t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            t = _relu_gradient(t, v, y, m, r * gamma, beta, base + tile, mask)
+        mask = (p < left - i * P) & valid
+        v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, mask, RELU)
         if dz is not None:
             tl.store(dz + base + tile, t, mask=mask)
         sum1 += t
@@ -247,41 +199,32 @@ def gradient_sums(
     sum1 = tl.sum(sum1, axis=0, keep_dims=True)
     sum2 = tl.sum(sum2, axis=0, keep_dims=True) * r
     if sums is not None:
-        sums += (n * S + s) * 2 * C + c
+        sums += (n * S + nth % S) * 2 * C + c
         tl.store(sums, sum1, mask=valid)
         tl.store(sums + C, sum2, mask=valid)
     if part is not None:
-        R = _pairs(D, block, S, GB)
-        part += (n * (C // D) + g) * (2 * R + 1) + c0 % D // block * S + s
-        tl.store(part, _per_group(sum1 * gamma, c, D, g, GB), mask=g < C // D)
-        tl.store(part + R, _per_group(sum2 * gamma, c, D, g, GB), mask=g < C // D)
+        part += (n * (C // D) + g) * (2 * R + 1) + nth
+        tl.store(part, _regroup(sum1 * gamma, c // D, g, GB), mask=g < C // D)
+        tl.store(part + R, _regroup(sum2 * gamma, c // D, g, GB), mask=g < C // D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient(
-    dy, x, y, weight, bias, mean, rstd, part, dx, HWV, C, D, block, S, splits, iters,
-    RELU: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
-    GB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, RP: tl.constexpr,
+    dy, x, y, weight, bias, mean, rstd, part, dx, HWV, C, D, block, S, R, iters, RELU: constexpr,
+    NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr, RP: constexpr,
 ):  # fmt: skip
-    """dx from ``part``, the sums of ``gradient_sums``, whose S is ``splits``."""
+    """dx from ``part``, the sums of ``gradient_sums``."""
     HW = HWV * VEC
-    n, image, s, c0, c, valid, g, base, tile, pixel, start = _tile(
-        C, D, HW, block, S, iters, True, NHWC, GB, CB, P
-    )
+    n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 1, NHWC, GB, CB, P)
     gamma, beta = _affine(weight, bias, c, valid)
     row = n * (C // D) + c // D
-    m = tl.load(mean + row, mask=valid, other=0.0)
-    r = tl.load(rstd + row, mask=valid, other=0.0)
-    row = n * (C // D) + g
-    sum1, sum2 = _add_pairs(part, row, g < C // D, _pairs(D, block, splits, GB), RP)
-    shift = -r * _per_channel(sum1, c, D, g, GB) / (HW * D)
-    slope = -r * r * _per_channel(sum2, c, D, g, GB) / (HW * D)
+    m, r = tl.load(mean + row, mask=valid, other=0.0), tl.load(rstd + row, mask=valid, other=0.0)
+    sum1, sum2 = _add_pairs(part, n * (C // D) + g, g < C // D, R, RP)
+    shift = -r * _regroup(sum1, g, c // D, GB) / (HW * D)
+    slope = -r * r * _regroup(sum2, g, c // D, GB) / (HW * D)
     for i in range(iters):
-        mask = (pixel < HW - (start + i * P)) & valid
-        v = tl.load(x + base + tile, mask=mask, other=0.0)
-        t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            t = _relu_gradient(t, v, y, m, r * gamma, beta, base + tile, mask)
+        mask = (p < left - i * P) & valid
+        v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, mask, RELU)
         d = tl.fma(t, r * gamma, tl.fma(v.to(tl.float32) - m, slope, shift))
         tl.store(dx + base + tile, d, mask=mask)
         base += P * (C if NHWC else 1)
@@ -289,14 +232,13 @@ def gradient(
 
 @triton.jit
 def _resident_tile(
-    G, HW, D: tl.constexpr, NHWC: tl.constexpr, GB: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr,
+    G, HW, D: constexpr, NHWC: constexpr, GB: constexpr, DP: constexpr, P: constexpr,
 ):  # fmt: skip
     """What a program of the resident kernels works on: a tile GB x DP x P, P x GB x DP for NHWC.
 
     Returns:
-        The image; groups, their numbers over all images, channels, which of those are
-        valid; offsets in the tile and its mask. All broadcast to the tile.
+        The image and its offset; groups, their numbers over all images, channels, which of those
+        are valid; offsets in the tile and its mask. From the groups on, all broadcast to the tile.
     """
     blocks = (G + GB - 1) // GB
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -312,21 +254,19 @@ def _resident_tile(
         p = tl.arange(0, P)[None, None, :]
         tile = (g * D + d) * HW + p
     valid = (g < G) & (d < D)
-    return n, g, n * G + g, g * D + d, valid, tile, valid & (p < HW)
+    return n, n * G * D * HW, g, n * G + g, g * D + d, valid, tile, valid & (p < HW)
 
 
 @triton.jit(do_not_specialize=["HWV"])
 def resident(
-    x, residual, weight, bias, y, mean, rstd, eps, HWV, G, KNOWN: tl.constexpr,
-    RELU: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
-    GB: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    x, residual, weight, bias, y, mean, rstd, eps, HWV, G, KNOWN: constexpr, RELU: constexpr,
+    D: constexpr, NHWC: constexpr, VEC: constexpr, GB: constexpr, DP: constexpr, P: constexpr,
 ):  # fmt: skip
     """y, mean and rstd of GB whole groups. If KNOWN, mean and rstd are read instead."""
     HW = HWV * VEC
-    n, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
-    base = n * G * D * HW
-    pixels: tl.constexpr = 0 if NHWC else 2
-    channels: tl.constexpr = 2 if NHWC else 1
+    n, base, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
+    pixels: constexpr = 0 if NHWC else 2
+    channels: constexpr = 2 if NHWC else 1
     gamma, beta = _affine(weight, bias, c, valid)
     v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
     if KNOWN:
@@ -348,29 +288,23 @@ def resident(
     if residual is not None:
         z += tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        z = _relu(z)
+        z = tl.where(z < 0.0, 0.0, z)  # keeps NaN
     tl.store(y + base + tile, z, mask=mask)
 
 
 @triton.jit(do_not_specialize=["HWV"])
 def resident_gradient(
-    dy, x, y, weight, bias, mean, rstd, dz, sums, dx, HWV, G,
-    RELU: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
-    GB: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    dy, x, y, weight, bias, mean, rstd, dz, sums, dx, HWV, G, RELU: constexpr,
+    D: constexpr, NHWC: constexpr, VEC: constexpr, GB: constexpr, DP: constexpr, P: constexpr,
 ):  # fmt: skip
     """dx, dz and ``sums`` (N, 2, C), as in ``gradient_sums``, of GB groups; any may be None."""
     HW = HWV * VEC
-    n, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
-    base = n * G * D * HW
-    pixels: tl.constexpr = 0 if NHWC else 2
-    channels: tl.constexpr = 2 if NHWC else 1
+    n, base, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
+    pixels: constexpr = 0 if NHWC else 2
+    channels: constexpr = 2 if NHWC else 1
     gamma, beta = _affine(weight, bias, c, valid)
-    m = tl.load(mean + row, mask=g < G, other=0.0)
-    r = tl.load(rstd + row, mask=g < G, other=0.0)
-    v = tl.load(x + base + tile, mask=mask, other=0.0)
-    t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        t = _relu_gradient(t, v, y, m, r * gamma, beta, base + tile, mask)
+    m, r = tl.load(mean + row, mask=g < G, other=0.0), tl.load(rstd + row, mask=g < G, other=0.0)
+    v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, mask, RELU)
     if dz is not None:
         tl.store(dz + base + tile, t, mask=mask)
     d = v.to(tl.float32) - m

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
         vec: power of 2 that divides H * W (NCHW only).
         block: channels per program.
         groups: groups per program; 1 also if a program has a part of the channels of a group.
+        parts: programs that share the channels of a group.
         lanes: power of 2 >= ``block``; of a resident group, power of 2 >= C / G.
         pixels: power of 2, pixels of a tile.
         warps: warps per program.
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     vec: int
     block: int
     groups: int
+    parts: int
     lanes: int
     pixels: int
     warps: int
@@ -58,6 +60,16 @@ class Plan(NamedTuple):
     split_iters: int = 1
     chunks: int = 1
     chunk_iters: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """Programs that share a group; each gives a pair of sums."""
+        return self.splits * self.parts
+
+    @property
+    def pair_lanes(self) -> int:
+        """A power of 2 >= ``pairs``; 32 at least, as each one is another compilation."""
+        return max(32, triton.next_power_of_2(self.pairs))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,7 +84,7 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
         else:
             groups = min(gp, max(1, 2048 // (dp * pixels)))
         warps = _warps(groups * dp * pixels)
-        return Plan(True, vec, groups * d, groups, dp, pixels, warps)
+        return Plan(True, vec, groups * d, groups, 1, dp, pixels, warps)
     if nhwc:
         # Runs of 64 channels; of 32 where there are few, to have enough programs.
         width = 64 if c > 64 else 32
@@ -97,7 +109,7 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
     chunks = most if nhwc else triton.cdiv(tiles, 2)
     split_iters, chunk_iters = triton.cdiv(tiles, splits), triton.cdiv(tiles, chunks)
     return Plan(
-        False, vec, block, groups, lanes, pixels, _warps(lanes * pixels),
+        False, vec, block, groups, max(1, d // block), lanes, pixels, _warps(lanes * pixels),
         triton.cdiv(tiles, split_iters), split_iters, triton.cdiv(tiles, chunk_iters), chunk_iters,
     )  # fmt: skip
 
@@ -108,19 +120,13 @@ def _warps(elements: int) -> int:
 
 
 def unsupported(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
 ) -> str:
-    """Why the kernels cannot take this input; "" if they can."""
+    """Why the kernels cannot take this input, whose shapes are right; "" if they can."""
     if not x.is_cuda and isinstance(device.apply, triton.JITFunction):
         return f"the input is on {x.device}, not on a CUDA device"
     if x.ndim != 4:
         return f"the input has {x.ndim} dimensions, not the 4 of (N, C, H, W)"
-    if num_groups < 1 or x.shape[1] % num_groups:
-        return f"{x.shape[1]} channels cannot be divided into {num_groups} groups"
     for name, t in (("input", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         if t is None:
             continue
@@ -129,10 +135,7 @@ def unsupported(
             return f"the {name} is {t.dtype}, not {' or '.join(map(str, dict.fromkeys(dtypes)))}"
         if t.device != x.device:
             return f"the {name} is on {t.device}, the input on {x.device}"
-    if residual is not None and residual.shape != x.shape:
-        return f"the residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}"
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (t.shape != x.shape[1:2] or not t.is_contiguous()):
+        if name in ("weight", "bias") and (t.shape != x.shape[1:2] or not t.is_contiguous()):
             return f"the {name} is not a contiguous vector of {x.shape[1]} channels"
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return f"the strides {x.stride()} of the input are neither NCHW nor channels_last"
@@ -163,22 +166,15 @@ def forward(
     Returns:
         y in shape, dtype and layout of x; mean and 1 / sqrt(variance + eps), float32 (N, G).
     """
-    shape = x.shape[0], num_groups
-    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (_floats(x, x.shape[0], num_groups) for _ in range(2))
     return _forward(x, mean, rstd, weight, bias, eps, residual, relu, False), mean, rstd
 
 
 def apply(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    relu: bool = False,
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool
 ) -> Tensor:
-    """The y of ``forward``, bit for bit, from the statistics that it returned."""
-    return _forward(x, mean, rstd, weight, bias, 0.0, residual, relu, True)
+    """The y of ``forward`` without residual, bit for bit, from the statistics that it returned."""
+    return _forward(x, mean, rstd, weight, bias, 0.0, None, relu, True)
 
 
 def backward(
@@ -215,11 +211,8 @@ def backward(
         y = None  # the mask is found from x
     elif y is None:
         raise ValueError("after a residual, the gradient of ReLU needs y, the output of forward")
-    dresidual = dz = None
-    if needs_residual and not relu:
-        dresidual = dy.to(residual_dtype)
-    elif needs_residual:
-        dresidual = dz = torch.empty_like(x, dtype=residual_dtype)
+    dz = torch.empty_like(x, dtype=residual_dtype) if needs_residual and relu else None
+    dresidual = dy.to(residual_dtype) if needs_residual and not relu else dz
     dx = torch.empty_like(x) if needs[0] else None
     sums = None
     if x.numel() == 0:
@@ -229,17 +222,14 @@ def backward(
         wants_sums = needs_weight or needs_bias
         with _current(x):
             sums = _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums)
-    dweight = dbias = None
-    if needs_weight or needs_bias:
-        total = sums.sum(0)  # in an order that depends on nothing but the shape
-        dbias = total[0].to(bias.dtype) if needs_bias else None
-        dweight = total[1].to(weight.dtype) if needs_weight else None
+    # In an order that depends on nothing but the shape
+    total = sums.sum(0) if needs_weight or needs_bias else None
+    dbias = total[0].to(bias.dtype) if needs_bias else None
+    dweight = total[1].to(weight.dtype) if needs_weight else None
     return dx, dweight, dbias, dresidual
 
 
 def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
-    n, c, h, w = x.shape
-    layout = _layout(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         if not known:
@@ -247,76 +237,66 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
             rstd.zero_()
         return y
     if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
-    g, nhwc = mean.shape[1], layout is torch.channels_last
-    how = plan(nhwc, n, c, g, h * w, _processors(x.device))
-    hwv = h * w // how.vec
+        residual = residual.contiguous(memory_format=_layout(x))
+    how, n, c, g, hwv, tile = _launch(x, mean)
     with _current(x):
         if how.resident:
             device.resident[(n * triton.cdiv(g, how.groups),)](
-                x, residual, weight, bias, y, mean, rstd, eps, hwv, g,
-                known, relu, c // g, nhwc, how.vec, how.groups, how.lanes, how.pixels,
+                x, residual, weight, bias, y, mean, rstd, eps, hwv, g, known, relu, c // g, *tile,
                 num_warps=how.warps,
             )  # fmt: skip
             return y
-        rows, part, pairs = n * triton.cdiv(c, how.block), None, 1
+        rows, sizes, part = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block), None
         if not known:
-            part, pairs = _workspace(x, n * g, how, c // g)
+            part = _floats(x, n * g, 2 * how.pairs + 1)
             device.statistics[(rows * how.splits,)](
-                x, part, hwv, c, c // g, how.block, how.splits, how.split_iters,
-                nhwc, how.vec, how.groups, how.lanes, how.pixels, num_warps=how.warps,
+                x, part, *sizes, how.splits, how.pairs, how.split_iters, *tile,
+                num_warps=how.warps,
             )  # fmt: skip
         device.apply[(rows * how.chunks,)](
-            x, residual, weight, bias, y, part, mean, rstd, eps, hwv, c, c // g, how.block,
-            how.chunks, how.splits, how.chunk_iters,
-            relu, nhwc, how.vec, how.groups, how.lanes, how.pixels, pairs, num_warps=how.warps,
+            x, residual, weight, bias, y, part, mean, rstd, eps, *sizes, how.chunks, how.pairs,
+            how.chunk_iters, relu, *tile, how.pair_lanes, num_warps=how.warps,
         )  # fmt: skip
     return y
 
 
 def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
     """Fills dz and dx; returns the sums of dz and dz * xhat (anything, 2, C), if wanted."""
-    n, c, h, w = x.shape
-    g, nhwc = mean.shape[1], _layout(x) is torch.channels_last
-    how = plan(nhwc, n, c, g, h * w, _processors(x.device))
-    hwv, sums = h * w // how.vec, None
-    if wants_sums:
-        rows = n if how.resident else n * how.splits
-        sums = torch.empty((rows, 2, c), dtype=torch.float32, device=x.device)
+    how, n, c, g, hwv, tile = _launch(x, mean)
+    sums = _floats(x, n * how.splits, 2, c) if wants_sums else None
     if how.resident:
         device.resident_gradient[(n * triton.cdiv(g, how.groups),)](
-            dy, x, y, weight, bias, mean, rstd, dz, sums, dx, hwv, g,
-            relu, c // g, nhwc, how.vec, how.groups, how.lanes, how.pixels, num_warps=how.warps,
+            dy, x, y, weight, bias, mean, rstd, dz, sums, dx, hwv, g, relu, c // g, *tile,
+            num_warps=how.warps,
         )  # fmt: skip
         return sums
-    rows, part, pairs = n * triton.cdiv(c, how.block), None, 1
-    if dx is not None:
-        part, pairs = _workspace(x, n * g, how, c // g)
+    rows, sizes = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block)
+    part = None if dx is None else _floats(x, n * g, 2 * how.pairs + 1)
     # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
     shrink = 2 if how.pixels > 1 else 1
     device.gradient_sums[(rows * how.splits,)](
-        dy, x, y, weight, bias, mean, rstd, dz, part, sums, hwv, c, c // g, how.block,
-        how.splits, how.split_iters * shrink,
-        relu, nhwc, how.vec, how.groups, how.lanes, how.pixels // shrink, num_warps=how.warps,
+        dy, x, y, weight, bias, mean, rstd, dz, part, sums, *sizes, how.splits, how.pairs,
+        how.split_iters * shrink, relu, *tile[:-1], how.pixels // shrink, num_warps=how.warps,
     )  # fmt: skip
     if dx is not None:
         if dz is not None and dz.dtype == dy.dtype:
             dy, y, relu = dz, None, False  # one tensor to read instead of two
         device.gradient[(rows * how.chunks,)](
-            dy, x, y, weight, bias, mean, rstd, part, dx, hwv, c, c // g, how.block,
-            how.chunks, how.splits, how.chunk_iters,
-            relu, nhwc, how.vec, how.groups, how.lanes, how.pixels, pairs, num_warps=how.warps,
+            dy, x, y, weight, bias, mean, rstd, part, dx, *sizes, how.chunks, how.pairs,
+            how.chunk_iters, relu, *tile, how.pair_lanes, num_warps=how.warps,
         )  # fmt: skip
     return sums
 
 
-def _workspace(x: Tensor, rows: int, how: Plan, d: int) -> tuple[Tensor, int]:
-    """Space for pairs of partial sums and a value of each group; a power of 2 >= its pairs.
+def _launch(x: Tensor, mean: Tensor) -> tuple[Plan, int, int, int, int, tuple]:
+    """The plan, N, C, G, HWV, and what describes tiles to all kernels."""
+    (n, c, h, w), g, nhwc = x.shape, mean.shape[1], not x.is_contiguous()
+    how = plan(nhwc, n, c, g, h * w, _processors(x.device))
+    return how, n, c, g, h * w // how.vec, (nhwc, how.vec, how.groups, how.lanes, how.pixels)
 
-    The power is 32 at least: each one is another compilation."""
-    pairs = how.splits * (d // how.block if how.groups == 1 else 1)
-    part = torch.empty((rows, 2 * pairs + 1), dtype=torch.float32, device=x.device)
-    return part, max(32, triton.next_power_of_2(pairs))
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

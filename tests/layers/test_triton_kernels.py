@@ -119,7 +119,7 @@ def check(
     y, mean, rstd = kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
     assert y.dtype == x.dtype and y.stride() == x.stride()
     if residual is None:
-        assert torch.equal(kernels.apply(x, mean, rstd, weight, bias, None, relu), y)
+        assert torch.equal(kernels.apply(x, mean, rstd, weight, bias, relu), y)
     if dy is None:
         dy = make(x.shape, dtype=x.dtype, seed=1, device=x.device)
     saved_y = y if residual is not None else None
@@ -371,7 +371,7 @@ def test_no_images(monkeypatch, nhwc, relu):
     y, mean, rstd = kernels.forward(x, 4, weight, bias, 1e-5, residual, relu)
     assert y.shape == x.shape and y.dtype == x.dtype
     assert mean.shape == rstd.shape == (0, 4)
-    assert kernels.apply(x, mean, rstd, weight, bias, None, relu).shape == x.shape
+    assert kernels.apply(x, mean, rstd, weight, bias, relu).shape == x.shape
     dx, dweight, dbias, dresidual = kernels.backward(
         x, x, y, mean, rstd, weight, bias, relu, torch.float32
     )
@@ -476,30 +476,28 @@ def test_more_than_2_to_the_31_elements(interpreted, monkeypatch, take, nhwc, wa
 def test_unsupported_says_why(interpreted):
     weight, bias = affine(8)
     x = make((2, 8, 5, 7))
-    assert kernels.unsupported(x, 4, weight, bias, x) == ""
-    assert kernels.unsupported(make((2, 8, 5, 7), True, F16), 4, weight, None) == ""
-    assert kernels.unsupported(make((0, 8, 5, 7)), 4) == ""
+    assert kernels.unsupported(x, weight, bias, x) == ""
+    assert kernels.unsupported(make((2, 8, 5, 7), True, F16), weight, None) == ""
+    assert kernels.unsupported(make((0, 8, 5, 7)), None, None) == ""
     half = weight.bfloat16()
     for reason, arguments in (
-        ("3 dimensions", (x[0], 4)),
-        ("8 channels cannot be divided into 3", (x, 3)),
-        ("input is torch.float64", (x.double(), 4)),
-        ("residual is torch.float64", (x, 4, weight, bias, x.double())),
-        ("weight is torch.bfloat16", (x, 4, half)),
-        ("bias is torch.bfloat16", (x, 4, weight, half)),
-        ("residual has shape", (x, 4, weight, bias, x[:1])),
-        ("8 channels", (x, 4, weight[:4])),
-        ("strides", (x[:, :, ::2], 4)),
-        ("strides", (x.transpose(2, 3), 4)),
-        ("weight is on meta", (x, 4, weight.to("meta"))),
-        ("2^31", (torch.empty(1, 8, 2**14, 2**14, device="meta"), 4)),
+        ("3 dimensions", (x[0], None, None)),
+        ("input is torch.float64", (x.double(), None, None)),
+        ("residual is torch.float64", (x, weight, bias, x.double())),
+        ("weight is torch.bfloat16", (x, half, None)),
+        ("bias is torch.bfloat16", (x, weight, half)),
+        ("8 channels", (x, weight[:4], None)),
+        ("strides", (x[:, :, ::2], None, None)),
+        ("strides", (x.transpose(2, 3), None, None)),
+        ("weight is on meta", (x, weight.to("meta"), None)),
+        ("2^31", (torch.empty(1, 8, 2**14, 2**14, device="meta"), None, None)),
     ):
         assert reason in kernels.unsupported(*arguments)
 
 
 def test_unsupported_on_cpu():
     assert kernels.device is COMPILED
-    assert "not on a CUDA device" in kernels.unsupported(make((1, 8, 2, 2)), 4)
+    assert "not on a CUDA device" in kernels.unsupported(make((1, 8, 2, 2)), None, None)
 
 
 @LAYOUTS
