@@ -139,8 +139,8 @@ def unsupported(
             return f"the {name} is not a contiguous vector of {x.shape[1]} channels"
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return f"the strides {x.stride()} of the input are neither NCHW nor channels_last"
-    if math.prod(x.shape[1:]) >= 2**31:
-        return "one image has 2^31 or more elements"
+    if math.prod(x.shape[1:]) >= 2**30:
+        return "one image has 2^30 or more elements"
     return ""
 
 

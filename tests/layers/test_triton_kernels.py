@@ -490,9 +490,11 @@ def test_unsupported_says_why(interpreted):
         ("strides", (x[:, :, ::2], None, None)),
         ("strides", (x.transpose(2, 3), None, None)),
         ("weight is on meta", (x, weight.to("meta"), None)),
-        ("2^31", (torch.empty(1, 8, 2**14, 2**14, device="meta"), None, None)),
+        ("2^30", (torch.empty(1, 8, 2**14, 2**13, device="meta"), None, None)),
     ):
         assert reason in kernels.unsupported(*arguments)
+    largest = torch.empty(3, 8, 2**13, 2**14 - 1, device="meta")
+    assert kernels.unsupported(largest, None, None) == ""  # of an image, not of the batch
 
 
 def test_unsupported_on_cpu():
