@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import recompute
 
 try:
-    from . import triton_kernels
+    from . import kernel_check, triton_kernels
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
     triton_kernels = None
 
 logger = logging.getLogger(__name__)
+_log_once = functools.cache(logger.log)
 
 KERNELS = ("auto", "triton", "torch")
 ACTIVATIONS = (None, "relu")
@@ -53,8 +54,8 @@ def group_norm_act(
         residual: of the shape of ``x``, added before the activation; or None.
         activation: ``"relu"`` or None.
         kernel: ``"triton"``: fused kernels for CUDA, for maps (N, C, H, W) of float32, bfloat16 or
-            float16; ``"torch"``: PyTorch's operations; ``"auto"``: the first for all that it can
-            take. What auto took, and why, is logged once.
+            float16, checked before the first use; ``"torch"``: PyTorch's operations; ``"auto"``:
+            the first for all that they take and compute rightly. What and why is logged once.
 
     Returns:
         Shape and dtype of ``x``; also its memory format, except that PyTorch's operations on CUDA
@@ -63,6 +64,7 @@ def group_norm_act(
     Raises:
         ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ,
             ``activation`` or ``kernel`` is unknown, or ``kernel="triton"`` cannot take the input.
+        RuntimeError: ``kernel="triton"``, and the kernels fail or are wrong on this device.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; one of: 'relu', None")
@@ -141,20 +143,30 @@ def _takes_triton(kernel, x, weight, bias, residual) -> bool:
         reason = "triton is not installed"
     else:
         reason = triton_kernels.unsupported(x, weight, bias, residual)
-    if reason and kernel == "triton":
-        raise ValueError(
-            f"MODEL.GN.KERNEL is 'triton', but {reason}; set it to 'auto', which falls back to "
-            "PyTorch's operations, or to 'torch'"
-        )
-    if kernel == "auto" and not torch.compiler.is_compiling():
-        _say(reason, x.dtype, x.device)
-    return not reason
+    fake = isinstance(x, FakeTensor)
+    return _decide(kernel, reason, x.device, x.dtype, not x.is_contiguous(), fake)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while it traces
+def _decide(*arguments) -> bool:
+    return _decided(*arguments)
 
 
 @functools.cache
-def _say(reason: str, dtype: torch.dtype, device: torch.device) -> None:
-    kernel, why = ("torch", reason) if reason else ("triton", f"{dtype} maps on {device}")
-    logger.info(f"GroupNorm with MODEL.GN.KERNEL auto runs {kernel}: {why}")
+def _decided(kernel, reason, device, dtype, channels_last, fake) -> bool:
+    """Whether Triton it is: said, or an error, once for all maps of a kind."""
+    failed = "" if reason or fake else kernel_check.failure(device, dtype, channels_last)
+    why_not = reason or failed
+    if why_not and kernel == "triton":
+        raise (RuntimeError if failed else ValueError)(
+            f"MODEL.GN.KERNEL is 'triton', but {why_not}; set it to 'auto', which falls back to "
+            "PyTorch's operations, or to 'torch'"
+        )
+    if kernel == "auto":
+        taken = f"torch: {why_not}" if why_not else f"triton: {dtype} maps on {device}"
+        level = logging.WARNING if failed else logging.INFO
+        _log_once(level, f"GroupNorm with MODEL.GN.KERNEL auto runs {taken}")
+    return not why_not
 
 
 def _fused(x, weight, bias, residual, num_groups, eps, activation) -> Tensor:

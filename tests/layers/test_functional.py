@@ -189,7 +189,8 @@ def test_errors(change, message):
 
 
 def test_auto_says_once_what_it_took_and_why(caplog):
-    functional._say.cache_clear()
+    functional._decided.cache_clear()
+    functional._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "gn_detect"):
         for layout in (NCHW, NHWC):
             group_norm_act(torch.zeros(1, 4, 2, 2).to(memory_format=layout), 2)

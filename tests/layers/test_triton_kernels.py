@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from triton.runtime import interpreter  # noqa: E402
 
+from gn_detect.layers import kernel_check  # noqa: E402
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -540,6 +541,13 @@ FULL_SIZE = [
     ((1024, 256, 7, 7), False, True),
     ((256, 256, 14, 14), False, True),
 ]
+
+
+@cuda
+@LAYOUTS
+@pytest.mark.parametrize("dtype", list(ULP), ids=str)
+def test_check_before_the_first_use_on_a_gpu(nhwc, dtype):
+    assert kernel_check.failure(torch.device("cuda"), dtype, nhwc) == ""
 
 
 @cuda
