@@ -327,10 +327,13 @@ def test_operator_of_torch_library(residual, activation, layout, interpreted):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_operator_whose_residual_alone_is_trained(relu, interpreted):
+def test_operators_whose_residual_alone_is_trained(relu, interpreted):
     x, gamma, beta, r = (t.detach() for t in inputs(True, torch.float32))
-    r = r.bfloat16().requires_grad_()
-    torch.library.opcheck(functional._operator, (x, gamma, beta, r, G, EPS, relu))
+    arguments = x, gamma, beta, r.bfloat16().requires_grad_(), G, EPS, relu
+    torch.library.opcheck(functional._operator, arguments)
+    y, mean, rstd = (t.detach() for t in functional._operator(*arguments))
+    arguments = x, x, gamma, beta, mean, rstd, y, relu, torch.bfloat16, [False, False, False, relu]
+    torch.library.opcheck(functional._backward_operator, arguments)
 
 
 @pytest.mark.parametrize("residual, activation", KINDS, ids=KINDS_IDS)
