@@ -31,13 +31,13 @@ def norm_act(
     """``activation(norm(x) + residual)``: one pass over the map if ``norm`` is a GroupNorm.
 
     Args:
-        norm: any layer, or None.
+        norm: any layer, a subclass of GroupNorm with a ``forward`` of its own among them; or None.
         residual: of the shape of the output, or None.
         activation: any function or module, or None. A ReLU is applied by a GroupNorm (hooks of an
             ``nn.ReLU`` do not run then), all others are called.
     """
     relu = type(activation) is nn.ReLU or activation is F.relu or activation is F.relu_
-    if isinstance(norm, GroupNorm) and (relu or activation is None):
+    if getattr(type(norm), "forward", None) is GroupNorm.forward and (relu or activation is None):
         return norm(x, residual=residual, activation="relu" if relu else None)
     if norm is not None:
         x = norm(x)

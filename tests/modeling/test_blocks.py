@@ -16,6 +16,7 @@ from torch import nn
 
 from gn_detect.layers import GroupNorm, standardize_weight
 from gn_detect.layers.recompute import MODES
+from gn_detect.modeling import blocks
 from gn_detect.modeling.blocks import GNBasicBlock, GNBottleneckBlock, GNConv2d, fuse_norms
 from gn_detect.modeling.norm import GroupNormFactory
 
@@ -107,8 +108,8 @@ class ScaledConv(Conv2d):
 
 
 class ScaledNorm(GroupNorm):
-    def forward(self, x, **kwargs):
-        return 3 * super().forward(x, **kwargs)
+    def forward(self, x):
+        return 3 * super().forward(x)
 
 
 def unusual():
@@ -117,7 +118,7 @@ def unusual():
     yield "convolution in two places", nn.Sequential(conv, GroupNorm(2, 8), conv, nn.ReLU())
     yield "subclass of ReLU", nn.Sequential(GroupNorm(2, 8), Leaky())
     yield "subclass of Sequential", Doubled(nn.Conv2d(8, 8, 1), GroupNorm(2, 8), nn.ReLU())
-    yield "subclass of GroupNorm", nn.Sequential(nn.Conv2d(8, 8, 1), ScaledNorm(2, 8), nn.ReLU())
+    yield "subclass of GroupNorm", bottleneck(norm=lambda channels: ScaledNorm(2, channels))
     yield "subclass of Conv2d", ScaledConv(8, 8, 1, norm=GroupNorm(2, 8), activation=F.relu)
     yield "subclass of a block", bottleneck(Negative, stride=1)
     yield "subclass of our block", bottleneck(type("Own", (GNBottleneckBlock,), {}))
@@ -127,7 +128,7 @@ def unusual():
     plain.activation = F.relu  # of which nn.Conv2d knows nothing
     yield "foreign attribute", nn.Sequential(plain, GroupNorm(2, 8))
     yield "leaky ReLU", Conv2d(8, 8, 1, norm=GroupNorm(2, 8), activation=F.leaky_relu)
-    yield "SiLU", Conv2d(8, 8, 1, norm=GroupNorm(2, 8), activation=nn.SiLU())
+    yield "activation of its own", Conv2d(8, 8, 1, norm=GroupNorm(2, 8), activation=Leaky())
     yield "two ReLUs", nn.Sequential(nn.ReLU(), GroupNorm(2, 8), nn.ReLU(), nn.ReLU())
     for child, conv in (
         ("conv1", ScaledConv(8, 8, 1, norm=GroupNorm(2, 8))),
@@ -240,6 +241,15 @@ def test_weights_of_the_call_are_those_of_its_gradient(memory):
     results.append(torch.autograd.grad(block(x).square().sum(), list(block.parameters())))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_lean_runs_1x1_convolutions_again(monkeypatch):
+    """Not 3x3, which take longer. Of a bottleneck the last one, and of both the shortcut."""
+    again = []
+    monkeypatch.setattr(blocks, "rerun", lambda f, x, w, b: again.append(w.shape[2:]) or f(x, w, b))
+    for block in (bottleneck(), BasicBlock(8, 16, norm=GroupNormFactory(4))):
+        fuse_norms(block, "lean")(image())
+    assert again == [(1, 1)] * 3
 
 
 def test_a_copy_is_independent():
