@@ -171,7 +171,14 @@ def test_how_many_images_are_few(num_images, warns, caplog):
     cfg = prepare(R18, "GUARDS.FEW_IMAGES", False)
     cfg.GUARDS.FEW_IMAGES = True
     check_recipe(cfg, processes=1, num_images=num_images)
-    assert ("there are 9999 images to train on" in caplog.text) == warns
+    assert (f"there are {num_images} images to train on" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("norm, warns", [("BN", True), ("naiveSyncBN", False)])
+def test_batch_norm_sees_the_images_of_its_process(norm, warns, caplog):
+    prepare(R18, "MODEL.FPN.NORM", norm, "SOLVER.IMS_PER_BATCH", 8, num_gpus=2)
+    assert ("its statistics are of 4 images" in caplog.text) == warns
+    assert ("GUARDS.SMALL_BATCH_BN" in caplog.text) == warns
 
 
 def test_a_component_that_cannot_be_built_on_the_meta_device(monkeypatch):

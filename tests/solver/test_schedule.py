@@ -56,7 +56,8 @@ def test_periods_and_final_rate_follow():
     cfg = resolved(*opts)
     assert cfg.SOLVER.CHECKPOINT_PERIOD == 40_000 and cfg.TEST.EVAL_PERIOD == 8000
     assert cfg.SOLVER.BASE_LR_END == pytest.approx(0.00025)
-    assert resolved("SOLVER.IMS_PER_GPU", 2).TEST.EVAL_PERIOD == 0  # off stays off
+    cfg = resolved("SOLVER.IMS_PER_GPU", 2, "SOLVER.CHECKPOINT_PERIOD", 0)
+    assert cfg.SOLVER.CHECKPOINT_PERIOD == cfg.TEST.EVAL_PERIOD == 0  # off stays off
 
 
 @pytest.mark.parametrize("batch", [3, 5, 12, 24, 64, 100])
