@@ -132,6 +132,7 @@ def test_two_processes_without_cuda(own_config, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
+        ([], "--config-file: name a lazy config"),
         (["--config-file", "absent.py"], "absent.py"),
         (
             ["--config-file", QUICK, "train.max_itr=3"],
