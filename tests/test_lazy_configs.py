@@ -1,6 +1,8 @@
 """Every lazy config agrees with the YAML of the same name, which tests/test_configs.py holds to its
 own: keys, settings and losses of the model, schedule, data."""
 
+import dataclasses
+
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -111,7 +113,8 @@ def test_same_guards_as_the_yaml(name, caplog):
     check_recipe(cfg, processes=1, num_images=600 if "shapes" in name else 118_000)
     assert not caplog.records
     ours, theirs = (WeightGuards.from_config(c) for c in (cfg, theirs))
-    assert ours.ours == theirs.ours
+    told = {} if "_v2_" not in name else {"stride_in_1x1": None}  # no argument of its blocks
+    assert ours.ours == dataclasses.replace(theirs.ours, **told)
     on = [{name: on for name, (_, on) in guards.switches.items()} for guards in (ours, theirs)]
     assert on[0] == on[1]
 

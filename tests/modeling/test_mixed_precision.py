@@ -54,7 +54,7 @@ def test_a_detector_learns_in_bfloat16():
         """Of a batch that it is trained on."""
         torch.manual_seed(0)
         model = build_model(config(R18, *TINY, *opts)).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         trainer = AccumulatingTrainer(
             model, [[training_image()]] * iterations, optimizer, amp_dtype=amp_dtype
         )

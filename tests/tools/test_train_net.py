@@ -118,19 +118,6 @@ def test_two_processes_without_cuda(coco_files, tmp_path):
     assert (tmp_path / "run/model_final.pth").is_file()
 
 
-@without_cuda
-def test_an_error_in_one_of_two_processes_is_a_sentence(coco_files, tmp_path):
-    (coco_files.image_root / "2.png").write_bytes(b"not an image")
-    result = start_tool(
-        *("train_net.py", "--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
-        *(*coco_files.arguments("train"), *TINY, "SOLVER.IMS_PER_BATCH", 2),
-        *("SOLVER.MAX_ITER", 9, "OUTPUT_DIR", tmp_path / "run"),
-        check=False,
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: cannot use the image")
-
-
 def test_progress_bar_on_a_terminal(coco_files, tmp_path):
     parent, child = os.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # 40 x 200
