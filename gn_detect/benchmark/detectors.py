@@ -13,6 +13,7 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gn_detect.config import ConfigError, get_config_file, load_config
 from gn_detect.engine.train_loop import AMP_DTYPES
@@ -29,8 +30,6 @@ _COMPONENTS = {
     "MODEL.ROI_BOX_HEAD.NAME": ("GNFastRCNNConvFCHead", "FastRCNNConvFCHead"),
     "MODEL.ROI_MASK_HEAD.NAME": ("GNMaskRCNNConvUpsampleHead", "MaskRCNNConvUpsampleHead"),
 }
-# Of the loss with float16: small, so that no step of untrained weights overflows and is left out.
-_SCALE = 16.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
     Args:
         opts: of the config of Mask R-CNN with R50-FPN, KEY VALUE.
         device: ``"cpu"`` or ``"cuda"``.
-        amp: ``"none"``, or autocast to ``"float16"`` (with a gradient scaler) or ``"bfloat16"``.
+        amp: ``"none"``, or autocast to ``"float16"`` or ``"bfloat16"``.
         channels_last: have weights and maps of ``"all"`` variants, or of ``"ours"``, in
             ``torch.channels_last``; ``""``: of none.
         images: of a step.
@@ -65,10 +64,10 @@ class Settings:
         return "triton" if self.device == "cuda" else "torch"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """As in ``engine.AccumulatingTrainer``."""
-        return torch.autocast(
-            self.device, dtype=AMP_DTYPES.get(self.amp), enabled=self.amp in AMP_DTYPES
-        )
+        """As in ``engine.AccumulatingTrainer``, but also where the device is not there."""
+        autocast = torch.autocast(self.device, dtype=AMP_DTYPES.get(self.amp), enabled=False)
+        autocast._enabled = self.amp in AMP_DTYPES  # past the look for the device
+        return autocast
 
 
 def variant_config(variant: str, settings: Settings) -> CfgNode:
@@ -111,15 +110,8 @@ def variant_config(variant: str, settings: Settings) -> CfgNode:
 
 
 class Detector:
-    """A variant, its optimizer, and the batch that it works on.
-
-    Args:
-        variant: one of ``VARIANTS``. Ours and Detectron2's with GN have the same weights.
-
-    Attributes:
-        model: in training mode.
-        batch: as Detectron2's models take it.
-    """
+    """One of ``VARIANTS`` in training mode, its optimizer, and the batch that it works on. Ours and
+    Detectron2's with GN have the same weights."""
 
     def __init__(self, variant: str, settings: Settings):
         cfg = variant_config(variant, settings)
@@ -128,36 +120,32 @@ class Detector:
         self.model = build_model(cfg)
         if settings.channels_last == "all":
             self.model.to(memory_format=torch.channels_last)
-        _set_statistics(self.model, self.batch)
+        # So that untrained residual blocks, which have no norm then, do not overflow float16.
+        for module in self.model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.weight.fill_(0.25)
         # The untrained predictor is sure of class 0, so that inference has boxes to make masks of.
         nn.init.constant_(self.model.roi_heads.box_predictor.cls_score.bias[:1], 8.0)
         self.optimizer = build_optimizer(cfg, self.model)
-        self.scaler = torch.amp.GradScaler(
-            settings.device, init_scale=_SCALE, enabled=settings.amp == "float16"
-        )
 
     def forward(self) -> torch.Tensor:
-        """The sum of the losses in training; () float32, scaled for float16."""
+        """The sum of the losses in training; () float32."""
         torch.manual_seed(0)  # of the sampling of anchors and proposals
         with EventStorage(), self.settings.autocast():
-            losses = self.model(self.batch)
-        return self.scaler.scale(sum(losses.values()))
+            return sum(self.model(self.batch).values())
 
     def step(self) -> None:
         """Forward, backward and optimizer step. No gradients stay behind, as other variants share
         the memory.
 
         Raises:
-            FloatingPointError: gradients overflow float16, so that the step is left out.
+            FloatingPointError: by Detectron2, after a step whose gradients overflowed float16.
         """
         try:
             self.forward().backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self.optimizer.step()
         finally:
             self.optimizer.zero_grad()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < _SCALE:
-            raise FloatingPointError("gradients overflow float16; measure --amp bfloat16")
 
     @torch.no_grad()
     def infer(self) -> list[dict]:
@@ -168,16 +156,12 @@ class Detector:
     def peak_bytes(self) -> int:
         """The most memory that a step has on a GPU, as if the detector were alone there: what the
         step adds to the allocated, and the weights, buffers and optimizer state."""
-        self.step()  # the optimizer has its state afterwards
-        torch.cuda.synchronize()
+        self.step()  # makes the momentum
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.step()
-        torch.cuda.synchronize()
-        kept = [*self.model.parameters(), *self.model.buffers()]
-        for state in self.optimizer.state.values():
-            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        return torch.cuda.max_memory_allocated() - before + sum(tensor.nbytes for tensor in kept)
+        own = tree_leaves((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+        return torch.cuda.max_memory_allocated() - before + sum(tensor.nbytes for tensor in own)
 
 
 def synthetic_batch(settings: Settings) -> list[dict]:
@@ -204,19 +188,3 @@ def synthetic_batch(settings: Settings) -> list[dict]:
         instances = instances.to(settings.device)
         batch.append({"image": image.to(settings.device), "instances": instances})
     return batch
-
-
-@torch.no_grad()
-def _set_statistics(model: nn.Module, batch: list[dict]) -> None:
-    """Give each FrozenBN the statistics of the batch, as training BN would have: without, untrained
-    weights overflow float16."""
-
-    def take(norm: FrozenBatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
-        norm.running_var, norm.running_mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
-
-    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
-    handles = [norm.register_forward_pre_hook(take) for norm in norms]
-    if norms:
-        model.backbone(model.preprocess_image(batch).tensor)
-    for handle in handles:
-        handle.remove()

@@ -5,21 +5,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_model
 from torch import nn
 
 from gn_detect.layers import GroupNorm, group_norm_act
 
-from .detectors import Settings, variant_config
-from .timing import as_cuda_graph, failing, interleave, kernel_clock, wall_clock
+from .detectors import Detector, Settings
 
 # "copy": Tensor.copy_ of as many bytes as the layer has to read and write at the least.
-VARIANTS = ("eager", "autocast", "compiled", "frozenbn", "ours", "copy")
+VARIANTS = ("eager", "autocast", "frozenbn", "ours", "copy")
 PASSES = ("forward", "forward+backward")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,121 +55,64 @@ class Layer:
         return f"{'x'.join(map(str, self.shape))} GN{kind}"
 
 
-@torch.no_grad()
 def gn_layers(settings: Settings) -> dict[Layer, int]:
-    """The distinct GN layers of the detector, in the order in which they run, and how many of each
-    there are.
-
-    They are taken from our model, which runs without data (on the device ``meta``): the
-    backbone on ``settings.images`` of ``settings.size``, the heads on ``settings.rois`` of each
-    image and a quarter of them.
-    """
-    settings = dataclasses.replace(settings, device="meta", channels_last="", amp="none")
-    model = build_model(variant_config("ours-fast", settings))
-    layers = collections.Counter()
+    """The distinct GN layers in a training step of ours, in the order in which they run, and how
+    many of each there are."""
+    detector, layers = Detector("ours-fast", settings), collections.Counter()
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         relu, residual = kwargs.get("activation") == "relu", kwargs.get("residual") is not None
         layers[Layer(tuple(args[0].shape), module.num_groups, relu, residual)] += 1
 
-    for module in model.modules():
+    for module in detector.model.modules():
         if isinstance(module, GroupNorm):
             module.register_forward_pre_hook(note, with_kwargs=True)
-    step = model.backbone.size_divisibility  # to which the model pads images
-    size = (math.ceil(side / step) * step for side in settings.size)
-    heads, rois = model.roi_heads, settings.images * settings.rois
-    features = model.backbone(torch.empty(settings.images, 3, *size, device="meta"))
-    channels = features["p2"].shape[1]
-    side = heads.box_pooler.output_size
-    heads.box_head(torch.empty(rois, channels, *side, device="meta"))
-    side = heads.mask_pooler.output_size
-    heads.mask_head.layers(torch.empty(max(rois // 4, 1), channels, *side, device="meta"))
+    detector.forward()
     return layers
 
 
-def time_layer(
-    layer: Layer, variants: Sequence[str], settings: Settings, rounds: int, warmup: int
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """Seconds of each variant, interleaved: pass -> variant -> samples; and those that failed, with
-    the reason.
+def layer_run(name: str, kind: str, layer: Layer, settings: Settings) -> Callable[[], object]:
+    """One pass of a layer as a variant runs it, on random maps.
 
-    On CUDA, CUDA graphs are replayed, so that the time is that of the kernels: else a short one
-    would wait for Python.
+    Returns:
+        a function that gives y, or for forward+backward the gradients of x, the residual (where
+        there is one), gamma and beta (where they are trained).
     """
-    torch.manual_seed(0)
-    torch.compiler.reset()  # compiled for each shape alone
-    on_gpu = settings.device == "cuda"
-    clock = kernel_clock() if on_gpu else wall_clock
-    runs, samples, failures = {}, {}, {}
-    for name in variants:
-        with failing(name, failures):
-            runs[name] = layer_runs(name, layer, settings)
-    for kind in PASSES:
-        of_pass = {name: run[kind] for name, run in runs.items() if name not in failures}
-        for name, run in of_pass.items() if on_gpu else ():
-            with failing(name, failures):
-                of_pass[name] = as_cuda_graph(run)
-        samples[kind] = interleave(of_pass, rounds, warmup, failures, clock)
-    return samples, failures
-
-
-def layer_runs(name: str, layer: Layer, settings: Settings) -> dict[str, Callable[[], object]]:
-    """One layer as a variant runs it, on random maps: the forward pass, which gives y, and
-    forward+backward, which gives the gradients of x, the residual (where there is one), gamma and
-    beta (where they are trained)."""
     device, dtype = settings.device, DTYPES[settings.dtype]
+    if name == "copy":
+        half = layer.minimum_bytes(dtype.itemsize, kind != "forward") // 2
+        source, target = torch.zeros(2, half, dtype=torch.uint8, device=device)
+        return lambda: target.copy_(source)
 
     def new() -> torch.Tensor:
         x = torch.randn(layer.shape, device=device, dtype=dtype)
         return x.to(memory_format=LAYOUTS[settings.layout])
 
-    def copy(kind: str) -> Callable[[], object]:
-        half = layer.minimum_bytes(dtype.itemsize, kind != "forward") // 2
-        source, target = torch.zeros(2, half, dtype=torch.uint8, device=device)
-        return lambda: target.copy_(source)
-
-    if name == "copy":
-        return {kind: copy(kind) for kind in PASSES}
-    norm = nn.GroupNorm(layer.num_groups, layer.shape[1])
-    if name == "frozenbn":
-        norm = FrozenBatchNorm2d(layer.shape[1])
-    # Under autocast parameters are float32, as ours always; F.group_norm alone wants them as x.
-    norm = norm.to(device, dtype if name in ("eager", "compiled") else None)
-    function = _function(name, layer, norm, settings)
     x, gradient = new().requires_grad_(), new()
     residual = new().requires_grad_() if layer.residual else None
-    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
+    # Under autocast parameters are float32, as ours always; F.group_norm alone wants them as x.
+    of_norm = dtype if name == "eager" else None
+    norm = nn.GroupNorm(layer.num_groups, layer.shape[1], device=device, dtype=of_norm)
+    if name == "frozenbn":
+        norm = FrozenBatchNorm2d(layer.shape[1]).to(device)
 
-    def forward() -> torch.Tensor:
-        return function(x, residual)
-
-    def forward_backward() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(forward(), inputs, gradient)
-
-    return dict(zip(PASSES, (forward, forward_backward), strict=True))
-
-
-def _function(name: str, layer: Layer, norm: nn.Module, settings: Settings) -> Callable:
-    """``function(x, residual)`` of a variant."""
-    dtype = DTYPES[settings.dtype]
-
-    def detectron2(x, residual):  # what its convolutions and blocks do
+    def detectron2() -> torch.Tensor:  # what its convolutions and blocks do
         y = norm(x)
-        if layer.residual:
+        if residual is not None:
             y += residual
         return F.relu_(y) if layer.relu else y
 
-    def autocast(x, residual):
-        with torch.autocast(
-            settings.device, dtype, enabled=dtype.itemsize == 2, cache_enabled=False
-        ):
-            return detectron2(x, residual).to(dtype)  # as the next convolution does
+    def autocast() -> torch.Tensor:
+        with torch.autocast(device, dtype, enabled=dtype.itemsize == 2, cache_enabled=False):
+            return detectron2().to(dtype)  # as the next convolution does
 
-    def ours(x, residual):
+    def ours() -> torch.Tensor:
         fixed = norm.num_groups, norm.weight, norm.bias, norm.eps
         activation = "relu" if layer.relu else None
         return group_norm_act(x, *fixed, residual, activation, kernel=settings.kernel)
 
-    if name == "compiled":
-        return torch.compile(detectron2, dynamic=False)
-    return {"autocast": autocast, "ours": ours}.get(name, detectron2)
+    forward = {"autocast": autocast, "ours": ours}.get(name, detectron2)
+    if kind == "forward":
+        return forward
+    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
+    return lambda: torch.autograd.grad(forward(), inputs, gradient)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from detectron2.modeling import build_backbone
@@ -12,8 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from gn_detect.engine.train_loop import AMP_DTYPES
 
 from .detectors import Settings, variant_config
 
@@ -50,25 +47,10 @@ def backbone_bytes(variant: str, settings: Settings) -> int:
         backbone = build_backbone(cfg).bottom_up
 
         def forward() -> dict[str, torch.Tensor]:
-            with _autocast(settings):
+            with settings.autocast():
                 return backbone(torch.empty(settings.images, 3, *settings.size))
 
         return saved_bytes(forward)
-
-
-@contextlib.contextmanager
-def _autocast(settings: Settings) -> Iterator[None]:
-    """``settings.autocast()``, which is off where the device is not there."""
-    device = settings.device
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, settings.amp in AMP_DTYPES)
-    torch.set_autocast_dtype(device, AMP_DTYPES.get(settings.amp, before[1]))
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-        torch.clear_autocast_cache()
 
 
 class _Storages(TorchDispatchMode):

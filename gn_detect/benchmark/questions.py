@@ -1,7 +1,7 @@
 """The questions that ``tools/benchmark.py`` answers, one function each.
 
-Each measures variants side by side, and gives groups of results that can be compared: of each
-variant its samples by rounds, or why it failed.
+Each measures variants side by side, and gives groups of results that can be compared: what a group
+is of, and of each variant its measures, name -> samples by rounds, or why it failed.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from .detectors import DETECTRON2_GN, FROZEN_BN, Detector, Settings
-from .kernels import DTYPES, PASSES, gn_layers, time_layer
+from .kernels import DTYPES, PASSES, gn_layers, layer_run
 from .memory import backbone_bytes, saved_bytes
-from .report import compare
-from .timing import failing, interleave
+from .timing import as_cuda_graph, interleave, kernel_clock, wall_clock
 
 _BASELINES = (DETECTRON2_GN, FROZEN_BN, "eager", "copy")
 _MIB = 2**20
+Measures = dict[str, list[float]]
+Groups = list[tuple[dict, dict[str, Measures | str]]]
 
 
 def answer(
-    question: Callable[..., list[list[dict]]],
-    settings: Settings,
-    varied: dict[str, Sequence],
-    **how,
+    question: Callable[..., Groups], settings: Settings, varied: dict[str, Sequence], **how
 ) -> Iterator[tuple[list[dict], list[dict]]]:
     """Ask at each combination of some settings.
 
@@ -44,95 +43,127 @@ def answer(
         groups = question(dataclasses.replace(settings, **here), **how)
         if "size" in here:
             here["size"] = "x".join(map(str, here["size"]))
-        for group in groups:
-            results += (group := [here | result for result in group])
-            rows += compare(group, _BASELINES)
+        for where, measured in groups:
+            results.append({**here, **where, "variants": measured})
+            rows += compare(here | where, measured, _BASELINES)
         yield rows, results
 
 
-def memory(settings: Settings, variants: Sequence[str]) -> list[list[dict]]:
+def memory(settings: Settings, variants: Sequence[str]) -> Groups:
     """What the graph of the ResNet keeps for its backward pass. Nothing is timed, nor computed, and
     no device is needed."""
-    kept = {name: backbone_bytes(name, settings) / _MIB for name in variants}
-    return [[{"variant": name, "measures": {"MiB": [value]}} for name, value in kept.items()]]
+    return [({}, {name: {"MiB": [backbone_bytes(name, settings) / _MIB]} for name in variants})]
 
 
-def step(settings: Settings, **how) -> list[list[dict]]:
+def step(settings: Settings, **how) -> Groups:
     """Seconds of a training step, what its graph keeps, and on a GPU its peak memory; takes
-    ``variants``, ``rounds`` and ``warmup``."""
+    ``variants`` and ``rounds``."""
 
-    def prepare(detector: Detector) -> dict[str, list[float]]:
+    def prepare(detector: Detector) -> tuple[Callable[[], object], Measures]:
         memory = {"kept MiB": [saved_bytes(detector.forward) / _MIB]}
         if settings.device == "cuda":
             memory["peak MiB"] = [detector.peak_bytes() / _MIB]
-        return memory
+        return detector.step, memory
 
-    return _time(settings, prepare, lambda detector: detector.step, "s/iter", **how)
+    return _time(settings, prepare, "s/iter", **how)
 
 
-def inference(settings: Settings, **how) -> list[list[dict]]:
+def inference(settings: Settings, **how) -> Groups:
     """Images per second, from images to masks in their size; takes what ``step`` does."""
 
-    def prepare(detector: Detector) -> dict[str, list[float]]:
+    def prepare(detector: Detector) -> tuple[Callable[[], object], Measures]:
         detector.model.eval()
-        return {"detections": [sum(len(found["instances"]) for found in detector.infer())]}
+        found = sum(len(image["instances"]) for image in detector.infer())
+        return detector.infer, {"detections": [found]}
 
-    return _time(settings, prepare, lambda detector: detector.infer, "images/s", **how)
+    return _time(settings, prepare, "images/s", **how)
 
 
 def _time(
     settings: Settings,
-    prepare: Callable[[Detector], dict[str, list[float]]],
-    run: Callable[[Detector], Callable[[], object]],
+    prepare: Callable[[Detector], tuple[Callable[[], object], Measures]],
     unit: str,
     variants: Sequence[str],
     rounds: int,
-    warmup: int,
-) -> list[list[dict]]:
-    """``run`` in ``unit`` (s/iter or images/s), after ``prepare``, which measures the rest."""
-    runs, measures, failures = {}, {}, {}
-    for name in variants:
-        with failing(name, failures):
-            detector = Detector(name, settings)
-            measures[name] = prepare(detector)
-            runs[name] = run(detector)
-    timed = {}
-    for name, seconds in interleave(runs, rounds, warmup, failures).items():
-        samples = seconds if unit == "s/iter" else [settings.images / s for s in seconds]
-        timed[name] = {unit: samples, **measures[name]}
-    return [_group({"kernel": settings.kernel}, variants, timed, failures)]
+) -> Groups:
+    """What ``prepare`` gives, in ``unit`` (s/iter or images/s), and the rest that it measures."""
+    others = {}
+
+    def make(name: str) -> Callable[[], object]:
+        run, others[name] = prepare(Detector(name, settings))
+        return run
+
+    measured = interleave({name: partial(make, name) for name in variants}, rounds)
+    for name, seconds in measured.items():
+        if not isinstance(seconds, str):
+            samples = seconds if unit == "s/iter" else [settings.images / s for s in seconds]
+            measured[name] = {unit: samples, **others[name]}
+    return [({"kernel": settings.kernel}, measured)]
 
 
-def kernels(
-    settings: Settings, variants: Sequence[str], rounds: int, warmup: int
-) -> list[list[dict]]:
-    """Each GN layer of the detector alone, by several implementations, and the sum of all."""
+def kernels(settings: Settings, variants: Sequence[str], rounds: int) -> Groups:
+    """Each GN layer of the detector alone, by several implementations, and the sum of all.
+
+    On CUDA, CUDA graphs are replayed, so that the time is that of the kernels: else a short one
+    would wait for Python.
+    """
     layers, itemsize = gn_layers(settings), DTYPES[settings.dtype].itemsize
-    timed = {layer: time_layer(layer, variants, settings, rounds, warmup) for layer in layers}
+    on_gpu = settings.device == "cuda"
+    clock = kernel_clock() if on_gpu else wall_clock
+
+    def make(*what) -> Callable[[], object]:
+        run = layer_run(*what, settings)
+        return as_cuda_graph(run) if on_gpu else run
+
     groups = []
     for kind in PASSES:
-        where, of_layers, failures = {"kernel": settings.kernel, "pass": kind}, [], {}
-        for layer, (samples, failed) in timed.items():
+        where, columns = {"kernel": settings.kernel, "pass": kind}, {name: [] for name in variants}
+        for layer, count in layers.items():
+            makers = {name: partial(make, name, kind, layer) for name in variants}
+            timed = interleave(makers, rounds, clock)
+            for name, seconds in timed.items():
+                columns[name].append(seconds)
             megabytes = layer.minimum_bytes(itemsize, kind != "forward") / 1e6
-            row = where | {"layer": str(layer), "layers": layers[layer], "MB": f"{megabytes:.1f}"}
-            ms = {name: {"ms": [1e3 * s for s in times]} for name, times in samples[kind].items()}
-            of_layers.append(_group(row, variants, ms, failed))
-            failures |= {name: why for name, why in failed.items() if name not in ms}
-        totals = {}
-        for name, *column in zip(variants, *of_layers, strict=True):
-            if name not in failures:
-                ms = [result["measures"]["ms"] for result in column]
-                totals[name] = {"ms": np.dot(list(layers.values()), ms).tolist()}
-        row = where | {"layer": "all", "layers": sum(layers.values())}
-        groups += [*of_layers, _group(row, variants, totals, failures)]
+            row = where | {"layer": str(layer), "layers": count, "MB": f"{megabytes:.1f}"}
+            groups.append((row, {name: _milliseconds([1], [s]) for name, s in timed.items()}))
+        counts = list(layers.values())
+        total = {name: _milliseconds(counts, column) for name, column in columns.items()}
+        groups.append((where | {"layer": "all", "layers": sum(counts)}, total))
     return groups
 
 
-def _group(
-    row: dict, variants: Sequence[str], measures: dict, failures: dict[str, str]
-) -> list[dict]:
-    return [
-        {**row, "variant": name}
-        | ({"measures": measures[name]} if name in measures else {"failure": failures[name]})
-        for name in variants
-    ]
+def _milliseconds(counts: list[int], column: list[list[float] | str]) -> Measures | str:
+    """Of some layers, of each of which there are ``counts``, in each round; or why one failed."""
+    for failure in (seconds for seconds in column if isinstance(seconds, str)):
+        return failure
+    return {"ms": (1e3 * np.dot(counts, column)).tolist()}
+
+
+def compare(where: dict, measured: dict[str, Measures | str], baselines: Sequence[str]) -> list:
+    """The rows of a group, one for each variant, which is compared with some of the others."""
+    done = {name: measures for name, measures in measured.items() if isinstance(measures, dict)}
+    rows = []
+    for variant, measures in measured.items():
+        row = {**where, "variant": variant}
+        if variant not in done:
+            row["failure"] = measures
+        for measure, samples in done.get(variant, {}).items():
+            row[measure] = quartiles(samples)
+            for base in [name for name in baselines if name in done]:
+                row[f"{measure} / {base}"] = ratio(samples, done[base][measure])
+        rows.append(row)
+    return rows
+
+
+def ratio(samples: Sequence[float], baseline: Sequence[float]) -> str:
+    """``samples`` over ``baseline``, round by round."""
+    return quartiles([a / b for a, b in zip(samples, baseline, strict=True)], ".3f")
+
+
+def quartiles(samples: Sequence[float], spec: str = "") -> str:
+    """``median (lower-upper)``, or one sample; without ``spec``, in three digits."""
+    lower, median, upper = (
+        f"{value:{spec}}" if spec else f"{float(f'{value:.3g}'):g}"
+        for value in np.quantile(samples, (0.25, 0.5, 0.75))
+    )
+    return f"{median} ({lower}-{upper})" if len(samples) > 1 else median

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.utils.benchmark import timer  # which waits for the work on a GPU
+
+WARMUP = 3  # rounds that are not kept
 
 
 def wall_clock(run: Callable[[], object]) -> float:
@@ -17,42 +18,35 @@ def wall_clock(run: Callable[[], object]) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]],
+    makers: Mapping[str, Callable[[], Callable[[], object]]],
     rounds: int,
-    warmup: int,
-    failures: dict[str, str],
     clock: Callable[[Callable[[], object]], float] = wall_clock,
-) -> dict[str, list[float]]:
-    """Time each of ``runs`` once per round, in turn.
+) -> dict[str, list[float] | str]:
+    """Time variants once per round, in turn.
 
     Args:
-        rounds: that are kept.
-        warmup: rounds before them.
-        failures: of :func:`failing`. Those that fail, or have failed, are left out.
+        makers: name -> a function that makes what is timed, in the first round.
+        rounds: that are kept, after ``WARMUP``.
         clock: runs a function and gives its seconds.
 
     Returns:
-        name -> seconds of each round; samples of one index belong to one round.
+        name -> seconds of each round, or why it failed, by memory or by an overflow, which leaves
+        the others. Samples of one index belong to one round.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(-warmup, rounds):
-        for name in [name for name in runs if name not in failures]:
-            with failing(name, failures):
+    runs, results = {}, {name: [] for name in makers}
+    for number in range(-WARMUP, rounds):
+        for name in [name for name, found in results.items() if isinstance(found, list)]:
+            try:
+                if name not in runs:
+                    runs[name] = makers[name]()
                 seconds = clock(runs[name])
                 if number >= 0:
-                    samples[name].append(seconds)
-    return {name: values for name, values in samples.items() if name not in failures}
-
-
-@contextlib.contextmanager
-def failing(name: str, failures: dict[str, str]) -> Iterator[None]:
-    """Note in ``failures`` that a variant is out of memory or overflows, and go on with others."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        failures[name] = "out of memory"
-    except FloatingPointError as error:
-        failures[name] = str(error)
+                    results[name].append(seconds)
+            except torch.OutOfMemoryError:
+                results[name] = "out of memory"
+            except FloatingPointError as error:
+                results[name] = str(error)
+    return results
 
 
 def kernel_clock() -> Callable[[Callable[[], object]], float]:

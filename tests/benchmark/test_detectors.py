@@ -65,20 +65,11 @@ def test_weights_rois_and_losses_are_the_same(detectors):
         assert all(p.requires_grad for p in detector.model.parameters())
 
 
-def test_frozen_bn_normalizes(detectors):
-    detector, seen = detectors[FROZEN_BN], []
-    norms = [m for m in detector.model.modules() if isinstance(m, FrozenBatchNorm2d)]
-    hooks = [n.register_forward_hook(lambda *args: seen.append(args[2].double())) for n in norms]
+def test_maps_without_trained_norms_fit_float16(detectors):
+    detector = detectors[FROZEN_BN]
     with torch.no_grad():
-        detector.model.backbone(detector.model.preprocess_image(detector.batch).tensor)
-    for hook in hooks:
-        hook.remove()
-    assert len(seen) == len(norms)
-    for output in seen:
-        variance, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
-        assert mean.abs().max() < 1e-3
-        # The median: eps makes small ones smaller. Of 12 values a channel and more.
-        assert (variance - 1).abs().median() < 0.1
+        maps = detector.model.backbone(detector.model.preprocess_image(detector.batch).tensor)
+    assert all(1e-3 < map_.std() < 100 for map_ in maps.values())
 
 
 def test_inference_gives_masks_of_one_class(detectors):
@@ -94,10 +85,8 @@ def test_inference_gives_masks_of_one_class(detectors):
 
 
 def test_a_step_under_autocast(settings):
-    detector, dtypes = (
-        Detector("ours-balanced", dataclasses.replace(settings, amp="bfloat16")),
-        set(),
-    )
+    detector = Detector("ours-balanced", dataclasses.replace(settings, amp="bfloat16"))
+    dtypes = set()
     detector.model.backbone.bottom_up.res2.register_forward_hook(
         lambda _, inputs, output: dtypes.add(output.dtype)
     )
@@ -107,17 +96,11 @@ def test_a_step_under_autocast(settings):
     assert all(p.grad is None for p in parameters)
     # The optimizer has taken a step: a momentum for each parameter.
     assert len(detector.optimizer.state) == len(parameters)
-
-
-def test_a_step_that_is_left_out_is_an_error(settings, monkeypatch):
-    """Convolutions of float16 take seconds on a CPU: the loss is one of the biases."""
-    detector = Detector("ours-fast", dataclasses.replace(settings, amp="float16"))
-    bias = detector.model.roi_heads.box_predictor.cls_score.bias
-    scale = detector.scaler.scale
-    monkeypatch.setattr(detector, "forward", lambda: scale(bias.sum()))
-    detector.step()
-    monkeypatch.setattr(detector, "forward", lambda: scale(bias.sum() * float("inf")))
-    with pytest.raises(FloatingPointError, match="gradients overflow float16"):
+    # What an overflow leaves behind ends the next step.
+    torch.nn.init.constant_(
+        detector.model.proposal_generator.rpn_head.anchor_deltas.bias, torch.nan
+    )
+    with pytest.raises(FloatingPointError, match="Training has diverged"):
         detector.step()
 
 
@@ -131,23 +114,20 @@ def test_peak_is_that_of_a_detector_alone(detectors, monkeypatch):
     """What a step adds to the 700 bytes that are there, which are also other detectors', and what
     this one has itself. Before the step that counts there is one, which makes the momentum."""
     detector, calls = detectors["ours-lean"], []
-    fake = {
-        "synchronize": None,
-        "reset_peak_memory_stats": None,
-        "memory_allocated": 700,
-        "max_memory_allocated": 1000,
-    }
-    for name, value in fake.items():
-        monkeypatch.setattr(
-            torch.cuda, name, lambda name=name, value=value: calls.append(name) or value
-        )
+
+    def fake(name, value):
+        monkeypatch.setattr(torch.cuda, name, lambda: calls.append(name) or value)
+
+    fake("reset_peak_memory_stats", None)
+    fake("memory_allocated", 700)
+    fake("max_memory_allocated", 1000)
     step = detector.step
     monkeypatch.setattr(detector, "step", lambda: calls.append("step") or step())
-    own = [*detector.model.parameters(), *detector.model.buffers()]
+    own = sum(t.nbytes for t in detector.model.state_dict().values())
     momentum = sum(p.nbytes for p in detector.model.parameters())
-    assert detector.peak_bytes() == 1000 - 700 + sum(t.nbytes for t in own) + momentum
-    before = ["step", "synchronize", "reset_peak_memory_stats", "memory_allocated"]
-    assert calls == [*before, "step", "synchronize", "max_memory_allocated"]
+    assert detector.peak_bytes() == 1000 - 700 + own + momentum
+    before = ["step", "reset_peak_memory_stats", "memory_allocated"]
+    assert calls == [*before, "step", "max_memory_allocated"]
 
 
 @pytest.mark.parametrize(
@@ -166,19 +146,16 @@ def test_channels_last(variant, whose, expected, settings, detectors):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("MODEL.GN.MEMORY", "lean"),
         ("MODEL.GN.EPS", "0.1"),
         ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"),
         ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
         ("MODEL.RESNETS.NORM", "BN"),
         ("MODEL.RPN.NORM", "GN"),
-        ("MODEL.MASK_ON", "False"),
     ],
 )
 def test_keys_of_the_benchmark_are_refused(key, value, settings):
-    for variant in VARIANTS:
-        with pytest.raises(ConfigError, match=f"{key} is set by the benchmark itself"):
-            variant_config(variant, dataclasses.replace(settings, opts=(key, value)))
+    with pytest.raises(ConfigError, match=f"{key} is set by the benchmark itself"):
+        variant_config("ours-fast", dataclasses.replace(settings, opts=(key, value)))
 
 
 def test_objects_are_in_the_images(settings):

@@ -3,8 +3,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from gn_detect.benchmark.report import compare, quartiles, ratio
-from gn_detect.benchmark.timing import as_cuda_graph, failing, interleave, kernel_clock
+from gn_detect.benchmark.questions import compare, quartiles, ratio
+from gn_detect.benchmark.timing import as_cuda_graph, interleave, kernel_clock
 
 
 @pytest.fixture
@@ -39,17 +39,16 @@ def test_a_graph_is_recorded_warm_and_replayed(cuda):
 
 
 def test_variants_run_in_turn_and_warmup_is_dropped():
-    calls = []
-    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = iter(range(100))
+    calls, times = [], iter(range(100))
+    makers = {name: lambda name=name: lambda: calls.append(name) for name in "abc"}
 
     def clock(run):
         run()
         return next(times)
 
-    samples = interleave(runs, 2, 1, {}, clock)
-    assert calls == list("abc" * 3)
-    assert samples == {"a": [3, 6], "b": [4, 7], "c": [5, 8]}
+    samples = interleave(makers, 2, clock)
+    assert calls == list("abc" * 5)
+    assert samples == {"a": [9, 12], "b": [10, 13], "c": [11, 14]}
 
 
 def test_a_variant_that_fails_leaves_the_others():
@@ -57,16 +56,18 @@ def test_a_variant_that_fails_leaves_the_others():
         raise FloatingPointError("an overflow")
 
     def exhaust():
-        if len(calls) == 2:
+        if len(calls) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
 
-    calls, failures = [], {"d": "had failed"}
-    runs = {"a": overflow, "b": lambda: calls.append("b"), "c": exhaust, "d": overflow}
-    samples = interleave(runs, 3, 0, failures, lambda run: (run(), 1.0)[1])
-    assert samples == {"b": [1.0] * 3}
-    assert failures == {"a": "an overflow", "c": "out of memory", "d": "had failed"}
-    with pytest.raises(RuntimeError, match="anything else"), failing("b", failures):
+    def anything_else():
         raise RuntimeError("anything else")
+
+    calls = []
+    makers = {"a": overflow, "b": lambda: lambda: calls.append("b"), "c": lambda: exhaust}
+    samples = interleave(makers, 3, lambda run: (run(), 1.0)[1])
+    assert samples == {"a": "an overflow", "b": [1.0] * 3, "c": "out of memory"}
+    with pytest.raises(RuntimeError, match="anything else"):
+        interleave({"a": anything_else}, 1)
 
 
 def test_cells():
@@ -79,12 +80,14 @@ def test_cells():
 
 
 def test_rows_are_compared_with_those_that_did_not_fail():
-    measured = {"images": 2, "variant": "a", "measures": {"s": [1.0, 3.0], "MiB": [4.0]}}
-    other = {"images": 2, "variant": "b", "measures": {"s": [2.0, 3.0], "MiB": [8.0]}}
-    failed = {"images": 2, "variant": "c", "failure": "out of memory"}
-    rows = compare([measured, other, failed], ["b", "c"])
+    measured = {
+        "a": {"s": [1.0, 3.0], "MiB": [4.0]},
+        "b": {"s": [2.0, 3.0], "MiB": [8.0]},
+        "c": "out of memory",
+    }
+    rows = compare({"images": 2}, measured, ["b", "c"])
     assert rows[0] == {
         **{"images": 2, "variant": "a", "s": "2 (1.5-2.5)", "s / b": "0.750 (0.625-0.875)"},
         **{"MiB": "4", "MiB / b": "0.500"},
     }
-    assert rows[2] == failed
+    assert rows[2] == {"images": 2, "variant": "c", "failure": "out of memory"}
