@@ -10,22 +10,21 @@ that was interrupted is resumed, so the same command goes on where it stopped. A
 """
 
 import argparse
+import itertools
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from gn_detect import get_config_file
 from gn_detect.config import load_config
+from gn_detect.visualize import read_curves
 
 NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 NORMS = ("GN", "GN+WS", "LN", "IN", "BN", "FrozenBN")
@@ -55,7 +54,7 @@ def parse_args(argv):
 
 def run(args, norm: str, per_step: int, seed: int) -> None:
     """Train and evaluate one; write result.json into its directory."""
-    directory = run_directory(args, norm, per_step, seed)
+    directory = args.output / f"{norm}-{per_step}-seed{seed}"
     reference = load_config(args.config_file).SOLVER.REFERENCE_BATCH_SIZE
     name, _, ws = norm.partition("+")
     opts = [
@@ -68,65 +67,53 @@ def run(args, norm: str, per_step: int, seed: int) -> None:
     ]
     data = [(f"--{option}", getattr(args, option.replace("-", "_"))) for option in DATA]
     data = [word for pair in data if pair[1] for word in pair]
-    settings = " ".join(map(str, [Path(args.config_file).name, *data, *opts]))
+    command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume", *data]
+    command += ["--config-file", args.config_file, *opts, "OUTPUT_DIR", directory]
+    command = list(map(str, command))
     directory.mkdir(parents=True, exist_ok=True)
-    stated = directory / "settings.txt"
+    stated, settings = directory / "settings.txt", shlex.join(command[2:])
     if stated.exists() and stated.read_text() != settings:
         sys.exit(f"error: {directory} holds a run with other settings; choose another --output")
     stated.write_text(settings)
     if (directory / "result.json").exists():
         return
-    command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume", *data]
-    command += ["--config-file", args.config_file, *opts, "OUTPUT_DIR", directory]
-    start = time.monotonic()
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = done.stdout.decode(errors="replace")
-    (directory / "output.txt").write_text(output)
-    result = {"minutes": round((time.monotonic() - start) / 60, 1)}
-    diverged = re.search(r"training diverged at iteration (\d+)", output)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, **streams, text=True, errors="replace")
+    (directory / "output.txt").write_text(done.stdout)
     if done.returncode == 0:
-        rows = [json.loads(line) for line in (directory / "metrics.json").read_text().splitlines()]
-        last = [row for row in rows if "bbox/AP" in row][-1]
-        for kind, key in (("box AP", "bbox/AP"), ("mask AP", "segm/AP")):
-            # Detectron2 has NaN where nothing was predicted, pycocotools -1 where nothing is asked.
-            ap = last.get(key, 0.0)  # a model without masks has no mask AP
-            result[kind] = max(ap, 0.0) if ap == ap else 0.0
-    elif diverged:
-        result |= {"box AP": 0.0, "mask AP": 0.0, "diverged": int(diverged[1])}
+        curves = read_curves(directory / "metrics.json")
+        # A model without masks has no mask AP. Of 0 and NaN, which Detectron2 has where nothing was
+        # predicted, or -1, which pycocotools has where nothing is asked, max takes the first.
+        ap = {key: max(0.0, curves.get(key, ([], [0.0]))[1][-1]) for key in ("bbox/AP", "segm/AP")}
+        result = {"box AP": ap["bbox/AP"], "mask AP": ap["segm/AP"]}
+    elif diverged := re.search(r"training diverged at iteration (\d+)", done.stdout):
+        result = {"box AP": 0.0, "mask AP": 0.0, "diverged": int(diverged[1])}
     else:
-        sys.exit(
-            f"error: a run failed; its last words, of {directory / 'output.txt'}:\n{output[-2000:]}"
-        )
+        words = done.stdout[-2000:]
+        sys.exit(f"error: a run failed; its last words, of {directory / 'output.txt'}:\n{words}")
     (directory / "result.json").write_text(json.dumps(result))
     print(f"{norm}, {per_step} images per step, seed {seed}: {cell([result])}", flush=True)
 
 
-def run_directory(args, norm: str, per_step: int, seed: int) -> Path:
-    return args.output / f"{norm}-{per_step}-seed{seed}"
-
-
 def report(args) -> None:
-    """Print the table of all results that are there, and draw the plot."""
-    table, figure = [], plt.figure(figsize=(6, 4))
+    """Print the table of all results that are there, and draw the means."""
+    table, figure = [], Figure((6, 4))
+    axes = figure.subplots()
     for norm in args.norms:
-        row, points = [norm], []
+        row, means = [norm], {}
         for per_step in args.images_per_step:
             files = sorted(args.output.glob(f"{norm}-{per_step}-seed*/result.json"))
             results = [json.loads(f.read_text()) for f in files]
             row.append(cell(results))
-            points += [(per_step, r["box AP"]) for r in results]
+            if results:
+                means[per_step] = statistics.mean(r["box AP"] for r in results)
         table.append(row)
-        means = {x: statistics.mean(y for x2, y in points if x2 == x) for x, _ in points}
-        (line,) = plt.plot(list(means), list(means.values()), label=norm)
-        plt.plot(*zip(*points, strict=True), "o", color=line.get_color()) if points else None
+        axes.plot(list(means), list(means.values()), "o-", label=norm)
     headers = ["box / mask AP, at", *(f"{n} per step" for n in args.images_per_step)]
     print(tabulate(table, headers=headers, tablefmt="pipe", disable_numparse=True))
-    plt.xscale("log", base=2)
-    plt.xticks(args.images_per_step, args.images_per_step)
-    plt.xlabel("images per step")
-    plt.ylabel("box AP")
-    plt.title(f"From scratch, {args.images} images seen", fontsize="medium")
-    plt.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+    title = f"From scratch, {args.images} images seen"
+    axes.set(xlabel="images per step", ylabel="box AP", title=title, xticks=args.images_per_step)
+    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.savefig(args.output / "norms.png", dpi=150, bbox_inches="tight")
     print(f"Plot: {args.output / 'norms.png'}")
 
@@ -147,10 +134,9 @@ def cell(results: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.report:
-        for seed in range(args.seeds):
-            for norm in args.norms:
-                for per_step in args.images_per_step:
-                    run(args, norm, per_step, seed)
+        seeds = range(args.seeds)
+        for seed, norm, per_step in itertools.product(seeds, args.norms, args.images_per_step):
+            run(args, norm, per_step, seed)
     report(args)
 
 

@@ -30,11 +30,11 @@ def runs(monkeypatch):
         resolve_schedule(cfg, processes=1)
         runs.append(cfg)
         if cfg.SOLVER.BASE_LR > 9:
-            return subprocess.CompletedProcess(command, 1, b"training diverged at iteration 3 (a)")
+            return subprocess.CompletedProcess(command, 1, "training diverged at iteration 3 (a)")
         ap = {"bbox/AP": 10.0 * cfg.SOLVER.IMS_PER_BATCH + cfg.SEED, "segm/AP": float("nan")}
         rows = [{"iteration": 3, "bbox/AP": 1.0}, {"iteration": 5, **ap}, {"iteration": 5, "lr": 1}]
         Path(cfg.OUTPUT_DIR, "metrics.json").write_text("\n".join(map(json.dumps, rows)))
-        return subprocess.CompletedProcess(command, 0, b"")
+        return subprocess.CompletedProcess(command, 0, "")
 
     monkeypatch.setattr(subprocess, "run", train)
     return runs
@@ -72,7 +72,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_an_error(
     compare_norms([*args, "--", "SOLVER.BASE_LR", "1e3"])
     assert runs[0].GUARDS.SCRATCH_FROZEN_BN is False
     assert "0.0 / 0.0, diverged at iteration 3" in capsys.readouterr().out
-    failed = subprocess.CompletedProcess([], 1, b"no space left")
+    failed = subprocess.CompletedProcess([], 1, "no space left")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit, match="error: a run failed.*\nno space left"):
         compare_norms([*args, "--images-per-step", "2"])
