@@ -1,15 +1,11 @@
 """Write the tables of docs/configs.md and docs/keys.md.
 
 The first is of configs/, with published figures from configs/published.json; the second is of the
-keys of gn_detect/config.py, with their comments there.
-
-python tools/config_table.py            # writes them
-python tools/config_table.py --check    # exits with 1 if one is not up to date
+keys of gn_detect/config.py, with their comments there. A test fails where one is not up to date.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import re
@@ -24,9 +20,7 @@ from torch import nn
 from gn_detect.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-CONFIGS = ROOT / "configs"
-KEYS = ROOT / "gn_detect/config.py"
+DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 BEGIN, END = "<!-- written by tools/config_table.py -->", "<!-- end of what it wrote -->"
 # What is published for the configs of a folder.
 FIGURES = {
@@ -44,27 +38,21 @@ def numerically(path: Path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-def model_size(config: Path, known: dict[str, tuple[float, int]]) -> tuple[float, int]:
-    """(millions of parameters, GroupNorm layers); 80 classes where none are stated.
-
-    ``known`` has those of the models that were built before.
-    """
+def model_size(config: Path) -> tuple[float, int]:
+    """(millions of parameters, GroupNorm layers); 80 classes where none are stated."""
     cfg = load_config(str(config), ["MODEL.DEVICE", "meta", "MODEL.WEIGHTS", ""])
     for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         if head.NUM_CLASSES is None:
             head.NUM_CLASSES = 80
-    text = cfg.MODEL.dump()
-    if text not in known:
-        with torch.device("meta"):
-            model = build_model(cfg)
-        layers = sum(isinstance(m, nn.GroupNorm) for m in model.modules())
-        known[text] = sum(p.numel() for p in model.parameters()) / 1e6, layers
-    return known[text]
+    with torch.device("meta"):
+        model = build_model(cfg)
+    layers = sum(isinstance(m, nn.GroupNorm) for m in model.modules())
+    return sum(p.numel() for p in model.parameters()) / 1e6, layers
 
 
 def config_table() -> str:
     published = json.loads((CONFIGS / "published.json").read_text())
-    lines, sizes = [], {}
+    lines = []
     for folder, figures in FIGURES.items():
         unit = " / ".join(figures) + ("" if figures == ("PQ",) else " AP")
         lines += [
@@ -75,7 +63,7 @@ def config_table() -> str:
         configs = (p for p in (CONFIGS / folder).glob("*.yaml") if not p.name.startswith("Base-"))
         for config in sorted(configs, key=numerically):
             name = config.relative_to(CONFIGS).as_posix()
-            millions, layers = model_size(config, sizes)
+            millions, layers = model_size(config)
             row = published["configs"].get(name, {})
             values = " / ".join(str(row[f]) for f in figures if f in row) or "-"
             notes = ": ".join(row[k] for k in ("source", "note") if k in row)
@@ -88,16 +76,15 @@ def config_table() -> str:
 
 def key_table() -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    for keys, comment in documented_keys(KEYS.read_text()):
-        names = "<br>".join(f"`{key}`" for key, _ in keys)
-        defaults = "<br>".join(default for _, default in keys)
+    for keys, comment in documented_keys((ROOT / "gn_detect/config.py").read_text()):
+        names, defaults = ("<br>".join(column) for column in zip(*keys, strict=True))
         comment = re.sub(r"docs/(\w+\.md)", r"[\1](\1)", comment)
         lines.append(f"| {names} | {defaults} | {comment} |")
     return "\n".join(lines)
 
 
 def documented_keys(source: str) -> Iterator[tuple[list[tuple[str, str]], str]]:
-    """For each comment of ``add_gn_config``: the keys below it, with their defaults, and its text.
+    """For each comment of ``add_gn_config``: the keys below it and their defaults, and its text.
 
     ``source`` is the module. Every key is set by ``setdefault``, and the nodes that hold keys have
     names or are attributes of ``cfg``; what stands behind a key on its line belongs to it alone.
@@ -125,32 +112,18 @@ def documented_keys(source: str) -> Iterator[tuple[list[tuple[str, str]], str]]:
             case ast.Expr(ast.Call(_, [_, default]) as call):
                 behind = lines[statement.end_lineno - 1].partition("  # ")[2]
                 default = f"`{ast.unparse(default)}` {behind}".rstrip()
-                keys.append((".".join(path(call)), default))
+                keys.append((f"`{'.'.join(path(call))}`", default))
     yield keys, comment
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args(argv).check
-    stale = []
-    for name, table in (("configs.md", config_table), ("keys.md", key_table)):
-        page = DOCS / name
-        text = page.read_text()
-        before, begin, rest = text.partition(BEGIN)
+def main() -> None:
+    for page, table in ((DOCS / "configs.md", config_table()), (DOCS / "keys.md", key_table())):
+        before, begin, rest = page.read_text().partition(BEGIN)
         _, end, after = rest.partition(END)
-        if not (begin and end):
-            print(f"error: {page} has no lines {BEGIN} and {END}", file=sys.stderr)
-            return 1
-        new = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-        if new != text:
-            stale.append(name)
-            if not check:
-                page.write_text(new)
-    if check and stale:
-        print(f"{', '.join(stale)} not up to date: run tools/config_table.py", file=sys.stderr)
-    return int(check and bool(stale))
+        if not end:
+            sys.exit(f"error: {page} has no lines {BEGIN} and {END}")
+        page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
