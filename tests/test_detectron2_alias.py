@@ -5,12 +5,9 @@ fresh interpreters. Each of them imports torch (seconds), hence few scripts with
 """
 
 import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers import run_script
 
 pytestmark = pytest.mark.skipif(
     not any("+labgym" in d.version for d in importlib.metadata.distributions(name="detectron2")),
@@ -30,10 +27,10 @@ def setup_environment():
     detectron2.hook_ran = True
 """
 SNAPSHOT = """
-import importlib
+import importlib, json
 
-def snapshot(root):
-    '''What the import system wrote into a package, a subpackage and a module.'''
+def snapshot(root, file):
+    '''Write what the import system wrote into a package, a subpackage and a module.'''
     found = {}
     for name in ("", ".layers", ".layers.batch_norm"):
         module = importlib.import_module(root + name)
@@ -44,13 +41,14 @@ def snapshot(root):
             *(getattr(module, "__path__", []), spec.submodule_search_locations or []),
             type(spec.loader).__name__,
         ]
-    return found
+    with open(file, "w") as file:
+        json.dump(found, file)
 """
 ALIAS_FIRST = """
-import importlib, json, pickle, pkgutil
+import importlib, pickle, pkgutil
 import detectron2.layers.batch_norm
 from snapshot import snapshot
-print(json.dumps(snapshot("detectron2")))
+snapshot("detectron2", "alias_first")
 assert detectron2.hook_ran and detectron2.__version__
 
 import LabGym.detectron2.layers.batch_norm
@@ -84,11 +82,11 @@ with open("boxes.pickle", "wb") as file:
 """
 # It starts as a process does that Detectron2's launch() has spawned: with a pickle of arguments.
 LABGYM_FIRST = """
-import json, pickle, runpy, sys
+import pickle, runpy, sys
 with open("boxes.pickle", "rb") as file:
     boxes = pickle.load(file)
 from snapshot import snapshot
-print(json.dumps(snapshot("LabGym.detectron2")))
+snapshot("LabGym.detectron2", "labgym_first")
 assert sys.modules["LabGym.detectron2"].hook_ran
 
 import LabGym.detectron2.layers.batch_norm as real
@@ -96,7 +94,7 @@ import detectron2.layers.batch_norm as alias
 assert alias is real and sys.modules["detectron2"] is sys.modules["LabGym.detectron2"]
 from detectron2.structures import Boxes
 assert type(boxes) is Boxes and boxes.tensor.tolist() == [[1, 2, 3, 4]]
-print(json.dumps(snapshot("detectron2")))
+snapshot("detectron2", "alias_second")
 runpy.run_module("detectron2.utils.collect_env", run_name="__main__")  # python -m
 """
 FAILURES = """
@@ -120,32 +118,19 @@ for prepare, expected in (
 """
 
 
-def _run(directory, source, hook=""):
-    """Run a script in ``directory``, on the CPU; return the lines of its output."""
-    environment = {"DETECTRON2_ENV_MODULE": hook, "CUDA_VISIBLE_DEVICES": ""}
-    (directory / "script.py").write_text(source)
-    result = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=directory,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout.splitlines()
-
-
-def test_same_objects_whichever_name_comes_first(tmp_path):
+def test_same_objects_whichever_name_comes_first(tmp_path, monkeypatch):
     (tmp_path / "hook.py").write_text(HOOK)
     (tmp_path / "snapshot.py").write_text(SNAPSHOT)
-    (alias_first,) = _run(tmp_path, ALIAS_FIRST, hook="hook.py")
-    expected, after_alias, *report = _run(tmp_path, LABGYM_FIRST, hook="hook")
-    assert json.loads(expected)[".layers"][0] == "LabGym.detectron2.layers"
-    assert alias_first == after_alias == expected
-    assert any(line.startswith("PyTorch") for line in report)
+    for script, hook in ((ALIAS_FIRST, "hook.py"), (LABGYM_FIRST, "hook")):
+        monkeypatch.setenv("DETECTRON2_ENV_MODULE", hook)
+        run_script(script, cwd=tmp_path)
+    names = ("alias_first", "alias_second", "labgym_first")
+    first, second, expected = ((tmp_path / name).read_text() for name in names)
+    assert first == second == expected and '"LabGym.detectron2.layers"' in expected
 
 
-def test_failed_import_says_why_and_leaves_nothing_behind(tmp_path):
+def test_failed_import_says_why_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_ENV_MODULE", "")
     (tmp_path / "other/LabGym").mkdir(parents=True)
     (tmp_path / "other/LabGym/__init__.py").touch()  # a LabGym without the copy
-    _run(tmp_path, FAILURES)
+    run_script(FAILURES, cwd=tmp_path)
