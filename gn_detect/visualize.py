@@ -13,11 +13,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import check_image_size, read_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from pycocotools.coco import COCO
+
+from gn_detect.data.coco import check_coco_json
 
 MANY = 30  # objects, above which only masks are drawn
 ALPHA = 0.45  # opacity of masks
@@ -53,7 +55,10 @@ def draw_predictions(
     """
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; it must be at least 1")
-    coco = _read_dataset(dataset_json)
+    dataset_json = os.fspath(dataset_json)
+    check_coco_json(dataset_json, image_root, masks=False, training=False, evaluation=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # "creating index..."
+        coco = COCO(dataset_json)
     predicted = defaultdict(list)
     for result in _read_results(results_json, coco):
         if result["score"] >= score_threshold:
@@ -65,29 +70,17 @@ def draw_predictions(
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.set_axis_off()
-    for record, *pair in zip(records, panels[::2], panels[1::2], strict=False):
-        image = _read_image(Path(image_root, record["file_name"]), record, dataset_json)
-        for axes, title, objects, source in (
-            (pair[0], "ground truth", coco.imgToAnns[record["id"]], dataset_json),
-            (pair[1], f"predictions ≥ {score_threshold:g}", predicted[record["id"]], results_json),
-        ):
-            _draw_panel(axes, title, image, objects, coco, source)
+    right_title = f"predictions ≥ {score_threshold:g}"
+    for record, left, right in zip(records, panels[::2], panels[1::2], strict=False):
+        image = _read_image(Path(image_root, record["file_name"]), record)
+        _draw_panel(left, "ground truth", image, coco.imgToAnns[record["id"]], coco)
+        _draw_panel(right, right_title, image, predicted[record["id"]], coco)
     return _save(figure, output)
 
 
 def draw_curves(metrics_json: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Draw losses, learning rate and AP of a training into one picture.
-
-    Args:
-        metrics_json: the ``metrics.json`` that Detectron2 writes to its OUTPUT_DIR.
-        output: file to write, PNG or another format of Matplotlib; folders are made as needed.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        ValueError: see `read_curves`.
-    """
+    """Draw losses, learning rate and AP of a training into one picture, ``output``, as
+    `draw_predictions` does, of the ``metrics.json`` of a run; raises what `read_curves` does."""
     return _save(_curves_figure(read_curves(metrics_json)), output)
 
 
@@ -131,24 +124,21 @@ def _curves_figure(curves: dict[str, tuple[list[int], list[float]]]) -> Figure:
     loss, rate, ap = figure.subplots(1, 3)
     losses = [key for key in curves if key == "total_loss" or key.startswith("loss_")]
     losses.sort(key=lambda key: key != "total_loss")  # black and first in the legend
-    for axes, title, keys, empty in (
-        (loss, "loss", losses, "no losses"),
-        (rate, "learning rate", [key for key in curves if key == "lr"], "no learning rate"),
+    for axes, title, keys in (
+        (loss, "loss", losses),
+        (rate, "learning rate", [key for key in curves if key == "lr"]),
         # With several test sets, the name of each comes before "bbox/AP".
-        (ap, "AP", [key for key in sorted(curves) if key.endswith("/AP")], "no evaluation"),
+        (ap, "AP", [key for key in sorted(curves) if key.endswith("/AP")]),
     ):
-        axes.set(title=title, xlabel="iteration")
+        axes.set(title=title if keys else f"no {title}", xlabel="iteration")
         axes.grid(alpha=0.3)
         for key in keys:
             last = f" (last: {curves[key][1][-1]:.1f})" if axes is ap else ""
             style = {"color": "black", "linewidth": 2.2} if key == "total_loss" else {}
             axes.plot(*curves[key], label=key + last, marker="o" if axes is ap else None, **style)
-        if not keys:
-            axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center")
-        elif axes is not rate:
-            axes.legend(ncols=3 if axes is loss else 1, fontsize="small", loc="best")
-    if any(value > 0 for key in losses for value in curves[key][1]):
-        loss.set_yscale("log")  # the terms differ by orders of magnitude
+        if keys:
+            axes.legend(fontsize="small")
+    loss.set_yscale("log")  # the terms differ by orders of magnitude
     return figure
 
 
@@ -159,35 +149,18 @@ def _read_text(path: str | os.PathLike) -> str:
         raise ValueError(f"{path} cannot be read ({error}); check the path") from None
 
 
-def _read_json(path: str | os.PathLike):
+def _read_results(path: str | os.PathLike, coco: COCO) -> list[dict]:
     try:
-        return json.loads(_read_text(path))
+        results = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not complete JSON ({error}); write it again") from None
-
-
-def _read_dataset(path: str | os.PathLike) -> COCO:
-    coco, dataset = COCO(), _read_json(path)
-    if not isinstance(dataset, dict) or not dataset.get("images") or "categories" not in dataset:
-        raise ValueError(f"{path} is not a COCO dataset with 'images' and 'categories'")
-    coco.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()):  # "creating index..."
-        coco.createIndex()
-    unknown = {item["category_id"] for item in dataset.get("annotations", [])} - coco.cats.keys()
-    if unknown:
-        raise ValueError(f"{path} has objects of category {min(unknown)}, which it does not list")
-    return coco
-
-
-def _read_results(path: str | os.PathLike, coco: COCO) -> list[dict]:
-    results = _read_json(path)
-    keys = ("image_id", "category_id", "bbox", "score")
+    keys = {"image_id", "category_id", "bbox", "score"}
     if not isinstance(results, list) or not all(
-        isinstance(result, dict) and all(key in result for key in keys) for result in results
+        isinstance(result, dict) and keys <= result.keys() for result in results
     ):
         raise ValueError(
-            f"{path} is not a list of COCO results, each with {', '.join(keys)}; Detectron2's "
-            "COCOEvaluator writes such a list to coco_instances_results.json"
+            f"{path} is not a list of COCO results, each with {', '.join(sorted(keys))}; "
+            "Detectron2's COCOEvaluator writes such a list to coco_instances_results.json"
         )
     for result in results:
         for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
@@ -209,33 +182,17 @@ def _choose(coco: COCO, num_images: int) -> list[dict]:
     return chosen + empty[: num_images - number]
 
 
-def _read_image(path: Path, record: dict, dataset_json: str | os.PathLike) -> np.ndarray:
-    """The image, (H, W, 3) uint8, turned as its EXIF data says."""
+def _read_image(path: Path, record: dict) -> np.ndarray:
+    """The image, (H, W, 3) uint8, turned as its EXIF data says, in the size that is stated."""
     try:
         image = read_image(str(path), "RGB")
     except (OSError, SyntaxError) as error:  # Pillow's ways to say that a file is damaged
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); give the folder that file names in "
-            f"{dataset_json} start from, or replace it"
-        ) from None
-    height, width = image.shape[:2]
-    stated = record.setdefault("width", width), record.setdefault("height", height)
-    if stated != (width, height):
-        raise ValueError(
-            f"{path} is {width}x{height} pixels, but {dataset_json} says "
-            f"{stated[0]}x{stated[1]}; correct the width and height there"
-        )
+        raise ValueError(f"{path} cannot be read as an image ({error}); replace it") from None
+    check_image_size(record, image)
     return image
 
 
-def _draw_panel(
-    axes: Axes,
-    title: str,
-    image: np.ndarray,
-    objects: list[dict],
-    coco: COCO,
-    source: str | os.PathLike,
-) -> None:
+def _draw_panel(axes: Axes, title: str, image: np.ndarray, objects: list[dict], coco: COCO) -> None:
     """The image with masks, boxes and, if they are not too many, labels."""
     count = sum(not item.get("iscrowd") for item in objects)
     axes.set_title(f"{title}: {count} object{'s' * (count != 1)}", loc="left")
@@ -245,7 +202,7 @@ def _draw_panel(
         crowd = item.get("iscrowd")
         number = sorted(coco.cats).index(item["category_id"])
         color = CROWD_COLOR if crowd else _color(number)
-        mask = _mask(item, coco, source)
+        mask = _mask(item, coco)
         if mask is not None:
             blend[mask] = (1 - ALPHA) * blend[mask] + ALPHA * np.array(color)
         if count > MANY and mask is not None:
@@ -267,7 +224,7 @@ def _color(number: int) -> tuple[float, float, float]:
     return matplotlib.colormaps["hsv"]((0.53 + 0.618034 * number) % 1)[:3]
 
 
-def _mask(item: dict, coco: COCO, source: str | os.PathLike) -> np.ndarray | None:
+def _mask(item: dict, coco: COCO) -> np.ndarray | None:
     """The mask of an annotation or a result, (H, W) bool."""
     segmentation = item.get("segmentation")
     if isinstance(segmentation, list):  # polygons; pycocotools takes those of four for boxes
@@ -278,7 +235,7 @@ def _mask(item: dict, coco: COCO, source: str | os.PathLike) -> np.ndarray | Non
     mask = coco.annToMask(item | {"segmentation": segmentation}).astype(bool)
     if mask.shape != (record["height"], record["width"]):
         raise ValueError(
-            f"{source} has a mask of {list(mask.shape)} pixels on image {record['id']}, which has "
+            f"an object has a mask of {list(mask.shape)} pixels on image {record['id']}, which has "
             f"{[record['height'], record['width']]}; give the dataset that it was computed on"
         )
     return mask
