@@ -165,11 +165,8 @@ class Detector:
 
 
 def synthetic_batch(settings: Settings) -> list[dict]:
-    """Images of noise, each with as many objects as the heads take masks.
-
-    An object is a proposal of itself, so that all variants have the same RoIs and masks,
-    whatever their untrained RPNs propose.
-    """
+    """Images of noise, each with as many objects as the heads take masks. An object is a proposal
+    of itself, so that all variants have the same RoIs, whatever their untrained RPNs propose."""
     generator = torch.Generator().manual_seed(0)
     height, width = settings.size
     number = max(1, settings.rois // 4)  # MODEL.ROI_HEADS.POSITIVE_FRACTION 0.25

@@ -27,16 +27,8 @@ Groups = list[tuple[dict, dict[str, Measures | str]]]
 def answer(
     question: Callable[..., Groups], settings: Settings, varied: dict[str, Sequence], **how
 ) -> Iterator[tuple[list[dict], list[dict]]]:
-    """Ask at each combination of some settings.
-
-    Args:
-        question: a function of this module.
-        varied: fields of ``settings`` -> their values.
-        how: more arguments of ``question``.
-
-    Yields:
-        after each combination, all so far: the rows of the table, and what they are made from.
-    """
+    """Ask at each combination of ``varied``, fields of ``settings`` -> their values. Yields the
+    rows of the table so far, and what they are made from."""
     rows, results = [], []
     for values in itertools.product(*varied.values()):
         here = dict(zip(varied, values, strict=True))

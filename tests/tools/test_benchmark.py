@@ -26,7 +26,7 @@ OPTS += ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
 
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch):
-    """Run a question as on a machine without a GPU; the rows of its table, and its results."""
+    """Run a question as without a GPU; the rows of its table, and its results."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(question, *args):
