@@ -66,15 +66,9 @@ def test_stock_script_trains_our_config(coco_files, tmp_path):
     assert "GN" not in get_cfg().MODEL  # without the hook, our keys are unknown
     (tmp_path / "script.py").write_text(STOCK_SCRIPT)
     result = run_hooked(
-        *(
-            "script.py",
-            "--config-file",
-            ROOT / "configs" / GN,
-            *TINY,
-            "MODEL.ROI_HEADS.NUM_CLASSES",
-            2,
-        ),
+        *("script.py", "--config-file", ROOT / "configs" / GN, *TINY),
         *("DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)", "SOLVER.IMS_PER_BATCH", 1),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 2),
         *("SOLVER.MAX_ITER", 2, "MODEL.GN.NUM_GROUPS", 8, "OUTPUT_DIR", tmp_path / "output"),
         *("INPUT.LSJ.ENABLED", True, "SOLVER.IMS_PER_GPU", 4, "SOLVER.ACCUMULATE_STEPS", 2),
         cwd=tmp_path,

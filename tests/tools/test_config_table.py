@@ -1,7 +1,7 @@
 import ast
-import importlib.util
 import json
 import re
+import runpy
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
@@ -9,18 +9,11 @@ from helpers import ROOT
 
 from gn_detect.config import add_gn_config
 
+tool = runpy.run_path(str(ROOT / "tools/config_table.py"))
 PUBLISHED = json.loads((ROOT / "configs/published.json").read_text())["configs"]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("config_table", ROOT / "tools/config_table.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
-def test_pages_are_up_to_date_and_mended(tool, tmp_path, monkeypatch):
+def test_pages_are_up_to_date_and_mended(tmp_path, monkeypatch):
     text = {name: (ROOT / "docs" / name).read_text() for name in ("configs.md", "keys.md")}
     configs = [p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")]
     names = [p.as_posix() for p in configs if not p.name.startswith("Base-")]
@@ -31,22 +24,23 @@ def test_pages_are_up_to_date_and_mended(tool, tmp_path, monkeypatch):
         millions, layers = size.split(" | ")
         sizes[ROOT / name] = float(millions), int(layers)
     for config in list(sizes)[::9]:  # a few: to build all takes seconds
-        millions, layers = tool.model_size(config)
+        millions, layers = tool["model_size"](config)
         assert (round(millions, 1), layers) == sizes[config]
-    monkeypatch.setattr(tool, "model_size", sizes.get)
-    monkeypatch.setattr(tool, "DOCS", tmp_path)
+    module = tool["main"].__globals__
+    monkeypatch.setitem(module, "model_size", sizes.get)
+    monkeypatch.setitem(module, "DOCS", tmp_path)
     for name, old, new in (
         ("configs.md", "42.6 / 38.6", "44.6 / 38.6"),
         ("keys.md", "| `32`<br>", "| `16`<br>"),
     ):
         (tmp_path / name).write_text(text[name].replace(old, new))
         assert (tmp_path / name).read_text() != text[name]
-    tool.main()
+    tool["main"]()
     for name in text:
         assert (tmp_path / name).read_text() == text[name], "run tools/config_table.py"
     (tmp_path / "keys.md").write_text("no marks")
     with pytest.raises(SystemExit, match="keys.md has no lines"):
-        tool.main()
+        tool["main"]()
 
 
 def leaves(cfg: CfgNode, path: str = "") -> dict:
@@ -73,34 +67,13 @@ def test_each_key_is_described_once_with_its_default():
     assert len(described) == len(expected) and dict(described) == expected
 
 
-def test_a_comment_holds_for_the_keys_below_it(tool):
-    source = """
-def add_gn_config(cfg):
-    '''Docstring.'''
-    # Of two,
-    # in two lines.
-    node = cfg.MODEL.setdefault("NEW", CfgNode())
-    node.setdefault("A", 1)
-    node.setdefault("B", "x")  # pixels
-
-    # Of one.
-    cfg.MODEL.setdefault("V2", CfgNode()).setdefault("C", None)
-"""
-    assert list(tool.documented_keys(source)) == [
-        ([("`MODEL.NEW.A`", "`1`"), ("`MODEL.NEW.B`", "`'x'` pixels")], "Of two, in two lines."),
-        ([("`MODEL.V2.C`", "`None`")], "Of one."),
-    ]
-
-
 def test_readme_has_the_best_published_figures():
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| \[(\w+)\]\(configs/(\S+)\) \| (.+) \|$", readme, re.MULTILINE)
     best = sorted(
-        (
-            (-row["box"], -row["mask"], name)
-            for name, row in PUBLISHED.items()
-            if name.startswith("COCO-InstanceSegmentation/") and "SyncBN" not in row.get("note", "")
-        )
+        (-row["box"], -row["mask"], name)
+        for name, row in PUBLISHED.items()
+        if name.startswith("COCO-InstanceSegmentation/") and "SyncBN" not in row.get("note", "")
     )[:5]
     assert rows == [
         (name.split("/")[1].removesuffix(".yaml"), name, f"{-box} / {-mask}")

@@ -97,16 +97,8 @@ def test_backbone_of_a_trained_detector(tmp_path, coco_files):
     conv = state["backbone.bottom_up.stem.conv1.weight"].flip(1)
     torch.testing.assert_close(flipped / conv, (flipped / conv)[:1].expand(conv.shape))
     args = ["--config-file", gn_detect.get_config_file(name), *coco_files.arguments("train")]
-    opts = [
-        *TINY,
-        *RGB,
-        "SOLVER.MAX_ITER",
-        1,
-        "SOLVER.BASE_LR",
-        1e-9,
-        "OUTPUT_DIR",
-        tmp_path / "out",
-    ]
+    opts = [*TINY, *RGB, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 1e-9]
+    opts += ["OUTPUT_DIR", tmp_path / "out"]
     shown = run_tool("train_net.py", *args, *opts, "MODEL.WEIGHTS", out).stdout
     assert re.search(r"\| backbone +\| +[\d,]+ \| +100.00 %", shown)
     trained = read_weights(str(tmp_path / "out/model_final.safetensors")).state
