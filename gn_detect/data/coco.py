@@ -59,10 +59,11 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
     register_coco_instances(name, {}, json_file, image_root)
 
 
-def check_coco_dataset(
-    name: str, *, masks: bool, training: bool, evaluation: bool
-) -> CocoSummary | None:
+def check_coco_dataset(name: str, **needs: bool) -> CocoSummary | None:
     """Check a registered dataset, generating it first if it is a generated one.
+
+    Args:
+        **needs: ``masks``, ``training`` and ``evaluation`` of :func:`check_coco_json`.
 
     Returns:
         the summary, or None for a dataset that is not a COCO JSON.
@@ -80,14 +81,12 @@ def check_coco_dataset(
         return None
     if metadata.get("generate"):
         metadata.generate()
-    json_file, image_root = metadata.json_file, metadata.image_root
-    if name.startswith("coco_") and not os.path.isfile(json_file):
+    if name.startswith("coco_") and not os.path.isfile(metadata.json_file):
         raise DataError(
-            f"{name}: there is no {json_file}; set DETECTRON2_DATASETS to the directory of coco/"
+            f"{name}: there is no {metadata.json_file}; set DETECTRON2_DATASETS to the directory "
+            "of coco/"
         )
-    return check_coco_json(
-        json_file, image_root, masks=masks, training=training, evaluation=evaluation
-    )
+    return check_coco_json(metadata.json_file, metadata.image_root, **needs)
 
 
 def check_coco_json(
@@ -99,8 +98,6 @@ def check_coco_json(
     drops from the training data, are counted in one warning.
 
     Args:
-        json_file: annotations.
-        image_root: directory of the images.
         masks: the model needs the masks of the objects.
         training: the file is trained on. If not, it may lack annotations altogether, as the test
             sets of COCO do: Detectron2 then writes predictions without scoring them.
@@ -116,13 +113,14 @@ def check_coco_json(
     annotations = content.get("annotations")
     if annotations is None:
         return CocoSummary(classes, len(images))
-    checker = _AnnotationChecker(json_file, classes, images, masks, evaluation)
+    summary = CocoSummary(classes, len(images), len(annotations))
+    checker = _AnnotationChecker(json_file, summary, images, masks, evaluation)
     for index, annotation in enumerate(annotations):
         checker.check(annotation, index)
     checker.warn()
     if not checker.num_valid:
         raise DataError(f"{json_file} holds no annotation of an object that could be used")
-    return CocoSummary(classes, len(images), len(annotations), checker.num_crowds, checker.has_rle)
+    return summary
 
 
 def _read_json(json_file: str, needs_annotations: bool) -> dict:
@@ -183,32 +181,30 @@ def _check_images(images: list, json_file: str, image_root: str) -> dict[int, di
 
 
 class _AnnotationChecker:
-    def __init__(self, json_file, classes, images, masks, evaluation):
-        self.json_file, self.classes, self.images = json_file, classes, images
+    def __init__(self, json_file, summary, images, masks, evaluation):
+        self.json_file, self.summary, self.images = json_file, summary, images
         self.masks, self.evaluation = masks, evaluation
         # Two official files repeat ids; Detectron2's load_coco_json makes the same exception.
         self.unique_ids = "minival" not in json_file
         self.degenerate: dict[str, list[str]] = defaultdict(list)  # kind -> annotations
         self.seen: set = set()
-        self.num_valid = self.num_crowds = 0
-        self.has_rle = False
+        self.num_valid = 0
 
     def check(self, annotation: dict, index: int) -> None:
         if not isinstance(annotation, dict) or "id" not in annotation:
             raise DataError(f"{self.json_file}: annotation number {index} has no 'id'")
-        error = self._error(annotation)
-        if error:
+        if error := self._error(annotation):
             raise DataError(f"{self.json_file}: {self._where(annotation)} {error}")
         self.seen.add(annotation["id"])
         if annotation.get("iscrowd", 0):
-            self.num_crowds += 1
+            self.summary.num_crowds += 1
         elif annotation.get("image_id") not in self.images:
             pass  # Detectron2 counts them in a warning
         elif kind := self._degenerate(annotation):
             self.degenerate[kind].append(self._where(annotation))
         else:
             self.num_valid += 1
-            self.has_rle |= isinstance(annotation.get("segmentation"), dict)
+            self.summary.has_rle |= isinstance(annotation.get("segmentation"), dict)
 
     def _where(self, annotation: dict) -> str:
         image_id = annotation.get("image_id")
@@ -218,19 +214,18 @@ class _AnnotationChecker:
     def _error(self, annotation: dict) -> str | None:
         if annotation["id"] in self.seen and self.unique_ids:
             return "has an id that another annotation has too; ids must be unique"
-        if annotation.get("category_id") not in self.classes:
-            declared = ", ".join(map(str, list(self.classes)[:10]))
+        classes = self.summary.classes
+        if annotation.get("category_id") not in classes:
+            declared = ", ".join(map(str, list(classes)[:10]))
             return (
                 f"has category_id {annotation.get('category_id')}, which 'categories' does not "
-                f"declare (it declares {declared}{', ...' if len(self.classes) > 10 else ''})"
+                f"declare (it declares {declared}{', ...' if len(classes) > 10 else ''})"
             )
         box = annotation.get("bbox")
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
             return f"has the bbox {box}; four finite numbers x, y, width, height are needed"
         if annotation.get("ignore", 0):
-            return (
-                "has 'ignore' set, which Detectron2 does not support; use 'iscrowd', or delete it"
-            )
+            return "has 'ignore', which Detectron2 does not support; use 'iscrowd', or delete it"
         if self.evaluation:
             for key in ("area", "iscrowd"):
                 if key not in annotation:
@@ -271,8 +266,7 @@ class _AnnotationChecker:
         return None
 
     def warn(self) -> None:
-        count = sum(map(len, self.degenerate.values()))
-        if count:
+        if count := sum(map(len, self.degenerate.values())):
             kinds = "; ".join(
                 f"{len(items)} with {kind}, the first: {items[0]}"
                 for kind, items in self.degenerate.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import itertools
@@ -11,11 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.samplers import TrainingSampler
@@ -42,29 +39,25 @@ class ResumableSampler(Sampler[int]):
         sampler: an endless stream of indices that follows from the seeds it has drawn.
         groups: one group for each image; the images of a batch are of one group.
         batch_size: images per process.
-
-    Attributes:
-        start: batches to skip.
     """
 
     def __init__(self, sampler: Sampler[int], groups: list[int], batch_size: int):
         self.sampler = sampler
         self.groups = groups
         self.batch_size = batch_size
-        self.start = 0
+        self.start = 0  # batches to skip; may be set
 
     def __iter__(self) -> Iterator[int]:
         batches = itertools.islice(self._batches(), self.start, None)
         return itertools.chain.from_iterable(batches)
 
     def _batches(self) -> Iterator[list[int]]:
-        buckets: dict[int, list[int]] = {}
+        buckets = collections.defaultdict(list)
         for index in self.sampler:
-            bucket = buckets.setdefault(self.groups[index], [])
-            bucket.append(index)
-            if len(bucket) == self.batch_size:
-                yield bucket.copy()
-                bucket.clear()
+            group = self.groups[index]
+            buckets[group].append(index)
+            if len(buckets[group]) == self.batch_size:
+                yield buckets.pop(group)
 
     def state_dict(self) -> dict:
         """What decides the order: the kind of the sampler, the number of images, and what it has
@@ -91,13 +84,12 @@ class ResumableSampler(Sampler[int]):
 
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
-    """Detectron2's train loader of ``cfg``, made :func:`resumable <resumable_train_loader>`, with
-    errors that name the image.
+    """A :func:`resumable_train_loader` of ``cfg``, with errors that name the image.
 
     ``SOLVER.IMS_PER_BATCH`` counts the images of an iteration; a batch of the loader is what one
     of its ``SOLVER.ACCUMULATE_STEPS`` forward passes takes.
     """
-    mapper = NamingDatasetMapper(cfg, is_train=True)
+    mapper = NamingDatasetMapper(cfg)
     arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     arguments["total_batch_size"] //= cfg.SOLVER.ACCUMULATE_STEPS or 1
     return resumable_train_loader(**arguments)
@@ -118,7 +110,6 @@ def resumable_train_loader(
         total_batch_size: images of all processes.
         sampler: a ``TrainingSampler`` if None.
         aspect_ratio_grouping: batches are of images of one orientation.
-        **arguments: of ``build_detection_train_loader``.
     """
     if isinstance(dataset, list):
         sampler = ResumableSampler(
@@ -138,9 +129,8 @@ def resumable_train_loader(
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's test loader, with errors that name the image."""
-    return build_detection_test_loader(
-        cfg, dataset_name, mapper=NamingDatasetMapper(cfg, is_train=False)
-    )
+    mapper = NamingDatasetMapper(cfg, is_train=False)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
 def _orientation(dataset_dict: dict) -> int:
@@ -192,8 +182,12 @@ class NamingDatasetMapper(DatasetMapper):
                 "set one of them to False"
             )
         if jitter:
+            # As in Detectron2's ``new_baselines``: scale, relative to the image fit into a square;
+            # then cut (at random) or pad (with gray, right and below) it to that square.
+            lsj, size = cfg.INPUT.LSJ, (cfg.INPUT.LSJ.IMAGE_SIZE,) * 2
+            scale = T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size)
             _, *flips = args["augmentations"]  # the first one is the resizing
-            args["augmentations"] = [*large_scale_jitter(cfg), *flips]
+            args["augmentations"] = [scale, T.FixedSizeCrop(size), *flips]
         if (jitter or crop) and cfg.MODEL.MASK_ON:
             args.update(instance_mask_format="bitmask", recompute_boxes=True)
             if cfg.INPUT.MASK_FORMAT != "bitmask":
@@ -216,21 +210,9 @@ class NamingDatasetMapper(DatasetMapper):
         super()._transform_annotations(dataset_dict, transforms, image_shape)
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
-        Raises:
-            DataError: the image cannot be decoded, or does not fit its annotations.
-        """
+        """Raises a DataError where the image cannot be decoded, or does not fit its annotations."""
         with _naming(dataset_dict["file_name"]):
             return super().__call__(dataset_dict)
-
-
-def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
-    """Scale by a factor of a range, relative to the image fit into a square of
-    ``INPUT.LSJ.IMAGE_SIZE`` pixels; then cut (at random) or pad (with gray, right and below) it to
-    that square, as in Detectron2's ``new_baselines``."""
-    lsj = cfg.INPUT.LSJ
-    size = (lsj.IMAGE_SIZE, lsj.IMAGE_SIZE)
-    return [T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size), T.FixedSizeCrop(size)]
 
 
 class _CropTransform(T.CropTransform):

@@ -1,13 +1,12 @@
 """A generated instance segmentation dataset: rotated, overlapping shapes on textured backgrounds.
 
 Small enough to train on in minutes without a GPU, and on disk in COCO format, so that it takes the
-same path through the code as COCO does. ``python -m gn_detect.data.shapes --help`` writes one of
-another size. Importing this module registers ``shapes_train`` and ``shapes_val``.
+same path through the code as COCO does. Importing this module registers ``shapes_train`` and
+``shapes_val``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -66,11 +65,10 @@ def write_shapes(
             for i, (split, count) in enumerate(counts.items()):
                 _write_split(temporary, split, count, image_size, (seed, i), info)
             temporary.chmod(0o755)
-            try:
-                temporary.rename(root)
-            except OSError:
-                if not root.exists():  # otherwise another process was faster
-                    raise
+            temporary.rename(root)
+        except OSError:
+            if not root.exists():  # otherwise another process was faster
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -78,10 +76,8 @@ def write_shapes(
     except (OSError, ValueError, KeyError):
         found = None
     if found != info:
-        raise DataError(
-            f"{root} exists and holds something else than shapes of {info}: "
-            "delete it, or choose another directory"
-        )
+        other = f"{root} exists and holds something else than shapes of {info}"
+        raise DataError(f"{other}: delete it, or choose another directory")
     return root
 
 
@@ -194,17 +190,3 @@ def _register(root: Path) -> None:
 
 
 _register(Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))) / "shapes")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=write_shapes.__doc__.splitlines()[0])
-    parser.add_argument("root", help="directory to write")
-    parser.add_argument("--num-train", type=int, default=600)
-    parser.add_argument("--num-val", type=int, default=100)
-    parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    print(write_shapes(**vars(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    main()

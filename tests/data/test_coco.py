@@ -6,12 +6,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import config
 
-from gn_detect.data.coco import (
-    DataError,
-    check_coco_dataset,
-    check_coco_json,
-    register_coco_json,
-)
+from gn_detect.data.coco import DataError, check_coco_dataset, check_coco_json, register_coco_json
 from gn_detect.data.loader import NamingDatasetMapper
 
 ALL = {"masks": True, "training": True, "evaluation": True}
@@ -57,6 +52,8 @@ def test_files_that_are_absent_or_truncated(coco_files):
     message = refusal(coco_files)
     assert "2 of the 3 images" in message and message.endswith("the first: 2.png")
     text = coco_files.json_file.read_text()
+    coco_files.content = []
+    assert "not in COCO format" in refusal(coco_files)
     coco_files.json_file.write_text(text[: len(text) // 2])
     with pytest.raises(DataError, match=r"annotations\.json is not valid JSON .*truncated"):
         check(coco_files)
@@ -78,13 +75,23 @@ REFUSED = [
     (("annotations",), None, "not in COCO format: it has no list 'annotations'"),
     (("annotations", 1), 5, "annotation number 1 has no 'id'"),
     (("annotations", 1, "id"), 10, "annotation 10 (image 2.png) has an id that another"),
-    (("annotations", 1, "category_id"), 4, "20 (image 2.png) has category_id 4, which"),
-    (("annotations", 1, "category_id"), 4, "declares 3, 7"),
+    (
+        *(("annotations", 1, "category_id"), 4),
+        "(image 2.png) has category_id 4, which 'categories' does not declare (it declares 3, 7)",
+    ),
     *(
         (("annotations", 2, "bbox"), box, "annotation 30 (image 3.png) has the bbox")
         for box in (None, [1, 2, 3], [1, 2, 3, float("nan")], [1, 2, 3, "4"])
     ),
-    (("annotations", 1, "ignore"), 1, "has 'ignore' set"),
+    (("annotations", 1, "ignore"), 1, "has 'ignore', which"),
+    *(
+        (
+            *(("annotations", 1, "segmentation"), masks),
+            "annotation 20 (image 2.png) has no segmentation; add it, or train boxes alone with "
+            "MODEL.MASK_ON False",
+        )
+        for masks in (None, [])
+    ),
     *(
         (("annotations", 1, "segmentation"), masks, "neither a list of polygons nor RLE")
         for masks in ([1, 2, 3, 4, 5, 6], {"counts": [1]}, "x", [[1, 2, 3, 4, 5, float("nan")]])
@@ -106,17 +113,9 @@ def test_what_cannot_be_used_is_refused(coco_files, place, value, sentence):
     assert sentence in refusal(coco_files)
 
 
-def test_the_top_level_is_a_mapping(coco_files):
-    coco_files.content = []
-    assert "not in COCO format" in refusal(coco_files)
-
-
-@pytest.mark.parametrize("segmentation", [None, []])
-def test_no_segmentation(coco_files, segmentation):
-    coco_files.content["annotations"][1]["segmentation"] = segmentation
-    message = refusal(coco_files)
-    assert "annotation 20 (image 2.png) has no segmentation" in message
-    assert "MODEL.MASK_ON False" in message
+def test_boxes_alone_need_no_segmentation(coco_files):
+    coco_files.content["annotations"][1]["segmentation"] = []
+    coco_files.write()
     assert check(coco_files, masks=False).num_annotations == 3
 
 

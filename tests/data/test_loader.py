@@ -39,6 +39,18 @@ def detectron2_batches(batch_size, seed):
         yield [d["id"] for d in batch]
 
 
+@pytest.fixture
+def own(coco_files):
+    """``own(*opts)``: a config to train on the three images of ``coco_files``."""
+
+    def build(*opts):
+        coco_files.write()
+        register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+        return config(MASK_RCNN, "DATASETS.TRAIN", ("own",), "SOLVER.IMS_PER_BATCH", 1, *opts)
+
+    return build
+
+
 def take(sampler, count: int) -> list[int]:
     return list(itertools.islice(sampler, count))
 
@@ -55,19 +67,11 @@ def test_the_batches_of_detectron2_from_any_on(batch_size, start):
 
 
 @pytest.mark.parametrize(
-    "sampler",
-    [
-        "TrainingSampler",
-        "RepeatFactorTrainingSampler",
-        "RandomSubsetTrainingSampler",
-        "WeightedTrainingSampler",
-        "WeightedCategoryTrainingSampler",
-    ],
+    "kind", ["", "RepeatFactor", "RandomSubset", "Weighted", "WeightedCategory"]
 )
-def test_every_sampler_of_detectron2_is_continued(coco_files, sampler):
-    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
-    cfg = config(MASK_RCNN, "DATASETS.TRAIN", ("own",), "SOLVER.IMS_PER_BATCH", 2)
-    cfg.merge_from_list(["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.9])
+def test_every_sampler_of_detectron2_is_continued(own, kind):
+    cfg = own("SOLVER.IMS_PER_BATCH", 2, "DATALOADER.REPEAT_THRESHOLD", 0.9)
+    cfg.DATALOADER.SAMPLER_TRAIN = f"{kind}TrainingSampler"
     # Read, but not among the defaults of every Detectron2.
     cfg.DATALOADER.RANDOM_SUBSET_RATIO, cfg.DATASETS.TRAIN_REPEAT_FACTOR = 0.7, [["own", 1.5]]
 
@@ -94,18 +98,6 @@ def test_the_header_tells_the_orientation_of_an_image_without_a_size(tmp_path, o
         Image.new("RGB", size).save(tmp_path / "photo.jpg", exif=exif)
         height, width, _ = read_image(str(tmp_path / "photo.jpg"), "BGR").shape
         assert _orientation({"file_name": str(tmp_path / "photo.jpg")}) == int(width > height)
-
-
-@pytest.fixture
-def own(coco_files):
-    """``own(*opts)``: a config to train on the three images of ``coco_files``."""
-
-    def build(*opts):
-        coco_files.write()
-        register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
-        return config(MASK_RCNN, "DATASETS.TRAIN", ("own",), "SOLVER.IMS_PER_BATCH", 1, *opts)
-
-    return build
 
 
 def names(loader, count=6):

@@ -16,12 +16,15 @@ def contents(root):
     return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_deterministic_for_a_seed(tmp_path):
+def test_deterministic_for_a_seed_and_written_once(tmp_path):
     first = contents(write_shapes(tmp_path / "a", **SMALL))
+    assert len(first) == 2 + 12 + 5
     assert contents(write_shapes(tmp_path / "b", **SMALL)) == first
     other = contents(write_shapes(tmp_path / "c", **SMALL, seed=1))
     assert other.keys() == first.keys() and other != first
-    assert len(first) == 2 + 12 + 5
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    write_shapes(tmp_path / "a", **SMALL)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
 def test_coco_format(tmp_path):
@@ -72,13 +75,6 @@ def test_objects_occlude_each_other():
                 near = grown[2:, 1:-1] | grown[:-2, 1:-1] | grown[1:-1, 2:] | grown[1:-1, :-2]
                 touching += bool((near & b).sum() > 5)
     assert touching > 5
-
-
-def test_written_once(tmp_path):
-    root = write_shapes(tmp_path / "shapes", **SMALL)
-    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    write_shapes(root, **SMALL)
-    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
 
 
 def test_other_arguments_are_refused(tmp_path):
