@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -40,14 +39,11 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         model: also wrapped for distributed training.
-        save_dir: of the checkpoints.
-        guards: of the run.
         keep: how many periodic checkpoints to keep of this run and of what it resumes, 0 for all.
         config: of the run, as YAML, saved with the weights.
         classes: names of the classes of the data, in order, saved with the weights.
         evaluation: the model is only evaluated, so that all of it must be in the weights. Otherwise
             what is not starts afresh, with a warning.
-        **checkpointables: of DetectionCheckpointer.
     """
 
     def __init__(
@@ -83,22 +79,21 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        kwargs["origin"] = dataclasses.asdict(self.origin)
-        kwargs |= {"config": self._config, "classes": self._classes}
+        data = {
+            "model": self.model.state_dict(),
+            **{key: obj.state_dict() for key, obj in self.checkpointables.items()},
+            **kwargs,
+            "origin": dataclasses.asdict(self.origin),
+            "config": self._config,
+            "classes": self._classes,
+        }
         basename = f"{name}.pth"
         # Fewer are to be kept than before, perhaps because there is no room for another one.
         self._remove_old()
-        if self._is_local:
-            data = {"model": self.model.state_dict()}
-            data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-            data |= kwargs
-            path = os.path.join(self.save_dir, basename)
-            logger.info(f"Saving checkpoint to {path}")
-            remove_partial_files(self.save_dir)
-            write_atomically(path, lambda f: torch.save(data, f))
-            self.tag_last_checkpoint(basename)
-        else:
-            super().save(name, **kwargs)
+        logger.info(f"Saving checkpoint to {os.path.join(self.save_dir, basename)}")
+        remove_partial_files(self.save_dir)
+        self._write(basename, lambda f: torch.save(data, f))
+        self.tag_last_checkpoint(basename)
         if PERIODIC.fullmatch(basename):
             self._saved = [*(n for n in self._saved if n != basename), basename]
             self._remove_old()
@@ -110,11 +105,17 @@ class Checkpointer(DetectionCheckpointer):
             old, self._saved = self._saved[: -self._keep], self._saved[-self._keep :]
             remove_checkpoints(self.path_manager, self.save_dir, old)
 
+    def _write(self, basename: str, write: Callable[[IO[bytes]], object]) -> None:
+        """A file in ``save_dir``, atomically unless a handler of the path manager has that, such as
+        that of ``s3://``."""
+        path = os.path.join(self.save_dir, basename)
+        if "://" not in path:
+            return write_atomically(path, write)
+        with self.path_manager.open(path, "wb") as f:
+            write(f)
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        if not self._is_local:
-            return super().tag_last_checkpoint(last_filename_basename)
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, lambda f: f.write(last_filename_basename.encode()))
+        self._write("last_checkpoint", lambda f: f.write(last_filename_basename.encode()))
 
     def save_safetensors(self) -> None:
         """Save the weights alone, readable without pickle, as ``model_final.safetensors`` beside
@@ -123,24 +124,12 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: the disk is full, or not writable.
         """
-        if not self.save_dir or not self.save_to_disk or not self._is_local:
+        last = os.path.basename(self.get_checkpoint_file()) if self.save_dir else ""
+        if not self.save_to_disk or last != "model_final.pth":
             return
-        if os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
-            return
-        metadata = {
-            "format": "pt",
-            "gn_detect.origin": json.dumps(dataclasses.asdict(self.origin)),
-            "gn_detect.config": self._config,
-            "gn_detect.classes": json.dumps(self._classes),
-        }
-        content = to_safetensors(self.model.state_dict(), metadata)
-        path = os.path.join(self.save_dir, "model_final.safetensors")
-        write_atomically(path, lambda f: f.write(content))
-
-    @property
-    def _is_local(self) -> bool:
-        """Whether ``save_dir`` is of no handler of the path manager, such as ``s3://``."""
-        return "://" not in self.save_dir
+        known = {"origin": dataclasses.asdict(self.origin), "classes": self._classes}
+        content = to_safetensors(self.model.state_dict(), known, config=self._config)
+        self._write("model_final.safetensors", lambda f: f.write(content))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and from a checkpoint of this project also the state of the training.
@@ -164,10 +153,9 @@ class Checkpointer(DetectionCheckpointer):
         weights = read_weights(path, self.model.state_dict())
         resumes = self.save_dir and path == self.get_checkpoint_file()
         if resumes:
-            covered = cover(weights, self.model)
-            check_resumed(weights, covered, path, self._classes, self._config)
-        coverage = self.check(weights, path)
-        self.model.load_state_dict(coverage.loaded, strict=False)
+            ours = cover(weights, self.model)
+            check_resumed(weights, ours, path, self._classes, self._config)
+        self.model.load_state_dict(self.check(weights, path).loaded, strict=False)
         if resumes:
             last = weights.rest.get("iteration", -1)
             self._saved = periodic_checkpoints(self.path_manager, self.save_dir, last)
@@ -177,11 +165,8 @@ class Checkpointer(DetectionCheckpointer):
         return weights.rest
 
     def check(self, weights: Weights, name: str) -> Coverage:
-        """Log what weights give to the model, and hold them to the guards of the run.
-
-        Args:
-            weights: nothing of them is applied.
-            name: of their file.
+        """Log what weights of the file ``name`` give to the model, and hold them to the guards of
+        the run. Nothing of them is applied.
 
         Raises:
             ConfigError: they are not what the model needs.
@@ -190,27 +175,21 @@ class Checkpointer(DetectionCheckpointer):
         try:
             self._guards.check(weights, coverage, self.model, name)
         finally:
-            others = (
-                f" ({len(weights.left_out)} of no detector left out)" if weights.left_out else ""
-            )
+            others = len(weights.left_out)
+            others = f" ({others} of no detector left out)" if others else ""
             logger.info(f"{name} has the names of {weights.format}{others}; it gives\n{coverage}")
-        unknown = [k for k, v in dataclasses.asdict(weights.origin).items() if v is None]
-        unknown = [k for k in unknown if getattr(self.origin, k) not in (None, "")]
+        ours = dataclasses.asdict(self.origin).items()
+        unknown = [k for k, v in ours if v not in (None, "") and getattr(weights.origin, k) is None]
         if unknown:
             logger.warning(
                 f"{name} does not say with which {', '.join(unknown)} it was trained; what the "
                 "config says is taken to be right"
             )
-        if coverage.afresh:
-            self._say_afresh(weights, coverage, name)
-        return coverage
-
-    def _say_afresh(self, weights: Weights, coverage: Coverage, name: str) -> None:
-        lacking = (
-            f"{name} does not have, or not in the shape of this model: {coverage.describe_afresh()}"
-        )
-        theirs = num_classes({n: tuple(tensor.shape) for n, tensor in weights.state.items()})
-        ours = num_classes(coverage.shapes)
+        if not coverage.afresh:
+            return coverage
+        lacking = f"{name} does not have, or not in the shape of this model: "
+        lacking += coverage.describe_afresh()
+        theirs, ours = num_classes(weights.shapes), num_classes(coverage.shapes)
         if None not in (theirs, ours) and theirs != ours:
             lacking += f". It has {theirs} classes, the model has {ours}"
         if self._evaluation:
@@ -219,3 +198,4 @@ class Checkpointer(DetectionCheckpointer):
                 "weights that were trained with this config on these classes, or train first"
             )
         logger.warning(f"{lacking}. These layers start afresh")
+        return coverage

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from torch import nn
@@ -76,14 +78,11 @@ class Coverage:
 
     def __str__(self) -> str:
         """A table of the components, and the names of what is not loaded."""
-        sizes = defaultdict(lambda: [0, 0, 0, 0, 0])
+        sizes = defaultdict(lambda: np.zeros(5, dtype=np.int64))
         for name, shape in self.shapes.items():
-            row, size = sizes[component_of(name)], torch.Size(shape).numel()
-            row[0] += size
-            row[1] += size * (name in self.loaded)
-            row[2] += name in self.loaded
-            row[3] += name in self.missing
-            row[4] += name in self.mismatched
+            size, loaded = math.prod(shape), name in self.loaded
+            counts = [loaded, name in self.missing, name in self.mismatched]
+            sizes[component_of(name)] += [size, size * loaded, *counts]
         rows = [
             # Rounded down: 100 % is all.
             (component, f"{total:,}", f"{10000 * loaded // max(total, 1) / 100:.2f} %", *counts)
@@ -97,15 +96,14 @@ class Coverage:
             colalign=("left", *["right"] * 5),
         )
         lines = [
-            f"{name}: {list(theirs)} in the file, {list(self.shapes[name])} in the model"
+            f"other shape: {name}: {list(theirs)} in the file, {list(self.shapes[name])} in the "
+            "model"
             for name, theirs in self.mismatched.items()
         ]
-        details = {
-            "other shape": "; ".join(lines),
-            "missing": _shorten(self.missing),
-            "unexpected": _shorten(self.unexpected),
-        }
-        return "\n".join([table, *(f"{what}: {names}" for what, names in details.items() if names)])
+        for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                lines.append(f"{what}: {_shorten(names)}")
+        return "\n".join([table, *lines])
 
 
 def cover(weights: Weights, model: nn.Module) -> Coverage:
@@ -129,19 +127,19 @@ def cover(weights: Weights, model: nn.Module) -> Coverage:
                 candidates[end].append(name)
         places = {end: names[0] for end, names in candidates.items() if len(names) == 1}
     matched = {place: theirs[name] for name, place in places.items()}
-    mismatched = {n: tuple(t.shape) for n, t in matched.items() if tuple(t.shape) != ours[n]}
     trained = {n: shape for n, shape in ours.items() if not re.fullmatch(_STATISTICS, n)}
     batch_norms = {
         place.rpartition(".")[0]
         for name, place in places.items()
         if name.rpartition(".")[0] in weights.batch_norms
     }
-    loaded = {name: matched[name] for name in ours if name in matched.keys() - mismatched.keys()}
+    fits = {name: tuple(matched[name].shape) == ours[name] for name in ours if name in matched}
+    loaded = {name: matched[name] for name, fit in fits.items() if fit}
     folded = {layer for layer in batch_norms if f"{layer}.running_mean" not in matched}
     return Coverage(
         loaded=loaded,
         missing=[name for name in trained if name not in matched],
-        mismatched={name: mismatched[name] for name in ours if name in mismatched},
+        mismatched={name: tuple(matched[name].shape) for name, fit in fits.items() if not fit},
         unexpected=[name for name in theirs if name not in places],
         statistics=[
             name
@@ -165,20 +163,18 @@ def num_classes(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         that of its box predictor (the first one of a cascade) or of its RetinaNet head; None where
         it has neither.
     """
-    for name, (rows, *_) in ((name, shape) for name, shape in shapes.items() if shape):
+    for name, shape in shapes.items():
         if re.search(r"\bbox_predictor\.(\d\.)?cls_score\.weight$", name):
-            return rows - 1  # the last is the background
+            return shape[0] - 1  # the last is the background
         if name == "head.cls_score.weight" and (boxes := shapes.get("head.bbox_pred.weight")):
-            return 4 * rows // boxes[0]  # both for each anchor
+            return 4 * shape[0] // boxes[0]  # both for each anchor
     return None
 
 
 def component_of(name: str) -> str:
     """The part of a detector that the parameter ``name`` belongs to."""
-    for pattern, component in _COMPONENTS.items():
-        if re.match(pattern, name):
-            return component
-    return name.split(".")[0]
+    components = (part for pattern, part in _COMPONENTS.items() if re.match(pattern, name))
+    return next(components, name.split(".")[0])
 
 
 def _shorten(names: list[str], count: int = 8) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -25,11 +24,7 @@ logger = logging.getLogger(__name__)
 
 def write_weights(path: str, weights: Weights) -> None:
     """Write weights as ``.pth`` or ``.safetensors``, by the end of ``path``, and what is known of
-    them.
-
-    Args:
-        path: of the file, which is replaced if it exists.
-        weights: in Detectron2's names.
+    them. A file that exists is replaced.
 
     Raises:
         WeightsError, CheckpointError: the file cannot be written.
@@ -39,8 +34,7 @@ def write_weights(path: str, weights: Weights) -> None:
         known["matching_heuristics"] = True
     if weights.batch_norms:  # which folded BN does not show, nor convolutions alone
         known["batch_norms"] = sorted(weights.batch_norms)
-    metadata = {f"gn_detect.{key}": json.dumps(value) for key, value in known.items()}
-    _write(path, {"model": weights.state, **known}, weights.state, metadata)
+    _write(path, {"model": weights.state, **known}, weights.state, known)
 
 
 def write_state_dict(path: str, state: Mapping[str, torch.Tensor]) -> None:
@@ -48,13 +42,12 @@ def write_state_dict(path: str, state: Mapping[str, torch.Tensor]) -> None:
     _write(path, state, state, {})
 
 
-def _write(path: str, content: Mapping, state: Mapping, metadata: dict[str, str]) -> None:
+def _write(path: str, content: Mapping, state: Mapping, known: Mapping) -> None:
     check_output(path)
     if path.endswith(".pth"):
         write_atomically(path, lambda f: torch.save(content, f))
     else:
-        data = to_safetensors(state, {"format": "pt", **metadata})
-        write_atomically(path, lambda f: f.write(data))
+        write_atomically(path, lambda f: f.write(to_safetensors(state, known)))
 
 
 def check_output(path: str) -> None:
@@ -83,8 +76,7 @@ def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
     these, all weights are bit-equal to ours.
 
     Args:
-        weights: of a detector or a backbone.
-        name: of their file, for messages.
+        weights: of a detector or a backbone, from the file ``name``.
 
     Raises:
         WeightsError: there is no ResNet in them, or torchvision's cannot compute the same.
@@ -105,20 +97,18 @@ def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
         foreign = next(n for n in backbone if torchvision.original_name(n) is None)
         raise WeightsError(f"{name}: {foreign} has no place in torchvision's ResNet")
     origin = weights.origin
-    bottleneck = "layer1.0.conv3.weight" in exported
-    if None in (origin.input_format, origin.pixel_mean, origin.pixel_std) or (
-        bottleneck and origin.stride_in_1x1 is None
-    ):
+    known = (origin.input_format, origin.pixel_mean, origin.pixel_std)
+    strides = "layer1.0.conv3.weight" in exported and origin.stride_in_1x1  # of bottleneck blocks
+    if None in (*known, strides):
         raise WeightsError(
             f"{name} does not say what input it was trained with, and where its blocks stride; "
             "name its config with --config-file"
         )
-    if bottleneck and origin.stride_in_1x1:
+    if strides:
         raise WeightsError(
             f"{name} strides in 1x1 convolutions, torchvision's and timm's ResNets in 3x3"
         )
-    variant = origin.weight_standardization
-    if variant:
+    if variant := origin.weight_standardization:
         convs = [n for n, tensor in exported.items() if tensor.ndim == 4]
         exported.update({n: standardize_weight(exported[n], variant) for n in convs})
         logger.info(f"{len(convs)} convolutions are exported standardized ({variant})")

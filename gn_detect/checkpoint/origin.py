@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +40,14 @@ class Origin:
             ValueError: a value is of another kind.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in values.items() if name in fields}
-        known = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
-        for name, value in known.items():
-            pixels = name.startswith("pixel_")
-            kind = tuple if pixels else _KINDS.get(name, int)
-            numbers = value if pixels and isinstance(value, tuple) else ()
-            if not (value is None or isinstance(value, kind)) or not all(
-                isinstance(number, (int, float)) for number in numbers
-            ):
+        known = {}
+        for name in fields & values.keys():
+            value = tuple(values[name]) if isinstance(values[name], list) else values[name]
+            numbers = value if isinstance(value, tuple) else ()
+            right = value is None or isinstance(value, _KINDS.get(name, tuple))
+            if not right or not all(isinstance(number, (int, float)) for number in numbers):
                 raise ValueError(f"{name} is {value!r}")
+            known[name] = value
         return cls(**known)
 
     def completed_by(self, other: Origin | None) -> Origin:
@@ -63,6 +63,13 @@ class Origin:
 
 
 _KINDS = {"input_format": str, "stride_in_1x1": bool, "weight_standardization": str}
+_KINDS |= {"num_groups": int, "channels_per_group": int}
+
+
+def only(values: Iterable) -> Any:
+    """The one value that all of ``values`` have; None if there are several, or none."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def same(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -87,12 +94,10 @@ _KNOWN = {
     # All models here use PIXEL_STD=[1,1,1]"), and its configs for what it has converted itself.
     r"MSRA/R-(50|101)": Origin(**DETECTRON, stride_in_1x1=True),
     r"ImageNetPretrained/(FAIR|\d+)/R-(50|101)-GN": _DETECTRON_GN,
-    r"detectron://R-(50|101)-GN": _DETECTRON_GN,
-    r"detectron://e2e_mask_rcnn_R-(50|101)-FPN_[23]x_gn": _DETECTRON_GN,
+    r"detectron://(R-(50|101)-GN|e2e_mask_rcnn_R-(50|101)-FPN_[23]x_gn)": _DETECTRON_GN,
     r"ImageNetPretrained/torchvision/R-(50|101)": Origin(**IMAGENET, stride_in_1x1=False),
     r"detectron2://ImageNetPretrained/FAIR/X-101-32x8d": Origin("BGR", _BGR_MEAN, _BGR_STD, False),
-    r"Misc/mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": _DETECTRON_GN,
-    r"Misc/scratch_mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": _DETECTRON_GN,
+    r"Misc/(scratch_)?mask_rcnn_R_50_FPN_3x_gn/\d+/\w+": _DETECTRON_GN,
     r"Misc/scratch_mask_rcnn_R_50_FPN_9x_gn/\d+/\w+": dataclasses.replace(
         _DETECTRON_GN, pixel_std=_BGR_STD
     ),

@@ -21,17 +21,15 @@ def check_resumed(
     """Refuse to go on with another model or other classes; log which options have changed.
 
     Args:
-        weights: of the checkpoint, as read.
+        weights: of the checkpoint ``path``.
         coverage: of the run's model by them.
-        path: of the checkpoint, for the message.
         classes: names of the classes of the run's data, in order; empty if not known.
         config: of the run, as YAML.
 
     Raises:
         ConfigError: says what the checkpoint has, what the run has, and the way out.
     """
-    differences = [*_classes(weights, coverage, list(classes)), *_model(coverage)]
-    if differences:
+    if differences := list(_differences(weights, coverage, list(classes))):
         raise ConfigError(
             f"--resume: {path} is of another model than this run's: {'; '.join(differences)}. "
             f"To go on from its weights, start a new OUTPUT_DIR with MODEL.WEIGHTS {path} (in lazy "
@@ -49,7 +47,7 @@ def check_resumed(
             logger.warning(f"--resume: the options of this run hold: {', '.join(changed)}")
 
 
-def _classes(weights: Weights, coverage: Coverage, ours: list[str]) -> Iterator[str]:
+def _differences(weights: Weights, coverage: Coverage, ours: list[str]) -> Iterator[str]:
     theirs = weights.rest.get("classes")
     if theirs and ours and theirs != ours:
         yield (
@@ -57,12 +55,9 @@ def _classes(weights: Weights, coverage: Coverage, ours: list[str]) -> Iterator[
             f"({', '.join(ours)})"
         )
     elif not theirs:
-        counts = num_classes({name: tuple(t.shape) for name, t in weights.state.items()})
-        if counts != (here := num_classes(coverage.shapes)):
+        counts, here = num_classes(weights.shapes), num_classes(coverage.shapes)
+        if counts != here:
             yield f"it has {counts} classes, the data {here}"
-
-
-def _model(coverage: Coverage) -> Iterator[str]:
     for name, shape in list(coverage.mismatched.items())[:3]:
         yield f"{name} is {list(shape)} in it, {list(coverage.shapes[name])} here"
     for names, what in ((coverage.missing, "it lacks"), (coverage.unexpected, "only it has")):

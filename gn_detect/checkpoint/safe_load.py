@@ -57,7 +57,7 @@ def load_file(path: str | os.PathLike) -> Any:
             warnings.simplefilter("ignore")  # PyTorch's, about old files
             head = file.read(512)
             file.seek(0)
-            kind = next(kind for start, kind in _KINDS.items() if start.match(head))
+            kind = next(k for start, k in _KINDS.items() if re.match(start, head, re.DOTALL))
             if callable(kind):
                 return kind(file)
         reason = f"is not a file of weights: it is {kind}"
@@ -88,17 +88,14 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str | os.PathLike) -> 
     """
     for name, value in state.items():
         try:
-            finite = bool(torch.isfinite(value).all())
+            if torch.isfinite(value).all():
+                continue
+            reason = "has elements that are NaN or infinite. Use a checkpoint from before its "
+            reason += "training diverged"
         except RuntimeError:
-            raise WeightsError(
-                f"{path} is refused: its weight {name!r} is no plain tensor ({value.dtype}, "
-                f"{value.layout}, on {value.device}). Save dense tensors of floating-point numbers"
-            ) from None
-        if not finite:
-            raise WeightsError(
-                f"{path} is refused: its weight {name!r} has elements that are NaN or infinite. "
-                "Use a checkpoint from before its training diverged"
-            )
+            reason = f"is no plain tensor ({value.dtype}, {value.layout}, on {value.device}). "
+            reason += "Save dense tensors of floating-point numbers"
+        raise WeightsError(f"{path} is refused: its weight {name!r} {reason}")
 
 
 def _load_torch(file: BinaryIO) -> Any:
@@ -212,7 +209,7 @@ _TABLE: dict[str, Any] = {
     "mmengine.logging.message_hub.MessageHub": _Opaque,
 }
 # How a file starts -> what reads it, or what it is instead; the first that fits.
-_STARTS: dict[bytes, Callable[[BinaryIO], Any] | str] = {
+_KINDS: dict[bytes, Callable[[BinaryIO], Any] | str] = {
     rb".{4}\x00{4}\{": _load_safetensors,  # the length of its header, and the header in JSON
     rb"PK\x03\x04": _load_torch,
     # The first of five pickles, before PyTorch 1.6: torch.serialization.MAGIC_NUMBER.
@@ -230,4 +227,3 @@ _STARTS: dict[bytes, Callable[[BinaryIO], Any] | str] = {
     rb"[\t\n\r -~]+\Z": "a text (a download that failed?)",
     rb"": "of no known kind; known are torch.save's, pickles of numpy, and safetensors",
 }
-_KINDS = {re.compile(start, re.DOTALL): kind for start, kind in _STARTS.items()}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
 import secrets
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import IO
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -37,7 +38,6 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
     """Write a local file that takes the place of an earlier one only when it is whole.
 
     Args:
-        path: of the file.
         write: is given the file, open for writing.
 
     Raises:
@@ -45,19 +45,16 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
     """
     partial = f"{path}.{secrets.token_hex(4)}.partial"
     try:
-        try:
-            with open(partial, "xb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(partial)
-            raise
+        with open(partial, "xb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
         _sync_directory(os.path.dirname(path))
-    except (OSError, RuntimeError) as error:
-        reason = _os_error(error)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        reason = _os_error(error) if isinstance(error, (OSError, RuntimeError)) else None
         if reason is None:
             raise
         raise CheckpointError(_describe(path, reason)) from error
@@ -85,13 +82,12 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def _describe(path: str, reason: OSError) -> str:
     message = f"{path} could not be written: {reason.strerror or reason}. "
     directory, name = os.path.split(path)
-    full = reason.errno in _FULL
+    remedy = "Free space there" if reason.errno in _FULL else "Mend that"
     if not _OF_A_RUN.fullmatch(name):
-        return message + ("Free space there" if full else "Mend that") + ", and start again"
-    remedy = "Mend that"
-    if full:
-        remedy = (
-            "Free space there, or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy configs "
+        return f"{message}{remedy}, and start again"
+    if reason.errno in _FULL:
+        remedy += (
+            ", or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy configs "
             "train.checkpointer.max_to_keep)"
         )
     with contextlib.suppress(OSError):
@@ -119,10 +115,10 @@ def periodic_checkpoints(path_manager: PathManager, directory: str, last: int) -
     """The names of the periodic checkpoints in a directory up to iteration ``last``, oldest
     first."""
     try:
-        names = filter(PERIODIC.fullmatch, path_manager.ls(directory))
+        found = [PERIODIC.fullmatch(name) for name in path_manager.ls(directory)]
     except (OSError, NotImplementedError):
         return []
-    iterations = {name: int(PERIODIC.fullmatch(name)[1]) for name in names}
+    iterations = {match[0]: int(match[1]) for match in found if match}
     return sorted((n for n in iterations if iterations[n] <= last), key=iterations.get)
 
 
@@ -137,11 +133,16 @@ def remove_checkpoints(path_manager: PathManager, directory: str, names: list[st
             logger.warning(f"{name} in {directory}, an old checkpoint, cannot be removed: {error}")
 
 
-def to_safetensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a ``.safetensors`` file, which knows no strides and no shared memory."""
+def to_safetensors(
+    tensors: Mapping[str, torch.Tensor], known: Mapping[str, Any], **texts: str
+) -> bytes:
+    """The content of a ``.safetensors`` file, which knows no strides and no shared memory. Its
+    metadata have ``known`` as JSON, and ``texts``."""
     plain = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor)  # not the extra state that a module may have
     }
-    return safetensors.torch.save(plain, metadata)
+    texts |= {key: json.dumps(value) for key, value in known.items()}
+    metadata = {f"gn_detect.{key}": text for key, text in texts.items()}
+    return safetensors.torch.save(plain, {"format": "pt", **metadata})

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import os
 import re
+from pathlib import Path
 from urllib.parse import urlparse
 
 from detectron2.checkpoint.catalog import ModelCatalog
@@ -73,9 +74,7 @@ def locate(name: str) -> Source:
         origin = origin or Origin.of_name(url)
     path = _download(url, name) if "://" in url else url
     if not os.path.isfile(path):
-        known = (
-            " (nor does Detectron2 know such an address)" if path == url and "://" in url else ""
-        )
+        known = " (nor does Detectron2 know such an address)" if "://" in path else ""
         raise WeightsError(f"{name}: there is no file {path}{known}")
     if digest:
         _check_digest(path, digest)
@@ -97,11 +96,7 @@ def split_name(name: str) -> tuple[str, bool, str]:
 
 
 def _check_digest(path: str, digest: str) -> None:
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            sha256.update(block)
-    actual = sha256.hexdigest()
+    actual = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if actual != digest:
         raise WeightsError(
             f"{path} has the SHA-256 {actual}, not {digest}: it is another file, or was damaged; "

@@ -17,7 +17,7 @@ from torch import nn
 
 from gn_detect.checkpoint.safe_load import WeightsError, check_finite, load_file
 from gn_detect.engine.prepare import sentence
-from gn_detect.engine.trainer import _get_random_state
+from gn_detect.engine.resume import get_random_state
 
 
 def saved(value, legacy=False) -> bytes:
@@ -270,7 +270,7 @@ def test_torch(legacy, tmp_path):
         "parameter": nn.Parameter(torch.ones(2)),
         "numpy": [np.arange(3.0), np.float64(2.5), np.asfortranarray(base.numpy())],
         "containers": [collections.Counter("aab"), collections.defaultdict(list), torch.Size([1])],
-        "random_state": _get_random_state(),
+        "random_state": get_random_state(),
     }
     for optimizer in (
         torch.optim.SGD(model.parameters(), 0.1, 0.9),

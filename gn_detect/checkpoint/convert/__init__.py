@@ -5,6 +5,7 @@ The format is told by the names in a file, not by its name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Collection, Mapping
@@ -33,7 +34,6 @@ def read_weights(name: str, model_names: Collection[str] = ()) -> Weights:
     """Weights by a name that ``sources.locate`` knows.
 
     Args:
-        name: of the weights.
         model_names: of the parameters that they are for. Weights of a layout that is not known are
             taken as they are where one of their names is among these.
 
@@ -53,12 +53,11 @@ def read_weights(name: str, model_names: Collection[str] = ()) -> Weights:
 def convert(
     content: Any, name: str, model_names: Collection[str] = (), partial: bool = False
 ) -> Weights:
-    """Weights from the content of a file.
+    """Weights from the content of the file ``name``.
 
     Args:
         content: a mapping of names to tensors or arrays, or one that has it under ``model``,
             ``model_state``, ``state_dict`` or ``blobs``.
-        name: of the file, for messages.
         model_names: of :func:`read_weights`.
         partial: of :class:`Weights`, as far as it is known already.
 
@@ -67,14 +66,11 @@ def convert(
     """
     state, rest = _state(content, name)
     names = state.keys()
-    if detectron.recognizes(names):
-        return detectron.convert(state)
     if mmdetection.recognizes(names):
         return mmdetection.convert(state, rest.get("meta") or {})
-    if torchvision.recognizes(names):
-        return torchvision.convert(state)
-    if resnetv2.recognizes(names):
-        return resnetv2.convert(state)
+    for layout in (detectron, torchvision, resnetv2):
+        if layout.recognizes(names):
+            return layout.convert(state)
     backbone = "stem.conv1.weight" in names
     detector = backbone or any(n.startswith(_DETECTORS) for n in names)
     checkpoint = partial or any(key in rest for key in _CHECKPOINT)
@@ -96,31 +92,27 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
     for key in ("model", "model_state", "state_dict", "blobs"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             rest = {k: v for k, v in content.items() if k != key}
+            if key == "model_state":  # of pycls, whose names Detectron2 matches by their ends
+                rest["matching_heuristics"] = True
             content = content[key]
             break
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{name}: there are no weights in it: no mapping of names to tensors")
-    if key == "model_state":  # of pycls, whose names Detectron2 matches by their ends
-        rest["matching_heuristics"] = True
     wrapper = next((w for w in _WRAPPERS if all(str(n).startswith(w) for n in content)), "")
     state = {}
     for key, value in content.items():
+        kind = f"a {type(value).__name__}, not a tensor"
         if isinstance(value, np.ndarray):
-            try:
+            kind = f"an array of {value.dtype!r}, a type PyTorch does not have: save it as float32"
+            with contextlib.suppress(TypeError, ValueError):
                 value = torch.from_numpy(value)
-            except (TypeError, ValueError):
-                raise WeightsError(
-                    f"{name}: {key!r} in it is an array of {value.dtype!r}, a type that PyTorch "
-                    "does not have; save it as float32"
-                ) from None
         if str(key).endswith("_extra_state"):  # of a module that saves more than tensors
             logger.warning(f"{name}: {key} is no tensor, and is left out")
             continue
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise WeightsError(
-                f"{name}: {key!r} in it is a {type(value).__name__}, not a tensor; weights are a "
-                "mapping of names to tensors, alone or under model, model_state, state_dict or "
-                "blobs"
+                f"{name}: {key!r} in it is {kind}; weights are a mapping of names to tensors, "
+                "alone or under model, model_state, state_dict or blobs"
             )
         state[key.removeprefix(wrapper)] = value
     # Where metadata is that of safetensors, it has as JSON what is beside the model in a .pth.

@@ -30,13 +30,14 @@ Classes have the order of the categories in the annotations that mmdetection was
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from ..origin import Origin
+from ..origin import Origin, only
 from ..safe_load import WeightsError
 from . import torchvision
 from .weights import Weights
@@ -69,7 +70,7 @@ def convert(state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Weigh
     """
     Args:
         state: ``state_dict`` of the checkpoint.
-        meta: of the checkpoint, or {}. The text of the config in it says the origin.
+        meta: of the checkpoint. The text of the config in it says the origin.
 
     Raises:
         WeightsError: the detector has layers, channels or anchors with no place in Detectron2's.
@@ -86,7 +87,8 @@ def convert(state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Weigh
             "neck.lateral_convs.3.conv.weight is missing: only detectors of mmdetection with an "
             "FPN of all four stages (start_level 0) can be converted"
         )
-    _check_anchors(state)
+    if "rpn_head.rpn_cls.weight" in state:
+        _check_anchors(*(len(state[f"rpn_head.rpn_{name}.weight"]) for name in ("cls", "reg")))
     return Weights(
         "mmdetection",
         {new: state[name] for name, new in names.items()} | _classes_in_order(state),
@@ -109,17 +111,13 @@ def _rename(name: str) -> str | None:
         layer, norm = match[1], "" if match[2] == "conv" else ".norm"
     for pattern, new in _LAYERS.items():
         if match := re.fullmatch(pattern, layer.removeprefix("roi_head.")):
-            groups = match.groupdict()
+            groups = match.groupdict("")
             k = int(groups.get("k", 0))
-            new = new.format(stage=groups.get("stage") or "", k1=k + 1, k2=k + 2)
-            return f"{new}{norm}.{parameter}"
+            return f"{new.format(**groups, k1=k + 1, k2=k + 2)}{norm}.{parameter}"
     return None
 
 
-def _check_anchors(state: Mapping[str, torch.Tensor]) -> None:
-    if "rpn_head.rpn_cls.weight" not in state:
-        return
-    scores, deltas = (len(state[f"rpn_head.rpn_{name}.weight"]) for name in ("cls", "reg"))
+def _check_anchors(scores: int, deltas: int) -> None:
     if deltas != 4 * scores:
         raise WeightsError(
             f"rpn_head.rpn_cls has {scores} channels for {deltas // 4} anchors: Detectron2's RPN "
@@ -145,11 +143,13 @@ def _classes_in_order(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         match = re.fullmatch(r"(roi_head\.)?bbox_head\.(\d\.)?fc_cls\.(weight|bias)", name)
         if not match:
             continue
-        first, parameter = not match[1], match[3]
-        predictors = {name.replace("fc_cls", "fc_reg"): 4}
-        predictors[f"{match[1] or ''}mask_head.conv_logits.{parameter}"] = 1
+        first = not match[1]  # is the background
         result[_rename(name)] = torch.cat([value[1:], value[:1]]) if first else value
-        for predictor, size in predictors.items():
+        boxes, masks = (
+            name.replace("fc_cls", "fc_reg"),
+            f"{match[1] or ''}mask_head.conv_logits.{match[3]}",
+        )
+        for predictor, size in ((boxes, 4), (masks, 1)):
             if predictor not in state:
                 continue
             rows, classes = len(state[predictor]), len(value) if first else len(value) - 1
@@ -169,26 +169,20 @@ def _origin(meta: Mapping[str, Any], bottleneck: bool) -> Origin:
     if not dicts:
         return Origin()
     # ``img_norm_cfg`` and the transform ``Normalize``, or version 3's ``data_preprocessor``
-    rgb, mean, std = _only(
+    rgb, mean, std = only(
         (d.get("to_rgb", d.get("bgr_to_rgb")), d["mean"], d["std"])
         for d in dicts
         if isinstance(d.get("mean"), tuple) and isinstance(d.get("std"), tuple)
     ) or (None, None, None)
-    style = _only(d["style"] for d in dicts if d.get("style") in ("pytorch", "caffe"))
+    style = only(d["style"] for d in dicts if d.get("style") in ("pytorch", "caffe"))
     return Origin(
         input_format={True: "RGB", False: "BGR"}.get(rgb),
         pixel_mean=mean,
         pixel_std=std,
         stride_in_1x1=style == "caffe" if bottleneck and style else None,
         weight_standardization="authors" if any(d.get("type") == "ConvWS" for d in dicts) else "",
-        num_groups=_only(d.get("num_groups") for d in dicts if d.get("type") == "GN"),
+        num_groups=only(d.get("num_groups") for d in dicts if d.get("type") == "GN"),
     )
-
-
-def _only(values: Iterable) -> Any:
-    """The one value that all of ``values`` have; None if there are several, or none."""
-    distinct = set(values)
-    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _read_dicts(text: Any) -> list[dict[str, Any]]:
@@ -198,15 +192,12 @@ def _read_dicts(text: Any) -> list[dict[str, Any]]:
     (tools/model_converters/upgrade_model_version.py).
     """
     for source in (text, f"#{text}"):
-        try:
-            nodes = list(ast.walk(ast.parse(source)))
+        with contextlib.suppress(SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
             return [
                 {k.arg: value for k in node.keywords if (value := _literal(k.value)) is not None}
-                for node in nodes
+                for node in ast.walk(ast.parse(source))
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict"
             ]
-        except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-            continue
     return []
 
 

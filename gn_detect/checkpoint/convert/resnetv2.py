@@ -19,7 +19,7 @@ _LAYER = rf"((?:conv|norm)\d|shortcut)\.(weight|bias|{_BATCH_NORM})"
 def recognizes(names: Collection[str]) -> bool:
     """No other norm than GN and BN has these names alone: EvoNorm and FRN have parameters more."""
     return "stages.0.blocks.0.conv3.weight" in names and all(
-        rename(name) or _is_left_out(name) for name in names
+        rename(name) or name.startswith(("head.", "norm.")) for name in names
     )
 
 
@@ -53,7 +53,3 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
         ),
         left_out=[name for name, new in renamed.items() if new is None],
     )
-
-
-def _is_left_out(name: str) -> bool:
-    return name.startswith(("head.", "norm."))

@@ -14,6 +14,7 @@ from ..origin import IMAGENET, Origin
 from ..safe_load import WeightsError
 from .weights import Weights
 
+_PREFIXES = ("", "backbone.", "backbone.body.")  # mmpretrain's, and that of torchvision's detectors
 _NOT_RESNET = ("fc.", "head.", "classifier.", "last_linear.")
 
 # In torchvision, and in Detectron2, where conv and norm of a layer share a name. {s}, {b} and {c}
@@ -40,14 +41,7 @@ def _translate(name: str, old: int, new: int) -> str | None:
 
 
 def recognizes(names: Collection[str]) -> bool:
-    return _prefix(names) is not None
-
-
-def _prefix(names: Collection[str]) -> str | None:
-    """What the names of the ResNet begin with: nothing, or as in mmpretrain, or as in torchvision's
-    detectors."""
-    prefixes = ("", "backbone.", "backbone.body.")
-    return next((p for p in prefixes if f"{p}layer1.0.conv1.weight" in names), None)
+    return any(f"{prefix}layer1.0.conv1.weight" in names for prefix in _PREFIXES)
 
 
 def rename(name: str) -> str | None:
@@ -66,7 +60,7 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     Raises:
         WeightsError: a variant of the ResNet that Detectron2 does not have.
     """
-    prefix = _prefix(state)
+    prefix = next(p for p in _PREFIXES if f"{p}layer1.0.conv1.weight" in state)
     others = [name for name in state if not name.startswith(prefix)]
     state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     renamed = {name: rename(name) for name in state}

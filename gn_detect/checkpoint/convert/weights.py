@@ -35,7 +35,9 @@ class Weights:
     rest: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        statistics = ".running_mean"
-        self.batch_norms |= {
-            n.removesuffix(statistics) for n in self.state if n.endswith(statistics)
-        }
+        layers = (name.rpartition(".") for name in self.state)
+        self.batch_norms |= {layer for layer, _, name in layers if name == "running_mean"}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
