@@ -66,7 +66,6 @@ class State(dict):
         self.norm_name = "gn"
         for i in range(4):
             self.conv_module(f"neck.lateral_convs.{i}", channels, width * 4 * 2**i, 1)
-        for i in range(4):
             self.conv_module(f"neck.fpn_convs.{i}", channels, channels, 3)
         self.conv("rpn_head.rpn_conv", channels, channels, 3)
         self.conv("rpn_head.rpn_cls", ANCHORS, channels, 1)
@@ -169,14 +168,12 @@ class Reference:
             for b in range(blocks):
                 name, stride = f"backbone.layer{i + 1}.{b}", 2 if i and not b else 1
                 out = self.conv_norm(x, f"{name}.conv1", f"{name}.gn1").relu()
-                out = self.conv_norm(
-                    out, f"{name}.conv2", f"{name}.gn2", stride=stride, padding=1
-                ).relu()
+                strided = {"stride": stride, "padding": 1}
+                out = self.conv_norm(out, f"{name}.conv2", f"{name}.gn2", **strided).relu()
                 out = self.conv_norm(out, f"{name}.conv3", f"{name}.gn3")
                 if not b:
-                    x = self.conv_norm(
-                        x, f"{name}.downsample.0", f"{name}.downsample.1", stride=stride
-                    )
+                    conv, norm = f"{name}.downsample.0", f"{name}.downsample.1"
+                    x = self.conv_norm(x, conv, norm, stride=stride)
                 x = (out + x).relu()
             stages.append(x)
         return stages
@@ -187,9 +184,8 @@ class Reference:
         for i in (3, 2, 1):
             size = laterals[i - 1].shape[2:]
             laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size, mode="nearest")
-        outs = [
-            self.conv_module(x, f"neck.fpn_convs.{i}", padding=1) for i, x in enumerate(laterals)
-        ]
+        convs = [f"neck.fpn_convs.{i}" for i in range(4)]
+        outs = [self.conv_module(*x, padding=1) for x in zip(laterals, convs, strict=True)]
         return [*outs, F.max_pool2d(outs[-1], 1, stride=2)]
 
     def rpn(self, levels):
@@ -232,12 +228,11 @@ class Reference:
         assert set(target.tolist()) == {0, 1, 2, 3}
         rois = rois + torch.tensor([0, 0, last, last])
         samples = {"sampling_ratio": 2} if last else {"sampling_ratio": 0, "aligned": True}
-        return torch.cat(
-            [
-                roi_align(levels[level], [roi[None]], size, 1 / 2 ** (level + 2), **samples)
-                for roi, level in zip(rois, target, strict=True)
-            ]
-        )
+        pooled = [
+            roi_align(levels[level], [roi[None]], size, 1 / 2 ** (level + 2), **samples)
+            for roi, level in zip(rois, target, strict=True)
+        ]
+        return torch.cat(pooled)
 
     def box_head(self, x):
         """Shared4Conv1FCBBoxHead: class scores (N, C) and deltas, without those of background."""

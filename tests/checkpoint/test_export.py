@@ -25,7 +25,6 @@ R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"
 NORM = functools.partial(torch.nn.GroupNorm, 32)
 STAGES = ["res2", "res3", "res4", "res5"]
-RESNET_50 = config(C4, "MODEL.RESNETS.OUT_FEATURES", STAGES)
 CLASSIFIERS = {
     "timm": lambda: timm.create_model("resnet50_gn", num_classes=0),
     "torchvision": lambda: without_classifier(torchvision.models.resnet50(norm_layer=NORM)),
@@ -73,9 +72,8 @@ def test_backbone_of_a_detector(name):
 def test_another_input_and_weight_standardization_are_folded_in(variant):
     """A backbone for BGR pixels that are not divided, in a classifier for RGB ones that are."""
     torch.manual_seed(0)
-    cfg = config(
-        *(C4, "MODEL.RESNETS.OUT_FEATURES", STAGES, "MODEL.GN.WEIGHT_STANDARDIZATION", variant)
-    )
+    opts = ["MODEL.RESNETS.OUT_FEATURES", STAGES, "MODEL.GN.WEIGHT_STANDARDIZATION", variant]
+    cfg = config(C4, *opts)
     ours = randomize(build_gn_resnet_backbone(cfg, ShapeSpec(channels=3))).double().eval()
     origin = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization=variant)
     exported = export_backbone(Weights("Detectron2", ours.state_dict(), True, origin), "file")
@@ -88,14 +86,11 @@ def test_another_input_and_weight_standardization_are_folded_in(variant):
         mean, std = (torch.tensor(values[f"pixel_{k}"]).double() for k in ("mean", "std"))
         return (image - mean[:, None, None]) / std[:, None, None]
 
-    outputs = []
-    for layer in (classifier.layer1, classifier.layer4):
-        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    classifier(normalized(rgb, IMAGENET))
-    expected = ours(normalized(bgr, DETECTRON))
+    expected = ours(normalized(bgr, DETECTRON))["res5"].mean((2, 3))  # as the classifier pools
     # Deviations are kept in float32.
-    torch.testing.assert_close(outputs[0], expected["res2"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs[1], expected["res5"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        classifier(normalized(rgb, IMAGENET)), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,28 +99,35 @@ def test_another_input_and_weight_standardization_are_folded_in(variant):
         (Origin(), "does not say what input .* --config-file"),
         (Origin(**IMAGENET), "does not say .* where its blocks stride"),
         (Origin(**IMAGENET, stride_in_1x1=True), "strides in 1x1 convolutions"),
-        (
-            Origin("RGB", (127.5,) * 3, (127.5,) * 3, False),
-            r"file was trained with the pixel mean \[127.5, 127.5, 127.5\]",
-        ),
+        (Origin("RGB", (127.5,) * 3, (127.5,) * 3, False), r"with the pixel mean \[127.5, 127.5"),
     ],
 )
 def test_what_a_classifier_cannot_compute_is_refused(origin, message):
-    backbone = build_resnet_backbone(RESNET_50, ShapeSpec(channels=3))
+    cfg = config(C4, "MODEL.RESNETS.OUT_FEATURES", STAGES)
+    backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     with pytest.raises(WeightsError, match=message):
         export_backbone(Weights("Detectron2", backbone.state_dict(), True, origin), "file")
 
 
-def test_no_resnet_is_refused():
-    state = {"backbone.stages.0.weight": torch.zeros(1)}
-    with pytest.raises(WeightsError, match="there is no whole ResNet in it"):
-        export_backbone(Weights("Detectron2", state, False), "file")
+STATE = convert(torchvision.models.resnet18(norm_layer=NORM).state_dict(), "resnet18").state
 
 
-def test_layers_that_a_classifier_does_not_have_are_refused():
-    state = dict(build_resnet_backbone(RESNET_50, ShapeSpec(channels=3)).state_dict())
-    state["res3.0.conv2_offset.weight"] = torch.zeros(18, 128, 3, 3)
-    with pytest.raises(WeightsError, match="res3.0.conv2_offset.weight has no place"):
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"backbone.stages.0.weight": torch.zeros(1)}, "there is no whole ResNet in it"),
+        (
+            {name: tensor for name, tensor in STATE.items() if "res5" not in name},
+            "no whole ResNet .* layer4.0.conv1.weight would be lacking",
+        ),
+        (
+            {**STATE, "res3.0.conv2_offset.weight": torch.zeros(18, 128, 3, 3)},
+            "res3.0.conv2_offset.weight has no place",
+        ),
+    ],
+)
+def test_what_a_classifier_does_not_have_is_refused(state, message):
+    with pytest.raises(WeightsError, match=message):
         export_backbone(Weights("Detectron2", state, True, Origin(**IMAGENET)), "file")
 
 
@@ -153,15 +155,6 @@ def test_where_nothing_can_be_written(tmp_path):
             write_state_dict(str(tmp_path / name), {"a": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("key", ["origin", "matching_heuristics"])
-def test_metadata_that_cannot_be_read(key, tmp_path):
-    path = str(tmp_path / "a.safetensors")
-    metadata = {f"gn_detect.{key}": "[" * 100_000}
-    safetensors.torch.save_file({"backbone.x": torch.zeros(1)}, path, metadata)
-    with pytest.raises(WeightsError, match=f"gn_detect.{key} in its metadata is no JSON"):
-        read_weights(path)
-
-
 @pytest.mark.parametrize(
     "origin, message",
     [
@@ -172,16 +165,5 @@ def test_metadata_that_cannot_be_read(key, tmp_path):
     ],
 )
 def test_the_groups_are_said(origin, message, caplog):
-    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
-    weights = convert(state, "resnet18")
-    weights.origin = Origin(**IMAGENET, **origin)
-    export_backbone(weights, "file")
+    export_backbone(Weights("torchvision", STATE, origin=Origin(**IMAGENET, **origin)), "file")
     assert re.search(message, caplog.text) if message else not caplog.records
-
-
-def test_half_a_resnet_is_refused():
-    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
-    weights = convert(state, "resnet18")
-    weights.state = {n: t for n, t in weights.state.items() if "res5" not in n}
-    with pytest.raises(WeightsError, match="no whole ResNet .* layer4.0.conv1.weight would be lac"):
-        export_backbone(weights, "file")

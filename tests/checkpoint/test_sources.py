@@ -1,8 +1,10 @@
+import functools
 import hashlib
 import http.server
 import os
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -33,22 +35,14 @@ def server(tmp_path, cache):
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path / "www"))
-
-        def log_request(self, *args):
+        def log_message(self, *args):
             asked.append(self.path)
 
-        def log_error(self, *args):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}", asked
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    handler = functools.partial(Handler, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever).start()
+        yield f"http://127.0.0.1:{httpd.server_port}", asked
+        httpd.shutdown()
 
 
 @pytest.fixture
@@ -89,8 +83,7 @@ def test_a_url_is_downloaded_once(server, cache):
     path = locate(f"{url}/weights.pkl#sha256={DIGEST}").path
     assert path == str(cache / "weights.pkl") == locate(f"{url}/weights.pkl").path
     assert asked == ["/weights.pkl"]
-    with open(path, "rb") as f:
-        assert f.read() == CONTENT
+    assert Path(path).read_bytes() == CONTENT
 
 
 def test_a_failed_download_says_what_to_do(server, cache):
@@ -160,21 +153,24 @@ def test_names_of_timm(put, monkeypatch):
     assert f"put it at {file}" in message
 
 
-def test_unknown_names(monkeypatch):
-    with pytest.raises(WeightsError, match="no weights 'resnet50_gm.a1h' .* similar: resnet50_g"):
-        locate("timm://resnet50_gm.a1h")
-    with pytest.raises(WeightsError, match="similar: resnet50_gn.a1h_in1k"):
-        locate("timm://resnet50_gn")
-    with pytest.raises(
-        WeightsError, match="'resnetblur50.bt_in1k' of a ResNet that Detectron2 has"
-    ):
-        locate("timm://resnetblur50.bt_in1k")  # which no name in its file says
-    with pytest.raises(WeightsError, match="catalog://foo/bar cannot be .*: model not present"):
-        locate("catalog://foo/bar")
-    with pytest.raises(WeightsError, match="nor does Detectron2 know such an address"):
-        locate("foo://bar.pth")
-    with pytest.raises(WeightsError, match="detectron://R-18 is unknown.*R-50-GN"):
-        locate("detectron://R-18")
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("timm://resnet50_gm.a1h", "no weights 'resnet50_gm.a1h' .* similar: resnet50_g"),
+        ("timm://resnet50_gn", "similar: resnet50_gn.a1h_in1k"),
+        # Which no name in its file says.
+        ("timm://resnetblur50.bt_in1k", "'resnetblur50.bt_in1k' of a ResNet that Detectron2 has"),
+        ("catalog://foo/bar", "catalog://foo/bar cannot be .*: model not present"),
+        ("foo://bar.pth", "nor does Detectron2 know such an address"),
+        ("detectron://R-18", "detectron://R-18 is unknown.*R-50-GN"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(WeightsError, match=message):
+        locate(name)
+
+
+def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(WeightsError, match="pip install timm"):
         locate("timm://resnet50_gn.a1h_in1k")

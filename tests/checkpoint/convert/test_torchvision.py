@@ -14,13 +14,16 @@ from gn_detect.checkpoint import WeightsError
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.convert.torchvision import original_name, rename
 from gn_detect.checkpoint.coverage import cover
-from gn_detect.checkpoint.origin import IMAGENET
+from gn_detect.checkpoint.origin import IMAGENET, Origin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"
 NAMES = [f"layer{i}" for i in range(1, 5)]
 NORM = functools.partial(torch.nn.GroupNorm, 32)
+
+
+OUT = ["res2", "res3", "res4", "res5"]
 
 
 def backbone_of(depth=50, *opts):
@@ -31,7 +34,6 @@ def backbone_of(depth=50, *opts):
     return build_backbone(config(C4, *opts), ShapeSpec(channels=3)).eval()
 
 
-OUT = ["res2", "res3", "res4", "res5"]
 CLASSIFIERS = {
     "timm resnet50_gn": (lambda: timm.create_model("resnet50_gn"), 50),
     "torchvision R-50": (lambda: torchvision.models.resnet50(norm_layer=NORM), 50),
@@ -61,29 +63,15 @@ def test_features_are_those_of_the_classifier(name):
     classifier = randomize(make().eval())
     weights = convert(classifier.state_dict(), name)
     assert weights.format == "torchvision" and weights.left_out == ["fc.weight", "fc.bias"]
+    assert weights.origin.stride_in_1x1 is (False if depth >= 50 else None)
     backbone = backbone_of(depth)
     coverage = cover(weights, backbone)
     assert not (coverage.missing or coverage.mismatched or coverage.unexpected)
     backbone.load_state_dict(coverage.loaded)  # strict: all of it
     for height, width in [(64, 64), (65, 97)]:
         image = torch.randn(1, 3, height, width)
-        expected, actual = features(classifier, image), backbone(image)
-        for stage in OUT:
-            torch.testing.assert_close(actual[stage], expected[stage], rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_stride_in_the_other_convolution_is_another_network():
-    """What the guard on STRIDE_IN_1X1 is for."""
-    torch.manual_seed(0)
-    classifier = randomize(torchvision.models.resnet50(norm_layer=NORM).eval())
-    weights = convert(classifier.state_dict(), "R-50")
-    assert weights.origin.stride_in_1x1 is False
-    backbone = backbone_of(50, "MODEL.RESNETS.STRIDE_IN_1X1", True)
-    backbone.load_state_dict(cover(weights, backbone).loaded)
-    image = torch.randn(1, 3, 64, 64)
-    difference = backbone(image)["res5"] - features(classifier, image)["res5"]
-    assert difference.abs().max() > 0.1
+        expected = features(classifier, image)
+        torch.testing.assert_close(backbone(image), expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -102,26 +90,25 @@ def test_authors_of_weight_standardization():
             weight = (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + 1e-5)
             module.weight.copy_(weight.reshape(module.weight.shape))
     image = torch.randn(1, 3, 33, 48).double()
-    for stage, expected in features(classifier, image).items():
-        torch.testing.assert_close(backbone(image)[stage], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(backbone(image), features(classifier, image), rtol=0, atol=1e-9)
+
+
+RESNET_18 = torchvision.models.resnet18(norm_layer=NORM).state_dict()
 
 
 def test_backbone_of_mmdetection():
     """Its norms are called gn1, and it does not say which input it was trained with."""
-    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
-    expected = convert(state, "torchvision")
-    renamed = {k.replace("bn", "gn"): v for k, v in state.items()}
+    renamed = {k.replace("bn", "gn"): v for k, v in RESNET_18.items()}
     weights = convert({"state_dict": renamed, "meta": {}}, "mmdetection")
-    assert weights.state.keys() == expected.state.keys()
-    assert weights.origin.input_format is None and expected.origin.input_format == "RGB"
+    assert weights.state.keys() == convert(RESNET_18, "torchvision").state.keys()
+    assert weights.origin.input_format is None
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "backbone.body."])
 def test_backbones_of_mmpretrain_and_of_torchvisions_detectors(prefix):
-    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
     others = {"head.fc.weight": torch.zeros(1), "rpn.x": torch.zeros(1)}
-    weights = convert({**{f"{prefix}{k}": v for k, v in state.items()}, **others}, "file")
-    assert weights.state.keys() == convert(state, "torchvision").state.keys()
+    weights = convert({**{f"{prefix}{k}": v for k, v in RESNET_18.items()}, **others}, "file")
+    assert weights.state.keys() == convert(RESNET_18, "torchvision").state.keys()
     assert set(weights.left_out) >= {"head.fc.weight"}
 
 
@@ -133,10 +120,9 @@ def test_other_networks_are_refused(name):
 
 def test_training_checkpoint_of_torchvision():
     """references/classification/train.py"""
-    state = torchvision.models.resnet18(norm_layer=NORM).state_dict()
-    weights = convert({"model": state, "epoch": 90, "optimizer": {}}, "checkpoint.pth")
-    assert len(weights.state) == len(state) - 2
-    assert weights.origin.pixel_mean == IMAGENET["pixel_mean"]
+    weights = convert({"model": RESNET_18, "epoch": 90, "optimizer": {}}, "checkpoint.pth")
+    assert len(weights.state) == len(RESNET_18) - 2
+    assert weights.origin == Origin(**IMAGENET)
 
 
 def test_batch_norm_is_told():
@@ -144,13 +130,12 @@ def test_batch_norm_is_told():
     assert len(weights.batch_norms) == 20 and "res3.0.shortcut.norm" in weights.batch_norms
 
 
-def test_another_variant_is_refused():
-    state = timm.create_model("resnet26d").state_dict()
-    with pytest.raises(WeightsError, match=r"conv1.0.weight has no place in Detectron2's ResNet"):
-        convert(state, "resnet26d")
-    state = timm.create_model("seresnet50").state_dict()
-    with pytest.raises(WeightsError, match=r"layer1.0.se.fc1.weight has no place"):
-        convert(state, "seresnet50")
+@pytest.mark.parametrize(
+    "name, layer", [("resnet26d", "conv1.0.weight"), ("seresnet50", "layer1.0.se.fc1.weight")]
+)
+def test_another_variant_is_refused(name, layer):
+    with pytest.raises(WeightsError, match=f"{layer} has no place in Detectron2's ResNet"):
+        convert(timm.create_model(name).state_dict(), name)
 
 
 def test_names_go_both_ways():
