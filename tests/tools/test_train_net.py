@@ -13,8 +13,10 @@ import termios
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from helpers import ROOT, TINY, run_tool, start_tool
 
+from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 
 QUICK = ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
@@ -157,6 +159,19 @@ def test_bad_data_is_one_sentence(coco_files, tmp_path):
     coco_files.write()
     line = refusal("--config-file", QUICK, *coco_files.arguments(), "OUTPUT_DIR", tmp_path / "run")
     assert str(coco_files.json_file) in line and "annotation 10 (image 1.png)" in line
+
+
+def test_evaluation_of_weights_of_fewer_classes_is_refused(coco_files, tmp_path):
+    cfg = load_config(QUICK, [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2])
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "weights.pth")
+    coco_files.content["categories"].append({"id": 9, "name": "cow"})
+    coco_files.write()
+    arguments = [*coco_files.arguments("val"), *TINY, "OUTPUT_DIR", tmp_path / "run"]
+    arguments += ["MODEL.WEIGHTS", tmp_path / "weights.pth"]
+    line = refusal("--eval-only", "--config-file", QUICK, *arguments)
+    assert "roi_heads.box_predictor.cls_score" in line
+    assert "It has 2 classes, the model has 3" in line
+    assert not (tmp_path / "run/inference").exists()
 
 
 def test_bad_key_is_one_sentence(coco_files, tmp_path):
