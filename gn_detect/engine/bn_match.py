@@ -13,42 +13,26 @@ from gn_detect.checkpoint.coverage import BACKBONE, Coverage, component_of, cove
 from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError, locate
 from gn_detect.modeling.norm import weight_standardization_from_config
-from gn_detect.settings import is_retinanet
 
 from .prepare import classes_from_weights
 
 _GN_KINDS = ("GN", "LN", "IN")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A part of a detector, which is converted as a whole or starts afresh as a whole.
-
-    Args:
-        keys: of its norms.
-        calibrated: whether each of its norms is called once per image or RoI. RPN, RetinaNet's
-            head and the semantic head share one norm among levels, or are not run here.
-        of_rois: whether it is calibrated on what FPN and RPN give it.
-    """
-
-    keys: tuple[str, ...]
-    calibrated: bool = True
-    of_rois: bool = False
-
-
-# By their names in coverage.component_of.
+# The parts of a detector, by their names in coverage.component_of, and the keys of their norms. A
+# part is converted as a whole or starts afresh as a whole.
 _PARTS = {
-    "FPN": _Part(("MODEL.FPN.NORM",)),
-    BACKBONE: _Part(("MODEL.RESNETS.NORM",)),
-    "RPN": _Part(("MODEL.RPN.NORM",), calibrated=False),
-    "box head": _Part(("MODEL.ROI_BOX_HEAD.NORM",), of_rois=True),
-    "mask head": _Part(
-        ("MODEL.ROI_MASK_HEAD.NORM", "MODEL.ROI_MASK_HEAD.DECONV_NORM"), of_rois=True
-    ),
-    "keypoint head": _Part(("MODEL.ROI_KEYPOINT_HEAD.NORM",), of_rois=True),
-    "RetinaNet head": _Part(("MODEL.RETINANET.NORM",), calibrated=False),
-    "semantic head": _Part(("MODEL.SEM_SEG_HEAD.NORM",), calibrated=False),
+    "FPN": ["MODEL.FPN.NORM"],
+    BACKBONE: ["MODEL.RESNETS.NORM"],
+    "RPN": ["MODEL.RPN.NORM"],
+    "box head": ["MODEL.ROI_BOX_HEAD.NORM"],
+    "mask head": ["MODEL.ROI_MASK_HEAD.NORM", "MODEL.ROI_MASK_HEAD.DECONV_NORM"],
+    "keypoint head": ["MODEL.ROI_KEYPOINT_HEAD.NORM"],
+    "RetinaNet head": ["MODEL.RETINANET.NORM"],
+    "semantic head": ["MODEL.SEM_SEG_HEAD.NORM"],
 }
+# Not calibrated: these share one norm among levels, or are not run here.
+_AFRESH = ("RPN", "RetinaNet head", "semantic head")
+# Calibrated on what these give them.
+_NEEDED = dict.fromkeys(("box head", "mask head", "keypoint head"), {"FPN", "RPN"})
 
 
 @dataclasses.dataclass
@@ -89,7 +73,11 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
         ConfigError: the weights are not of this network with BN, or were trained with Weight
             Standardization; GN that they have is of other groups; or the config is not of GN.
     """
-    _check_config(cfg)
+    if variant := weight_standardization_from_config(cfg):
+        raise ConfigError(
+            f"MODEL.GN.WEIGHT_STANDARDIZATION is {variant!r}: it changes every convolution, and "
+            "those of a BN network were not trained so; set it to '' and convert again"
+        )
     cfg = cfg.clone()
     loaded = read_weights(weights)
     if variant := loaded.origin.weight_standardization:
@@ -99,6 +87,11 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
         )
     classes_from_weights(cfg, loaded)
     target = build_model(cfg).eval()
+    if not _group_norms(target):
+        raise ConfigError(
+            "no norm of the config is GN, LN or IN, so there is nothing to convert to; set "
+            "MODEL.RESNETS.NORM GN"
+        )
     source_cfg = _source_config(cfg, target, loaded, weights)
     source = build_model(source_cfg).eval()
     coverage = cover(loaded, source)
@@ -120,50 +113,12 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
     return Pair(source, target, layers, kept, fresh, lacking)
 
 
-def _check_config(cfg: CfgNode) -> None:
-    if variant := weight_standardization_from_config(cfg):
-        raise ConfigError(
-            f"MODEL.GN.WEIGHT_STANDARDIZATION is {variant!r}: it changes every convolution, and "
-            "those of a BN network were not trained so; set it to '' and convert again"
-        )
-    if not _gn_keys(cfg):
-        raise ConfigError(
-            "no norm of the config is GN, LN or IN, so there is nothing to convert to; set "
-            "MODEL.RESNETS.NORM GN"
-        )
-
-
-def _norm_keys(cfg: CfgNode) -> list[str]:
-    """The keys of the norms that the model of ``cfg`` has."""
-    model, retinanet = cfg.MODEL, is_retinanet(cfg)
-    present = {
-        "MODEL.RESNETS.NORM": True,
-        "MODEL.FPN.NORM": bool(model.FPN.IN_FEATURES),
-        "MODEL.RETINANET.NORM": retinanet,
-        "MODEL.RPN.NORM": not retinanet,
-        "MODEL.ROI_BOX_HEAD.NORM": not retinanet and model.ROI_BOX_HEAD.NUM_CONV > 0,
-        "MODEL.ROI_MASK_HEAD.NORM": model.MASK_ON and model.ROI_MASK_HEAD.NUM_CONV > 0,
-        "MODEL.ROI_MASK_HEAD.DECONV_NORM": model.MASK_ON,
-        "MODEL.ROI_KEYPOINT_HEAD.NORM": model.KEYPOINT_ON,
-        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE == "PanopticFPN",
-    }
-    return [key for key, there in present.items() if there]
-
-
-def _gn_keys(cfg: CfgNode) -> list[str]:
-    places = {key: locate(cfg, key) for key in _norm_keys(cfg)}
-    return [key for key, (node, name) in places.items() if node[name] in _GN_KINDS]
-
-
 def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str) -> CfgNode:
     """``cfg`` with the norms that the weights have, part by part."""
-    bn = set(bn_into_gn(cover(weights, target), target))
-    gammas = [name for name, tensor in weights.state.items() if tensor.dim() == 1]
-    gn = {
-        layer
-        for layer in _group_norms(target)
-        if layer not in bn and any(f".{layer}.weight".endswith(f".{name}") for name in gammas)
-    }
+    coverage = cover(weights, target)
+    bn = set(bn_into_gn(coverage, target))
+    known = coverage.loaded.keys() | coverage.mismatched.keys()
+    gn = {layer for layer in _group_norms(target) if f"{layer}.weight" in known} - bn
     if not bn:
         raise ConfigError(
             f"{file} has GN already: load it with MODEL.WEIGHTS of tools/train_net.py"
@@ -173,10 +128,11 @@ def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str)
     # BN that was frozen while training does not count its batches.
     tracked = any(name.endswith("num_batches_tracked") for name in weights.state)
     source = cfg.clone()
-    for name, part in _PARTS.items():
-        layers = {layer for layer in _group_norms(target) if component_of(layer) == name}
-        for key in set(part.keys) & set(_gn_keys(cfg)):
-            node, last = locate(source, key)
+    for part, keys in _PARTS.items():
+        layers = set(_group_norms(target, part))
+        for node, last in (locate(source, key) for key in keys):
+            if node[last] not in _GN_KINDS:
+                continue
             if layers & bn:
                 node[last] = "BN" if tracked else "FrozenBN"
             elif not layers & gn:
@@ -184,8 +140,10 @@ def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str)
     return source
 
 
-def _group_norms(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)]
+def _group_norms(model: nn.Module, part: str = "") -> list[str]:
+    """The names of GN layers: of a part, or all."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)]
+    return [name for name in names if part in ("", component_of(name))]
 
 
 def _absent(coverage: Coverage, weights: str) -> list[str]:
@@ -216,23 +174,20 @@ def _match(source: nn.Module, target: nn.Module, lacking: set[str]) -> tuple[lis
     """
     modules = dict(source.named_modules())
     layers, fresh = [], []
-    for name, part in _PARTS.items():
-        todo = [
-            layer
-            for layer in _group_norms(target)
-            if component_of(layer) == name and not isinstance(modules.get(layer), nn.GroupNorm)
-        ]
-        added = [layer for layer in todo if layer not in modules]
-        convs = [modules.get(layer.removesuffix(".norm")) for layer in added]
-        needed = {name, "FPN", "RPN"} if part.of_rois else {name}
+    for part in _PARTS:
+        todo = _group_norms(target, part)
+        todo = [name for name in todo if not isinstance(modules.get(name), nn.GroupNorm)]
+        added = [name for name in todo if name not in modules]
+        convs = [modules.get(name.removesuffix(".norm")) for name in added]
+        needed = {part} | _NEEDED.get(part, set())
         if not todo:
             continue
         if (
-            not part.calibrated
+            part in _AFRESH
             or needed & lacking
             or any(getattr(conv, "norm", "") is not None for conv in convs)
         ):
-            fresh.append(name)
+            fresh.append(part)
             continue
         for conv in convs:
             conv.norm = nn.Identity()

@@ -69,27 +69,23 @@ def read_images(directory: str, num_images: int, cfg: CfgNode) -> list[torch.Ten
         float32 tensors (3, S, S), 0 to 255, channels as ``INPUT.FORMAT`` says.
 
     Raises:
-        ConfigError: ``num_images`` or the size is too small.
-        DataError: there are fewer than 2 images, or one cannot be read.
+        ConfigError: the size is too small.
+        DataError: there are, or are to be, fewer than 2 images; or one cannot be read.
     """
     size = cfg.INPUT.MIN_SIZE_TEST // 32 * 32
     if size < 32:
         raise ConfigError(
             f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}; to calibrate, set 32 pixels or more"
         )
-    if num_images < 2:
-        raise ConfigError(
-            f"--num-images is {num_images}: one image is held out, so that 2 are the fewest"
-        )
     if not Path(directory).is_dir():
         raise DataError(f"--images: there is no directory {directory}")
     files = sorted(f for f in Path(directory).iterdir() if f.suffix.lower() in _IMAGES)
-    if len(files) < 2:
-        raise DataError(
-            f"--images: {directory} holds {len(files)} images ({', '.join(_IMAGES)}); give at "
-            "least 2: one is held out"
-        )
     count = min(num_images, len(files))
+    if count < 2:
+        raise DataError(
+            f"--images: {directory} holds {len(files)} images ({', '.join(_IMAGES)}), and "
+            f"--num-images is {num_images}; at least 2 are needed: one is held out"
+        )
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, sys.maxsize)
     images = []
     for file in (files[i * len(files) // count] for i in range(count)):
@@ -155,14 +151,14 @@ def convert(
     batch = [image for i, image in enumerate(images) if i not in held]
     with_fpn = isinstance(target.backbone, FPN) and "FPN" not in pair.lacking
     expected = _features(source, held_out, with_fpn)
-    values, errors = {}, {}
-    for name, of_method in (
-        ("plain", lambda: {layer: (1.0, 0.0) for layer in layers}),
-        ("copied", lambda: {layer: _affine(source.get_submodule(layer)) for layer in layers}),
-        ("calibrated", lambda: _calibrate(pair, batch)),
-    ):
-        values[name] = of_method()
-        _set_affine(target, values[name])
+    values = {
+        "plain": {layer: (1.0, 0.0) for layer in layers},
+        "copied": {layer: _affine(source.get_submodule(layer)) for layer in layers},
+        "calibrated": _calibrate(pair, batch),
+    }
+    errors = {}
+    for name, affine in values.items():
+        _set_affine(target, affine)
         errors[name] = {
             output: float((x - expected[output]).norm() / expected[output].norm())
             for output, x in _features(target, held_out, with_fpn).items()

@@ -387,55 +387,33 @@ def test_the_tool_writes_what_a_training_starts_from(bn, tmp_path, image_dir, ca
     assert all(torch.equal(model.state_dict()[name], value) for name, value in written.items())
 
 
-def remove(content):
-    for name in [n for n in content["model"] if ".res4." in n]:
-        del content["model"][name]
+def remove(state):
+    for name in [n for n in state if ".res4." in n]:
+        del state[name]
 
 
-def reshape(content):
-    content["model"]["backbone.fpn_output3.weight"] = torch.zeros(8, 8, 3, 3)
+def reshape(state):
+    state["backbone.fpn_output3.weight"] = torch.zeros(8, 8, 3, 3)
 
 
-def weight_standardization(content):
-    content["origin"] = {"weight_standardization": "authors"}
-
-
-def overflow(content):
+def overflow(state):
     name = "backbone.bottom_up.res3.0.conv1.weight"
-    content["model"][name] = content["model"][name] * 1e20
+    state[name] = state[name] * 1e20
 
 
-def other_input(content):
-    values = {"input_format": "RGB", "pixel_mean": None, "pixel_std": None, "stride_in_1x1": None}
-    content["origin"] = values
-
-
+RGB = dict(input_format="RGB", pixel_mean=None, pixel_std=None, stride_in_1x1=None)
+WITH_WS = {"weight_standardization": "authors"}
 WS = ("MODEL.GN.WEIGHT_STANDARDIZATION", "authors")
-REFUSED = {
+REFUSED = {  # norm of the weights; options of the GN config; what is changed, or said, in the file
     "no BN": ("", (), None, "bn.pth has no BN in any layer that is GN here"),
     "GN": ("GN", (), None, "bn.pth has GN already"),
     "Weight Standardization": ("BN", WS, None, "WEIGHT_STANDARDIZATION is 'authors'"),
     "no GN": ("BN", all_norms("BN"), None, "no norm of the config is GN"),
-    "weights with it": ("BN", (), weight_standardization, r"Standardization \(authors\), without"),
-    "overflow": (
-        "BN",
-        (),
-        overflow,
-        "output of backbone.bottom_up.res3.0.conv1.norm .* not finite",
-    ),
-    "another backbone": (
-        "BN",
-        (),
-        remove,
-        r"lacks \d+ tensors of the backbone, .*bottom_up.res4.0",
-    ),
-    "another shape": (
-        "BN",
-        (),
-        reshape,
-        r"fpn_output3.weight has the shape \[8, 8, 3, 3\] .* \[32",
-    ),
-    "another input": ("BN", (), other_input, "INPUT.FORMAT is BGR, the weights' is RGB"),
+    "weights with it": ("BN", (), WITH_WS, r"Standardization \(authors\), without"),
+    "overflow": ("BN", (), overflow, "output of .*bottom_up.res3.0.conv1.norm .* not finite"),
+    "another backbone": ("BN", (), remove, r"lacks \d+ tensors of the backbone, .*res4.0"),
+    "another shape": ("BN", (), reshape, r"fpn_output3.* has the shape \[8, 8, 3, 3\] .* \[32"),
+    "another input": ("BN", (), RGB, "INPUT.FORMAT is BGR, the weights' is RGB"),
 }
 
 
@@ -443,8 +421,10 @@ REFUSED = {
 def test_refused_weights(norm, opts, change, message, bn, tmp_path):
     model = bn[0] if norm == "BN" else build_model(bn_config(norm=norm))
     content = {"model": copy.copy(model.state_dict())}
-    if change:
-        change(content)
+    if callable(change):
+        change(content["model"])
+    elif change:
+        content["origin"] = change
     torch.save(content, tmp_path / "bn.pth")
     with pytest.raises(ConfigError, match=message):
         convert(gn_config(*opts), str(tmp_path / "bn.pth"), list(smooth_images(2)))
@@ -464,7 +444,7 @@ def test_refused_without_proposals(bn):
 
 def test_refused_images(image_dir):
     cfg = gn_config()
-    with pytest.raises(ConfigError, match="--num-images is 1: one image is held out"):
+    with pytest.raises(DataError, match="--num-images is 1; at least 2 are needed: one is held"):
         read_images(str(image_dir), 1, cfg)
     with pytest.raises(ConfigError, match="INPUT.MIN_SIZE_TEST is 16"):
         read_images(str(image_dir), 4, gn_config("INPUT.MIN_SIZE_TEST", 16))
@@ -475,7 +455,7 @@ def test_refused_images(image_dir):
         read_images(str(image_dir), 4, cfg)
     for i in (1, 2, 3):
         (image_dir / f"{i}.png").unlink()
-    with pytest.raises(DataError, match="images holds 1 images .*at least 2"):
+    with pytest.raises(DataError, match="images holds 1 images .* is 4; at least 2"):
         read_images(str(image_dir), 4, cfg)
 
 
