@@ -74,13 +74,9 @@ class Settings:
             setattr(node, last, value)
 
 
-def is_retinanet(cfg: CfgNode) -> bool:
-    """Whether ``cfg`` is a RetinaNet, which has no RPN and no RoI heads."""
-    return cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "GNRetinaNet")
-
-
 def _yaml_keys(cfg: CfgNode) -> dict[str, str]:
-    section = "RETINANET" if is_retinanet(cfg) else "ROI_HEADS"
+    retinanet = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "GNRetinaNet")
+    section = "RETINANET" if retinanet else "ROI_HEADS"
     keys = {
         **{name: yaml for name, (yaml, _) in _KEYS.items()},
         **{name: f"GUARDS.{name}" for name in cfg.GUARDS},

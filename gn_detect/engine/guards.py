@@ -1,7 +1,9 @@
-"""Configurations that would waste a run, refused before it starts; each has a switch to pass it."""
+"""Configurations that would waste a run, refused before it starts; each has a switch to pass it,
+but for options of Detectron2's own that would end the run in its middle, or do nothing in it."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -182,3 +184,28 @@ def _check_batch_norm(run: Settings, model: nn.Module, processes: int) -> None:
                 "24.1 %). Use GN, or SyncBN on more GPUs; "
                 f"{_silence(run, 'SMALL_BATCH_BN')}"
             )
+
+
+def check_options(cfg: CfgNode, *, training: bool) -> None:
+    """
+    Raises:
+        ConfigError: training would need what is not installed, or fail in Detectron2 itself.
+    """
+    if cfg.TEST.AUG.ENABLED:
+        logger.warning(
+            "TEST.AUG.ENABLED is ignored: images are evaluated as they are. For test-time "
+            "augmentation wrap the model in detectron2.modeling.GeneralizedRCNNWithTTA"
+        )
+    if not training:
+        return
+    if cfg.VIS_PERIOD > 0 and importlib.util.find_spec("cv2") is None:
+        raise ConfigError(
+            f"VIS_PERIOD is {cfg.VIS_PERIOD}, and Detectron2 draws with OpenCV, which is not "
+            "installed: pip install opencv-python-headless, or set VIS_PERIOD 0"
+        )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        raise ConfigError(
+            "SOLVER.LR_SCHEDULER_NAME is WarmupStepWithFixedGammaLR, which fails at the last "
+            "iteration (IndexError in fvcore's StepParamScheduler); use WarmupMultiStepLR with "
+            "SOLVER.STEPS"
+        )

@@ -7,13 +7,13 @@ In place of registries and keys, it holds the calls themselves
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gn_detect.config import ConfigError, load_config
+from gn_detect.settings import Settings
 
 _TRAIN = ("output_dir", "init_checkpoint", "max_iter", "device", "amp.enabled")
 _TRAIN += ("ddp", "checkpointer", "eval_period", "log_period")
@@ -110,32 +110,13 @@ def check_lazy_config(cfg: DictConfig) -> None:
     Raises:
         ConfigError: two values differ that must be the same.
     """
-    # The mappers decide the order of the channels; the model only says which one it expects.
-    expected = OmegaConf.select(cfg, "model.input_format")
-    for split in ("train", "test"):
-        key = f"dataloader.{split}.mapper.image_format"
-        given = OmegaConf.select(cfg, key)
+    # The mappers decide the order of the channels; the model only says which one it expects. The
+    # stages of one ResNet have one stride.
+    for first, second in (
+        ("model.input_format", "dataloader.train.mapper.image_format"),
+        ("model.input_format", "dataloader.test.mapper.image_format"),
+        (Settings(cfg).keys.get("stride_in_1x1", ""), "model.roi_heads.res5.stride_in_1x1"),
+    ):
+        expected, given = OmegaConf.select(cfg, first), OmegaConf.select(cfg, second)
         if None not in (expected, given) and given != expected:
-            raise ConfigError(
-                f"{key} is {given}, but model.input_format is {expected}; make them equal"
-            )
-    strides = {
-        key: value
-        for key, value in _leaves(OmegaConf.to_container(cfg.model), "model")
-        if key.endswith(".stride_in_1x1")
-    }
-    if len(set(strides.values())) > 1:
-        stated = ", ".join(f"{key} is {value}" for key, value in strides.items())
-        raise ConfigError(f"{stated}: make them equal, as the stages of one ResNet are")
-
-
-def _leaves(node, key: str) -> Iterator[tuple[str, object]]:
-    """(key, value) of all values in nested dicts and lists."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _leaves(value, f"{key}[{index}]")
-    else:
-        yield key, node
+            raise ConfigError(f"{second} is {given}, but {first} is {expected}; make them equal")

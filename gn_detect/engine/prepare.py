@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import re
 
 import torch
 from detectron2.config import CfgNode
@@ -14,15 +13,15 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from gn_detect.checkpoint import CheckpointError, Weights, WeightsError
+from gn_detect.checkpoint.coverage import num_classes
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
-from gn_detect.settings import Settings, is_retinanet
+from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
-from .guards import check_recipe
+from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
-from .options import check_options
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,9 @@ def prepare_run(
         )
     processes = max(num_gpus * num_machines, 1)
     resolve_schedule(cfg, processes)
-    counts = [summaries[n].num_images if n in summaries else None for n in _names(run, "train")]
+    counts = [
+        summaries[n].num_images if n in summaries else None for n in dataset_names(run, "train")
+    ]
     check_recipe(
         cfg,
         processes=processes,
@@ -192,14 +193,14 @@ def _check_output(run: Settings) -> None:
         )
 
 
-def _names(run: Settings, split: str) -> tuple[str, ...]:
+def dataset_names(run: Settings, split: str) -> tuple[str, ...]:
     """Of the datasets; empty where a lazy config has a loader that takes none."""
     names = run[f"{split}_data"] or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
-    train, test = () if eval_only else _names(run, "train"), _names(run, "test")
+    train, test = () if eval_only else dataset_names(run, "train"), dataset_names(run, "test")
     of_yaml = isinstance(run.cfg, CfgNode)  # a lazy config may have loaders of its own
     if of_yaml and eval_only and not test:
         raise ConfigError("DATASETS.TEST is empty: with --eval-only, name the data to evaluate on")
@@ -219,33 +220,23 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
                     "supported; register it with register_coco_instances"
                 )
             continue
-        if name in test:
-            check_evaluation(run.keys["test_data"], name)
+        panoptic = MetadataCatalog.get(name).evaluator_type == "coco_panoptic_seg"
+        if name in test and panoptic and importlib.util.find_spec("panopticapi") is None:
+            raise ConfigError(
+                f"{run.keys['test_data']}: the evaluation of {name} needs panopticapi: "
+                "pip install git+https://github.com/cocodataset/panopticapi.git"
+            )
         summaries[name] = summary
         logger.info(f"{name}: {summary}")
     return summaries
 
 
 def _resolve_masks(run: Settings, eval_only: bool, summaries: dict[str, CocoSummary]) -> None:
-    train = () if eval_only or not run["masks"] else _names(run, "train")
+    train = () if eval_only or not run["masks"] else dataset_names(run, "train")
     for name in train:
         if name in summaries and summaries[name].has_rle and run["mask_format"] != "bitmask":
             run["mask_format"] = "bitmask"
             logger.info(f"{run.keys['mask_format']} = bitmask: {name} has masks as RLE")
-
-
-def check_evaluation(key: str, name: str) -> None:
-    """
-    Raises:
-        ConfigError: the evaluation of the dataset ``name``, which the config key ``key`` names,
-            needs a package that is not installed.
-    """
-    panoptic = MetadataCatalog.get(name).evaluator_type == "coco_panoptic_seg"
-    if panoptic and importlib.util.find_spec("panopticapi") is None:
-        raise ConfigError(
-            f"{key}: the evaluation of {name} needs panopticapi: "
-            "pip install git+https://github.com/cocodataset/panopticapi.git"
-        )
 
 
 def _resolve_classes(run: Settings, summaries: dict[str, CocoSummary]) -> None:
@@ -278,16 +269,7 @@ def _resolve_classes(run: Settings, summaries: dict[str, CocoSummary]) -> None:
 def classes_from_weights(cfg: CfgNode, weights: Weights) -> None:
     """Set the number of classes from the predictor in ``weights`` where ``cfg`` leaves it open; to
     1 where they have none."""
-    retinanet = is_retinanet(cfg)
-    section = cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
-    if section.NUM_CLASSES is not None:
-        return
-    pattern = r"head\.cls_score\.weight" if retinanet else r".*box_predictor\..*cls_score\.weight"
-    rows = next((len(t) for name, t in weights.state.items() if re.fullmatch(pattern, name)), None)
-    anchors = cfg.MODEL.ANCHOR_GENERATOR
-    if rows is None:
-        section.NUM_CLASSES = 1
-    elif retinanet:
-        section.NUM_CLASSES = rows // (len(anchors.SIZES[0]) * len(anchors.ASPECT_RATIOS[0]))
-    else:
-        section.NUM_CLASSES = rows - 1  # the last is the background
+    run = Settings(cfg)
+    if run["num_classes"] is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.state.items()}
+        run["num_classes"] = num_classes(shapes) or 1

@@ -1,15 +1,18 @@
 """Each guard, through a run that it is for; and each switch that lets the run pass."""
 
+import importlib.util
 import logging
 
 import pytest
 import torch
+from detectron2.solver import build_lr_scheduler
 from helpers import CocoFiles, config
+from torch import nn, optim
 
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import register_coco_json
 from gn_detect.engine import guards, prepare_run
-from gn_detect.engine.guards import check_recipe
+from gn_detect.engine.guards import check_options, check_recipe
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 FROM_SCRATCH = ("COCO-Detection/retinanet_R_50_FPN_gn_1x.yaml", "MODEL.BACKBONE.FREEZE_AT", 0)
@@ -32,42 +35,28 @@ def prepare(name, *opts, **kwargs):
     return cfg
 
 
+# Switch, config and options, message
 REFUSED = [
-    (
-        "SCRATCH_FREEZE_AT",
-        (SCRATCH, "MODEL.BACKBONE.FREEZE_AT", 2),
-        r"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is 2: .*3\.3 box AP",
-    ),
-    (
-        "SCRATCH_FREEZE_AT",
-        (SCRATCH, "MODEL.BACKBONE.FREEZE_AT", 1),  # the stem alone
-        "MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is 1: random weights",
-    ),
+    ("SCRATCH_FREEZE_AT", (SCRATCH, "MODEL.BACKBONE.FREEZE_AT", 2), r"FREEZE_AT is 2.*3\.3 box AP"),
+    ("SCRATCH_FREEZE_AT", (SCRATCH, "MODEL.BACKBONE.FREEZE_AT", 1), "1: random"),  # the stem alone
     (
         "SCRATCH_FROZEN_BN",
         (SCRATCH, "MODEL.RESNETS.NORM", "FrozenBN"),
         "MODEL.WEIGHTS is empty and 53 layers are FrozenBN, such as backbone.bottom_up.stem.conv1",
     ),
-    (
-        "SCRATCH_FROZEN_BN",
-        (R18, "MODEL.ROI_MASK_HEAD.NORM", "FrozenBN"),
-        "4 layers are FrozenBN, such as roi_heads.mask_head.mask_fcn1.norm",
-    ),
-    (
-        "SCRATCH_FROZEN_BN",
-        (R18, "MODEL.ROI_MASK_HEAD.DECONV_NORM", "FrozenBN"),
-        "1 layers are FrozenBN, such as roi_heads.mask_head.deconv_norm",
-    ),
+    *[
+        ("SCRATCH_FROZEN_BN", (R18, f"MODEL.ROI_MASK_HEAD.{key}", "FrozenBN"), message)
+        for key, message in [
+            ("NORM", "4 layers are FrozenBN, such as roi_heads.mask_head.mask_fcn1.norm"),
+            ("DECONV_NORM", "1 layers are FrozenBN, such as roi_heads.mask_head.deconv_norm"),
+        ]
+    ],
     (
         "WEIGHTS_STRIDE",
         (R50, *R50_GN, "MODEL.RESNETS.STRIDE_IN_1X1", True),
         "STRIDE_IN_1X1 is True, but catalog://.*R-50-GN was trained with False",
     ),
-    (
-        "WEIGHTS_INPUT",
-        (R50, *R50_GN, "INPUT.FORMAT", "RGB"),
-        "INPUT.FORMAT is RGB, the weights' is BGR",
-    ),
+    ("WEIGHTS_INPUT", (R50, *R50_GN, "INPUT.FORMAT", "RGB"), "RGB, the weights' is BGR"),
     (
         "WEIGHTS_INPUT",
         (R50, *R50_GN, "MODEL.PIXEL_STD", [57.375, 57.120, 58.395]),
@@ -78,22 +67,18 @@ REFUSED = [
         (R18, "MODEL.ROI_BOX_HEAD.FC_NORM", "IN"),
         "roi_heads.box_head.fc_norm1 normalizes in 256 groups 256 channels at a single position",
     ),
-    (
-        "SINGLE_VALUE_GROUPS",
-        (R18, "MODEL.RESNETS.NORM", "IN", "INPUT.MIN_SIZE_TRAIN", (32, 640)),
-        r"backbone.bottom_up.res5.0.\S+ normalizes in 512 groups .* of images of 32 pixels",
-    ),
     *[
         (
             "SINGLE_VALUE_GROUPS",
-            (name, *key, "IN", "INPUT.MIN_SIZE_TRAIN", (size,)),
-            f"{layer} normalizes in .* of images of {size} pixels",
+            (name, *key, "IN", "INPUT.MIN_SIZE_TRAIN", sizes),
+            f"{layer} normalizes in .* of images of {sizes[0]} pixels",
         )
         # Where the smallest map, of the largest stride, is a single position
-        for name, *key, layer, size in [
-            (R18, "MODEL.FPN.NORM", "backbone.fpn_lateral5.norm", 32),
-            (R18, "MODEL.RPN.NORM", "proposal_generator.rpn_head.conv.norm", 64),
-            (*FROM_SCRATCH, "MODEL.RETINANET.NORM", "head.cls_subnet.1", 128),
+        for name, *key, layer, sizes in [
+            (R18, "MODEL.RESNETS.NORM", r"backbone.bottom_up.res5.0.\S+", (32, 640)),
+            (R18, "MODEL.FPN.NORM", "backbone.fpn_lateral5.norm", (32,)),
+            (R18, "MODEL.RPN.NORM", "proposal_generator.rpn_head.conv.norm", (64,)),
+            (*FROM_SCRATCH, "MODEL.RETINANET.NORM", "head.cls_subnet.1", (128,)),
         ]
     ],
 ]
@@ -119,21 +104,18 @@ WARNED = [
         "WARMUP_ITERS is 8000, but the rate drops, or training ends, at iteration 3000",
     ),
     ("FEW_IMAGES", (R18,), "there are 3 images to train on"),
-    (
-        "SMALL_BATCH_BN",
-        (R18, "MODEL.FPN.NORM", "BN", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", 2),
-        "backbone.fpn_lateral2.norm is BatchNorm2d, and its statistics are of 4 images",
-    ),
-    (
-        "SMALL_BATCH_BN",
-        (R18, "MODEL.FPN.NORM", "naiveSyncBN", "SOLVER.IMS_PER_BATCH", 4),
-        "backbone.fpn_lateral2.norm is NaiveSyncBatchNorm, and its statistics are of 4 images",
-    ),
-    (
-        "SMALL_BATCH_BN",
-        (R18, "MODEL.FPN.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", 4),
-        "backbone.fpn_lateral2.norm is SyncBatchNorm, and its statistics are of 4 images",
-    ),
+    *[
+        (
+            "SMALL_BATCH_BN",
+            (R18, "MODEL.FPN.NORM", norm, "SOLVER.IMS_PER_BATCH", 4 * steps, *accumulated),
+            f"backbone.fpn_lateral2.norm is {kind}, and its statistics are of 4 images",
+        )
+        for norm, kind, steps, *accumulated in [
+            ("BN", "BatchNorm2d", 2, "SOLVER.ACCUMULATE_STEPS", 2),
+            ("naiveSyncBN", "NaiveSyncBatchNorm", 1),
+            ("SyncBN", "SyncBatchNorm", 1),
+        ]
+    ],
 ]
 
 
@@ -215,3 +197,37 @@ def test_synchronized_bn_on_a_cpu():
 def test_the_schedule_is_settled_for_the_processes():
     cfg = prepare(SCRATCH, "SOLVER.IMS_PER_GPU", 1, num_gpus=2)
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (2, 0.0025)
+
+
+def test_pictures_of_training_need_opencv(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cfg = config()
+    check_options(cfg, training=True)
+    cfg.VIS_PERIOD = 20
+    with pytest.raises(ConfigError, match="VIS_PERIOD is 20, .* opencv-python-headless"):
+        check_options(cfg, training=True)
+    check_options(cfg, training=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_options(cfg, training=True)
+
+
+def test_a_schedule_that_fails_at_its_end():
+    cfg = config()
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.MAX_ITER = "WarmupStepWithFixedGammaLR", 4
+    cfg.SOLVER.WARMUP_ITERS = 1
+    with pytest.raises(ConfigError, match="use WarmupMultiStepLR"):
+        check_options(cfg, training=True)
+    optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=1)
+    schedule = build_lr_scheduler(cfg, optimizer)
+    with pytest.raises(IndexError):  # once there is none, the refusal can go
+        for _ in range(cfg.SOLVER.MAX_ITER):
+            optimizer.step()
+            schedule.step()
+
+
+def test_what_is_ignored_is_said(caplog):
+    cfg = config()
+    cfg.TEST.AUG.ENABLED = True
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        check_options(cfg, training=False)
+    assert "TEST.AUG.ENABLED is ignored" in caplog.text

@@ -46,12 +46,6 @@ def test_bfloat16_needs_no_cuda(own_data, caplog):
     assert "AMP" not in caplog.text
 
 
-def test_an_unknown_dtype(own_data):
-    message = "SOLVER.AMP.DTYPE is 'bf16'; known: float16, bfloat16"
-    with pytest.raises(ConfigError, match=message):
-        prepare([*own_data, *TINY, "SOLVER.AMP.DTYPE", "bf16"])
-
-
 def test_classes_follow_the_data(own_data, caplog):
     with caplog.at_level(logging.INFO, "gn_detect"):
         assert prepare([*own_data, *TINY]).MODEL.ROI_HEADS.NUM_CLASSES == 2
@@ -122,21 +116,18 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
         ),
         (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
         (["SOLVER.CHECKPOINT_KEEP", -1], {}, "CHECKPOINT_KEEP is -1; .* or 0 for all"),
+        (["SOLVER.AMP.DTYPE", "bf16"], {}, "AMP.DTYPE is 'bf16'; known: float16, bfloat16"),
+        (["DATASETS.TEST", ("voc_2007_val",)], {}, "voc_2007_val is not in COCO format"),
+        (
+            ["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()],
+            {},
+            "coco_2017_train: there is no .*DETECTRON2_DATASETS",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(own_data, opts, kwargs, message):
     with pytest.raises((ConfigError, DataError), match=message):
         prepare([*own_data, *opts], **kwargs)
-
-
-def test_a_builtin_dataset_that_is_not_there(own_data):
-    with pytest.raises(DataError, match="coco_2017_train: there is no .*DETECTRON2_DATASETS"):
-        prepare(["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()])
-
-
-def test_a_test_set_that_is_not_coco(own_data):
-    with pytest.raises(ConfigError, match="voc_2007_val is not in COCO format"):
-        prepare([*own_data, "DATASETS.TEST", ("voc_2007_val",)])
 
 
 def test_resume_from_a_checkpoint_that_is_gone(own_data, tmp_path):
