@@ -1,57 +1,10 @@
-"""What our trainer watches: losses that are not finite, and progress on a terminal."""
+"""What a training shows of its progress."""
 
 from __future__ import annotations
 
-import itertools
-
-import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from tqdm import tqdm
-
-
-class FiniteLossCheck(HookBase):
-    """Stop before the optimizer takes a step on a loss that is infinite or NaN.
-
-    Detectron2 checks the mean over all processes, on the first one. Here each process checks its
-    own losses, so that the error names the images that caused it. For an
-    :class:`~gn_detect.engine.train_loop.AccumulatingTrainer`.
-    """
-
-    def __init__(self):
-        self._previous: dict[str, torch.Tensor] = {}
-
-    def after_backward(self) -> None:
-        """
-        Raises:
-            FloatingPointError: a loss is not finite.
-        """
-        losses = [loss.float() for step in self.trainer.losses for loss in step.values()]
-        if not torch.stack(losses).isfinite().all():
-            raise FloatingPointError("a loss is not finite")
-        self._previous = self.trainer.losses[-1]
-
-    def describe(self, iteration: int, cause: Exception, remedy: str) -> str:
-        """The sentence for a user whose training diverged at ``iteration``; ``remedy`` names the
-        keys to change."""
-        batch, which, losses = self._culprit()
-        files = ", ".join(d.get("file_name", "(no file)") for d in batch)
-        terms = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items()) or "none"
-        return (
-            f"training diverged at iteration {iteration} ({cause}); {which}losses: {terms}; "
-            f"images: {files}. Earlier checkpoints are intact; {remedy}, and look at these images"
-        )
-
-    def _culprit(self) -> tuple[list[dict], str, dict[str, torch.Tensor]]:
-        """The images at fault, and the losses to show, with what to call them."""
-        batches, losses = self.trainer.batches, self.trainer.losses
-        for batch, terms in zip(batches, losses, strict=False):
-            if not all(loss.isfinite() for loss in terms.values()):
-                return batch, "", terms
-        if len(losses) < len(batches):  # predicted boxes were found infinite before the loss
-            return batches[-1], "previous ", losses[-1] if losses else self._previous
-        # The gradient is that of all batches.
-        return list(itertools.chain(*batches)), "", self.trainer.mean_losses()
 
 
 class FirstIterations(HookBase):

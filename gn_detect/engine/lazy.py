@@ -4,26 +4,22 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import tempfile
 
 from detectron2.config import LazyConfig
-from detectron2.data import MetadataCatalog
-from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.settings import Settings
 
-from .hooks import FiniteLossCheck, FirstIterations
+from .hooks import FirstIterations
 from .lazy_config import instantiate_key
-from .prepare import shorten_expected_error
-from .resume import Resume, preserved_random_state
-from .train_loop import AMP_DTYPES, AccumulatingTrainer
+from .resume import preserved_random_state
+from .trainer import build_loop
 
 
 def build_lazy_model(cfg: DictConfig) -> nn.Module:
@@ -51,7 +47,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     Raises:
         FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
     """
-    text, images = _config_text(cfg), cfg.dataloader.train.total_batch_size
+    run = Settings(cfg)
     cfg = copy.deepcopy(cfg)  # completed in the next lines
     train = cfg.train
     cfg.dataloader.train.total_batch_size //= train.accumulate_steps
@@ -59,32 +55,27 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     cfg.optimizer.params.model = model
     optimizer = instantiate_key(cfg, "optimizer")
     loader = instantiate_key(cfg, "dataloader.train")
-    on_cpu = {"device_ids": None} if train.device == "cpu" else {}
-    model = create_ddp_model(model, **train.ddp, **on_cpu)
-    amp_dtype = AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None
-    trainer = AccumulatingTrainer(model, loader, optimizer, train.accumulate_steps, amp_dtype)
-    periodic = dict(train.checkpointer)
-    checkpointer = Checkpointer(
+    trainer, checkpointer, progress = build_loop(
+        run,
         model,
-        train.output_dir,
-        guards=WeightGuards.from_config(cfg),
-        keep=periodic.pop("max_to_keep", None) or 0,
-        config=text,
-        classes=_classes(cfg),
-        trainer=trainer,
+        loader,
+        optimizer,
+        config=_config_text(run.cfg),
+        ddp=dict(train.ddp),
+        remedy="lower optimizer.lr or raise lr_multiplier.warmup_length",
     )
-    progress = Resume(trainer, images, train.max_iter, train.checkpointer.period)
+    checkpointer.add_checkpointable("trainer", trainer)
     results = {}
 
     def evaluate() -> dict:
         with preserved_random_state():
-            results.update(do_test(cfg, model))
+            results.update(do_test(cfg, trainer.model))
         return results
 
     schedule = hooks.LRScheduler(scheduler=instantiate_key(cfg, "lr_multiplier"))
-    finite_losses = FiniteLossCheck()
-    trainer.register_hooks([finite_losses, progress, hooks.IterationTimer(), schedule])
+    trainer.register_hooks([progress, hooks.IterationTimer(), schedule])
     if comm.is_main_process():
+        periodic = {k: v for k, v in train.checkpointer.items() if k != "max_to_keep"}
         trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **periodic)])
     trainer.register_hooks([hooks.EvalHook(train.eval_period, evaluate)])
     if comm.is_main_process():  # last, so that it writes what the others have measured
@@ -94,23 +85,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     resumes = resume and checkpointer.has_checkpoint()
     start_iter = progress.start(trainer.iter + 1) if resumes else 0
-    if start_iter >= train.max_iter > 0:  # finished, but perhaps on a full disk
-        checkpointer.save_safetensors()
-    logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
-    try:
-        trainer.train(start_iter, train.max_iter)
-    except FloatingPointError as error:
-        remedy = "lower optimizer.lr or raise lr_multiplier.warmup_length"
-        message = finite_losses.describe(trainer.iter, error, remedy)
-        raise FloatingPointError(message) from None
+    trainer.train(start_iter, train.max_iter)
     return results
-
-
-def _classes(cfg: DictConfig) -> list[str]:
-    """The names of the classes of the data, where its metadata has them."""
-    names = Settings(cfg)["train_data"]
-    name = names if isinstance(names, str) or not names else names[0]
-    return MetadataCatalog.get(name).get("thing_classes", []) if name else []
 
 
 def _config_text(cfg: DictConfig) -> str:

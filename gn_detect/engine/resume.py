@@ -13,8 +13,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch.optim.lr_scheduler import LRScheduler
 
+from gn_detect.checkpoint import Checkpointer
 from gn_detect.config import ConfigError
 from gn_detect.data.loader import ResumableSampler
+from gn_detect.settings import Settings
 
 from .train_loop import AccumulatingTrainer
 
@@ -34,24 +36,17 @@ class Resume(HookBase):
     orientation.
 
     Args:
-        loop: of the run.
-        images_per_iteration: of all processes and forward passes.
-        max_iter: iterations of the run.
-        checkpoint_period: in iterations. Register this hook before the one that saves.
+        run: its settings.
+        loop, checkpointer: of the run. Register this hook before the one that saves.
     """
 
-    def __init__(
-        self,
-        loop: AccumulatingTrainer,
-        images_per_iteration: int,
-        max_iter: int,
-        checkpoint_period: int,
-    ):
+    def __init__(self, run: Settings, loop: AccumulatingTrainer, checkpointer: Checkpointer):
         self._loop = loop
-        self._max_iter = max_iter
-        self._period = checkpoint_period
+        self._checkpointer = checkpointer
+        self._max_iter = run["max_iter"]
+        self._period = run["checkpoint_period"]
         self._batch = {
-            "images_per_iteration": images_per_iteration,
+            "images_per_iteration": run["ims_per_batch"],
             "accumulate_steps": loop.accumulate_steps,
             "processes": comm.get_world_size(),
         }
@@ -130,6 +125,8 @@ class Resume(HookBase):
         return start
 
     def before_train(self) -> None:
+        if self._start_iter >= self._max_iter > 0:  # finished, but perhaps on a full disk
+            self._checkpointer.save_safetensors()
         if self._sampler:
             self._sampler.start = self._start_iter * self._loop.accumulate_steps
         # Creating the iterator draws from torch's generator: first that, then the saved state.

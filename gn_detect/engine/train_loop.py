@@ -43,6 +43,7 @@ class AccumulatingTrainer(SimpleTrainer):
         check_gradients: where the loss is not scaled, stop before a step on gradients that are
             infinite or NaN. Their clipping by value is reason to switch it off: it mends the
             infinite ones.
+        remedy: what the message of a run that diverged advises.
 
     Attributes:
         batches: what the iteration has drawn so far.
@@ -61,6 +62,7 @@ class AccumulatingTrainer(SimpleTrainer):
         accumulate_steps: int = 1,
         amp_dtype: torch.dtype | None = None,
         check_gradients: bool = True,
+        remedy: str = "lower the learning rate",
     ):
         super().__init__(model, data_loader, optimizer)
         if accumulate_steps < 1:
@@ -68,9 +70,14 @@ class AccumulatingTrainer(SimpleTrainer):
         self.accumulate_steps = accumulate_steps
         self.amp_dtype = amp_dtype
         self.check_gradients = check_gradients
+        self.remedy = remedy
         self.batches: list = []
         self.losses: list[dict[str, torch.Tensor]] = []
         self._device_type = next(model.parameters()).device.type
+        unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
+        names = {parameter: name for name, parameter in unwrapped.named_parameters()}
+        for group in optimizer.param_groups:  # saved with its state
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
         self.grad_scaler: torch.amp.GradScaler | None = None
         if amp_dtype == torch.float16:
             self.grad_scaler = torch.amp.GradScaler(self._device_type)
@@ -78,9 +85,16 @@ class AccumulatingTrainer(SimpleTrainer):
     def run_step(self) -> None:
         """
         Raises:
-            FloatingPointError: a loss, or an unscaled gradient, is infinite or NaN; the optimizer
-                has not taken the step.
+            FloatingPointError: a loss, a predicted box or an unscaled gradient is infinite or NaN;
+                the message names the images. The optimizer has not taken the step.
         """
+        previous = self.losses[-1] if self.losses else {}
+        try:
+            self._run_step()
+        except FloatingPointError as error:
+            raise FloatingPointError(self._describe(error, previous)) from None
+
+    def _run_step(self) -> None:
         assert self.model.training, "[AccumulatingTrainer] model was changed to eval mode!"
         self.batches, self.losses = [], []
         data_time = 0.0
@@ -89,10 +103,18 @@ class AccumulatingTrainer(SimpleTrainer):
             start = time.perf_counter()
             self.batches.append(next(self._data_loader_iter))
             data_time += time.perf_counter() - start
-            with self._gradient_sync(last=step == self.accumulate_steps - 1):
+            # Processes exchange what they have accumulated, once, in the last backward pass.
+            last = step == self.accumulate_steps - 1
+            parallel = isinstance(self.model, DistributedDataParallel)
+            with contextlib.nullcontext() if last or not parallel else self.model.no_sync():
                 self._forward_backward(self.batches[-1])
 
         self.after_backward()
+        # Detectron2 checks the mean over all processes, on the first one. Here each process checks
+        # its own losses, so that the error names the images that caused it.
+        losses = [loss.float() for losses in self.losses for loss in losses.values()]
+        if not torch.stack(losses).isfinite().all():
+            raise FloatingPointError("a loss is not finite")
         # Gathers the losses of all processes: past it, those of each one have been finite.
         self._write_metrics(self.mean_losses(), data_time)
 
@@ -101,14 +123,11 @@ class AccumulatingTrainer(SimpleTrainer):
             self.grad_scaler.update()
         else:
             if self.check_gradients:
-                self._check_gradients()
+                # The norm costs a few kernels for all parameters, and one wait for the device.
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                if not nn.utils.get_total_norm(gradients).isfinite():
+                    raise FloatingPointError("a gradient is not finite")
             self.optimizer.step()
-
-    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        """Processes exchange what they have accumulated, once, in the last backward pass."""
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
 
     def _forward_backward(self, batch) -> None:
         enabled = self.amp_dtype is not None
@@ -129,20 +148,31 @@ class AccumulatingTrainer(SimpleTrainer):
             for name in self.losses[0]
         }
 
-    def _check_gradients(self) -> None:
-        # The norm costs a few kernels for all parameters, and one wait for the device.
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise FloatingPointError("a gradient is not finite")
+    def _describe(self, cause: FloatingPointError, previous: dict[str, torch.Tensor]) -> str:
+        """The sentence for a user whose training diverged, with the images at fault."""
+        batch, which, losses = self._culprit(previous)
+        files = ", ".join(d.get("file_name", "(no file)") for d in batch)
+        terms = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items()) or "none"
+        return (
+            f"training diverged at iteration {self.iter} ({cause}); {which}losses: {terms}; "
+            f"images: {files}. Earlier checkpoints are intact; {self.remedy}, and look at these "
+            "images"
+        )
+
+    def _culprit(self, previous: dict) -> tuple[list[dict], str, dict[str, torch.Tensor]]:
+        """The images at fault, and the losses to show, with what to call them; ``previous`` are
+        those of the last pass of the iteration before."""
+        for batch, losses in zip(self.batches, self.losses, strict=False):
+            if not all(loss.isfinite() for loss in losses.values()):
+                return batch, "", losses
+        if len(self.losses) < len(self.batches):  # predicted boxes were infinite before the loss
+            return self.batches[-1], "previous ", self.losses[-1] if self.losses else previous
+        # The gradient is that of all batches.
+        return list(itertools.chain(*self.batches)), "", self.mean_losses()
 
     def state_dict(self) -> dict:
-        """SimpleTrainer's, with the name of each parameter of the optimizer, and ``grad_scaler``
-        as in AMPTrainer's."""
+        """SimpleTrainer's, with ``grad_scaler`` as in AMPTrainer's."""
         state = super().state_dict()
-        groups = zip(state["optimizer"]["param_groups"], self._parameter_names(), strict=True)
-        for group, names in groups:
-            group["param_names"] = names
         if self.grad_scaler:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
@@ -164,7 +194,7 @@ class AccumulatingTrainer(SimpleTrainer):
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # as a scheduler does
         ours = self.optimizer.state_dict()
-        names = list(itertools.chain(*self._parameter_names()))
+        names = list(itertools.chain(*(g["param_names"] for g in ours["param_groups"])))
         indices = list(itertools.chain(*(g["params"] for g in theirs["param_groups"])))
         if all("param_names" in group for group in theirs["param_groups"]):
             named = itertools.chain(*(g["param_names"] for g in theirs["param_groups"]))
@@ -185,9 +215,3 @@ class AccumulatingTrainer(SimpleTrainer):
             )
         state = {i: value for i, value in enumerate(gathered.values()) if value is not None}
         return {"state": state, "param_groups": ours["param_groups"]}
-
-    def _parameter_names(self) -> list[list[str]]:
-        """Of each group of the optimizer."""
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        return [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]

@@ -6,25 +6,70 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
+from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.evaluation import build_evaluator
+from gn_detect.settings import Settings
 
-from .hooks import FiniteLossCheck, FirstIterations, ProgressBar
-from .prepare import shorten_expected_error
+from .hooks import FirstIterations, ProgressBar
+from .prepare import dataset_names, shorten_expected_error
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
 
-logger = logging.getLogger(__name__)
+
+def build_loop(
+    run: Settings,
+    model: nn.Module,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    *,
+    config: str,
+    ddp: dict,
+    remedy: str,
+    check_gradients: bool = True,
+) -> tuple[AccumulatingTrainer, Checkpointer, Resume]:
+    """What a training consists of, whichever kind of config tells it.
+
+    Args:
+        run: its settings, as :func:`.prepare.prepare_run` has left them.
+        model: not yet wrapped for several processes, with the arguments ``ddp``.
+        loader, optimizer, remedy, check_gradients: of AccumulatingTrainer.
+        config: as YAML, to save with the weights.
+    """
+    on_cpu = {"device_ids": None} if run["device"] == "cpu" else {}
+    model = create_ddp_model(model, **ddp, **on_cpu)
+    loop = AccumulatingTrainer(
+        model,
+        loader,
+        optimizer,
+        accumulate_steps=run["accumulate_steps"] or 1,
+        amp_dtype=AMP_DTYPES[run["amp_dtype"]] if run["amp"] else None,
+        check_gradients=check_gradients,
+        remedy=remedy,
+    )
+    names = dataset_names(run, "train")
+    checkpointer = Checkpointer(
+        model,
+        run["output_dir"],
+        guards=WeightGuards.from_config(run.cfg),
+        keep=run["keep"] or 0,
+        config=config,
+        classes=MetadataCatalog.get(names[0]).get("thing_classes", ()) if names else (),
+    )
+    logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
+    return loop, checkpointer, Resume(run, loop, checkpointer)
 
 
 class Trainer(DefaultTrainer):
@@ -42,36 +87,23 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
         clip = cfg.SOLVER.CLIP_GRADIENTS
-        self._trainer = AccumulatingTrainer(
+        self._trainer, self.checkpointer, self._resume = build_loop(
+            Settings(cfg),
             model,
             loader,
             optimizer,
-            accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS or 1,
-            amp_dtype=AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None,
+            config=cfg.dump(),
+            ddp={"broadcast_buffers": False},
+            remedy="lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or enable "
+            "SOLVER.CLIP_GRADIENTS",
             check_gradients=not (clip.ENABLED and clip.CLIP_TYPE == "value"),
         )
-        self._finite_losses = FiniteLossCheck()
-        self._trainer.register_hooks([self._finite_losses])
-
+        self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            guards=WeightGuards.from_config(cfg),
-            keep=cfg.SOLVER.CHECKPOINT_KEEP,
-            config=cfg.dump(),
-            classes=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ()),
-            trainer=weakref.proxy(self),
-        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._resume = Resume(
-            self._trainer, cfg.SOLVER.IMS_PER_BATCH, self.max_iter, cfg.SOLVER.CHECKPOINT_PERIOD
-        )
         self.register_hooks([self._resume, *self.build_hooks()])
 
     @classmethod
@@ -110,39 +142,20 @@ class Trainer(DefaultTrainer):
             self.start_iter = self._resume.start(self.start_iter, self.scheduler)
 
     def train(self):
-        """Train to the end, with a progress bar if the output is a terminal."""
-        logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
+        """Train to the end, with a progress bar if the output is a terminal.
+
+        Raises:
+            FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
+        """
         if not (comm.is_main_process() and sys.stdout.isatty() and sys.stderr.isatty()):
             return super().train()
         bar = ProgressBar(self.start_iter, self.max_iter)
         self.register_hooks([hooks.PeriodicWriter([bar], period=1)])
-        loggers = [log for log in map(logging.getLogger, logging.root.manager.loggerDict)]
+        loggers = map(logging.getLogger, logging.root.manager.loggerDict)
         loggers = [log for log in loggers if log.handlers]
         with logging_redirect_tqdm(loggers):
             for handler in (h for log in loggers for h in log.handlers):
                 if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
-                    handler.addFilter(_is_not_metrics)  # the bar shows them; log.txt has them
+                    # The bar shows the metrics, and log.txt has them.
+                    handler.addFilter(lambda log: log.name != CommonMetricPrinter.__module__)
             return super().train()
-
-    def before_train(self) -> None:
-        super().before_train()
-        if self.start_iter >= self.max_iter > 0:  # finished, but perhaps on a full disk
-            self.checkpointer.save_safetensors()
-
-    def run_step(self) -> None:
-        """
-        Raises:
-            FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
-        """
-        try:
-            super().run_step()
-        except FloatingPointError as error:
-            remedy = (
-                "lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or enable SOLVER.CLIP_GRADIENTS"
-            )
-            message = self._finite_losses.describe(self.iter, error, remedy)
-            raise FloatingPointError(message) from None
-
-
-def _is_not_metrics(record: logging.LogRecord) -> bool:
-    return record.name != CommonMetricPrinter.__module__

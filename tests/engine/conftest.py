@@ -1,12 +1,10 @@
 import os
 
 import pytest
-from detectron2.utils.env import seed_all_rng
-from helpers import TINY, config
+from engine.trainers import build_trainer
 
 import gn_detect
 from gn_detect.data.coco import register_coco_json
-from gn_detect.engine import Trainer
 from gn_detect.engine.lazy_config import load_lazy_config
 
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
@@ -36,25 +34,6 @@ def lazy_data(coco_files):
 @pytest.fixture
 def train(coco_files, tmp_path):
     """``train(output, *opts)``: a trainer on ``coco_files``, after ``resume_or_load``."""
-    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
-
-    def build(output: str, *opts, resume: bool = False) -> Trainer:
-        cfg = config(
-            "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml",
-            *(*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2, "INPUT.MASK_FORMAT", "polygon"),
-            *("DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",), "TEST.EVAL_PERIOD", 0),
-            *("INPUT.MIN_SIZE_TRAIN", (56, 64, 72), "SOLVER.MAX_ITER", 6),
-            *(
-                "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-                0.0,
-                "OUTPUT_DIR",
-                str(tmp_path / output),
-                *opts,
-            ),
-        )
-        seed_all_rng(cfg.SEED)  # as default_setup does
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume)
-        return trainer
-
-    return build
+    return lambda output, *opts, **kwargs: build_trainer(
+        coco_files, tmp_path / output, *opts, **kwargs
+    )

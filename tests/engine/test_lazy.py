@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from gn_detect.engine import lazy, prepare_run
 from gn_detect.engine.lazy import do_train
-from gn_detect.engine.train_loop import AccumulatingTrainer
+from gn_detect.engine.trainer import build_loop
 
 
 def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path):
@@ -46,14 +46,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(lazy_data, tmp_path):
 
 
 def test_accumulation_shares_the_images_of_an_iteration(lazy_data, tmp_path, monkeypatch):
-    trainers = []
+    built = []
 
-    class Recording(AccumulatingTrainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            trainers.append(self)
+    def build(*args, **kwargs):
+        built[:] = build_loop(*args, **kwargs)
+        return built
 
-    monkeypatch.setattr(lazy, "AccumulatingTrainer", Recording)
+    monkeypatch.setattr(lazy, "build_loop", build)
     cfg = lazy_data(
         *(f"train.output_dir={tmp_path}", "train.max_iter=1", "train.accumulate_steps=2"),
         *("train.amp.enabled=True", "train.amp.dtype=bfloat16"),
@@ -61,7 +60,7 @@ def test_accumulation_shares_the_images_of_an_iteration(lazy_data, tmp_path, mon
     del cfg.dataloader.evaluator
     prepare_run(cfg)
     assert do_train(cfg) == {}
-    (trainer,) = trainers
+    trainer, *_ = built
     assert [len(batch) for batch in trainer.batches] == [1, 1]
     assert trainer.amp_dtype == torch.bfloat16
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, launch
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import rpn
 from detectron2.modeling.roi_heads import roi_heads
@@ -13,7 +13,15 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import TINY, config, run_script
+from engine.trainers import (
+    SAME_IMAGES,
+    build_trainer,
+    clone,
+    train_and_resume,
+    train_seeded_by_image,
+    unwrapped,
+)
+from helpers import TINY, config
 from torch import nn
 
 from gn_detect.engine.train_loop import AccumulatingTrainer
@@ -58,10 +66,6 @@ def run(trainer: SimpleTrainer, iterations: int) -> dict[str, float]:
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
-
-
-def clone(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -262,28 +266,6 @@ def test_mixed_precision_is_switched_between_runs(old, new):
         assert torch.equal(optimizer.state[parameter]["momentum_buffer"], expected)
 
 
-class Steep(nn.Module):
-    """A finite loss, whose gradient is not."""
-
-    def __init__(self, gradient: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(1.0))
-        self.weight.register_hook(lambda grad: torch.full_like(grad, gradient))
-
-    def forward(self, batch):
-        return 2 * self.weight
-
-
-@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("gradient", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite(gradient, amp_dtype):
-    steep = Steep(gradient)
-    trainer = AccumulatingTrainer(steep, [[]], sgd(steep), amp_dtype=amp_dtype)
-    with pytest.raises(FloatingPointError, match="a gradient is not finite"):
-        run(trainer, 1)
-    assert steep.weight == 1
-
-
 def test_the_check_of_gradients_only_reads_them():
     trained, versions = model(), []
     optimizer = sgd(trained)
@@ -296,71 +278,102 @@ def test_the_check_of_gradients_only_reads_them():
     assert versions[0] == versions[1]
 
 
+class Scripted(nn.Module):
+    """The loss of an image is what it says, of a weight that is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, batch):
+        (image,) = batch
+        return {"loss_a": image["loss"](self.weight), "loss_b": self.weight + 0.5}
+
+
+def loss_of(value):
+    return lambda weight: 0 * weight + value
+
+
+def boxes(weight):
+    raise FloatingPointError("Predicted boxes contain NaN")
+
+
+STEEP = torch.sqrt  # its gradient at 0 is infinite
+DIVERGED = {
+    "the first step": (
+        [loss_of(1), loss_of(1), loss_of(math.nan), loss_of(1)],
+        "1 (a loss is not finite); losses: loss_a nan, loss_b 0.5; images: 2.png",
+    ),
+    "the second step": (
+        [loss_of(1), loss_of(1), loss_of(1), loss_of(math.inf)],
+        "1 (a loss is not finite); losses: loss_a inf, loss_b 0.5; images: 3.png",
+    ),
+    "a gradient is of all steps": (
+        [loss_of(1), loss_of(1), STEEP, loss_of(3)],
+        "1 (a gradient is not finite); losses: loss_a 1.5, loss_b 0.5; images: 2.png, 3.png",
+    ),
+    "a gradient is NaN": (
+        [loss_of(1), loss_of(1), lambda weight: 0 * weight.sqrt(), loss_of(3)],
+        "1 (a gradient is not finite); losses: loss_a 1.5, loss_b 0.5; images: 2.png, 3.png",
+    ),
+    "boxes, before any loss": (
+        [boxes],
+        "0 (Predicted boxes contain NaN); previous losses: none; images: 0.png",
+    ),
+    "boxes, in the second step": (
+        [loss_of(1), boxes],
+        "0 (Predicted boxes contain NaN); previous losses: loss_a 1, loss_b 0.5; images: 1.png",
+    ),
+    "boxes, after the last iteration": (
+        [loss_of(1), loss_of(2), boxes],
+        "1 (Predicted boxes contain NaN); previous losses: loss_a 2, loss_b 0.5; images: 2.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("losses, message", DIVERGED.values(), ids=DIVERGED)
+def test_a_run_that_diverges_names_the_images_at_fault(losses, message, amp_dtype):
+    trained = Scripted()
+    loader = [[{"file_name": f"{i}.png", "loss": loss}] for i, loss in enumerate(losses)]
+    trainer = AccumulatingTrainer(
+        trained, loader, sgd(trained, lr=0.0), 2, amp_dtype, remedy="rest"
+    )
+    steps = []
+    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.iter))
+    with pytest.raises(FloatingPointError) as error:
+        run(trainer, 2)
+    assert f"diverged at iteration {message}. Earlier" in str(error.value)
+    assert "are intact; rest, and look at these images" in str(error.value)
+    assert steps == list(range(trainer.iter))  # the last one was not taken
+
+
 def test_clipping_by_value_mends_an_infinite_gradient():
-    steep = Steep(math.inf)
+    steep = Scripted()
     optimizer = clipping(steep, "value", 0.5, lr=1.0)
-    run(AccumulatingTrainer(steep, [[]], optimizer, check_gradients=False), 1)
-    assert steep.weight == 0.5
-
-
-# The images of an iteration are those of one process with 2 steps, or of 2 processes. What the
-# model samples (anchors, RoIs) follows from the image.
-SAME_IMAGES = """
-import copy, sys, torch
-from detectron2.engine import launch
-from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
-from helpers import TINY, config
-from gn_detect.data.coco import register_coco_json
-from gn_detect.engine import Trainer
-
-def main(json_file, images, output, accumulate_steps):
-    register_coco_json("own", json_file, images)
-    cfg = config(
-        "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2,
-        "DATASETS.TRAIN", ("own",), "DATASETS.TEST", (), "INPUT.MASK_FORMAT", "polygon",
-        "INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 5,
-        "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", accumulate_steps,
-        "SOLVER.WARMUP_ITERS", 1, "SOLVER.MOMENTUM", 0.9)
-    seed_all_rng(0)
-    trainer = Trainer(cfg)
-    seen = []
-
-    def seed(model, inputs):
-        (image,) = inputs[0]
-        seen.append(image["image_id"])
-        torch.manual_seed(image["image_id"])
-
-    before = copy.deepcopy(trainer.model.state_dict())
-    trainer.model.register_forward_pre_hook(seed)
-    trainer.train()
-    seen = comm.gather(seen)
-    if comm.is_main_process():
-        model = getattr(trainer.model, "module", trainer.model)
-        state = {"before": before, "model": model.state_dict(), "seen": seen}
-        torch.save(state, output + ".pth")
-
-if __name__ == "__main__":
-    launch(main, 2, dist_url="auto", args=(*sys.argv[1:], "two_processes", 1))
-    launch(main, 1, args=(*sys.argv[1:], "two_steps", 2))
-"""
+    run(AccumulatingTrainer(steep, [[{"loss": STEEP}]], optimizer, check_gradients=False), 1)
+    assert steep.weight == -0.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
-def test_two_steps_train_as_two_processes(coco_files, tmp_path):
-    files = (coco_files.json_file, coco_files.image_root)
-    run_script(SAME_IMAGES, *files, cwd=tmp_path)
-    processes, steps = (
-        torch.load(tmp_path / f"{name}.pth") for name in ("two_processes", "two_steps")
+def test_two_processes_train_as_two_steps_and_go_on_with_their_random_numbers(
+    coco_files, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch(train_and_resume, 2, dist_url="auto", args=(coco_files, tmp_path))
+
+    steps = build_trainer(
+        coco_files, tmp_path / "steps", *SAME_IMAGES, "SOLVER.ACCUMULATE_STEPS", 2
     )
+    before = clone(unwrapped(steps))
+    seen = train_seeded_by_image(steps)
+    processes = torch.load(tmp_path / "two_processes.pth")
     first, second = processes["seen"]
-    assert len(first) == len(second) == 5 and first != second
-    (one_process,) = steps["seen"]
-    assert one_process == [image for pair in zip(first, second, strict=True) for image in pair]
-    before = steps["before"]
+    assert len(first) == len(second) == 4 and first != second
+    assert seen == [image for pair in zip(first, second, strict=True) for image in pair]
     assert any(not torch.equal(value, before[key]) for key, value in processes["model"].items())
-    for key, value in processes["model"].items():
-        assert torch.allclose(steps["model"][key], value, rtol=1e-5, atol=1e-5), key
+    for key, value in clone(unwrapped(steps)).items():
+        assert torch.allclose(processes["model"][key], value, rtol=1e-5, atol=1e-5), key
 
 
 def image(num_objects: int, seed: int) -> dict:

@@ -14,18 +14,14 @@ from gn_detect.engine import Trainer
 from gn_detect.engine.hooks import ProgressBar
 
 
-@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
-def test_an_iteration_takes_its_images_in_steps(train, sampler):
-    trainer = train(
-        "run",
-        *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2),
-        *("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.1),
-    )
+def test_an_iteration_takes_its_images_in_steps(train):
+    steps = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2)
+    trainer = train("run", *steps, "DATASETS.TEST", ())
+    assert not any(isinstance(h, hooks.EvalHook) for h in trainer._hooks)
     seen = record_images(trainer)
     trainer.train()
     assert [len(batch) for batch in seen] == [2] * 4
-    if sampler == "TrainingSampler":
-        assert list(itertools.chain(*seen)) == stream(trainer, 0, 8)
+    assert list(itertools.chain(*seen)) == stream(trainer, 0, 8)
 
 
 def test_fine_tuning_for_other_classes_keeps_all_but_the_predictors(train, tmp_path):
@@ -48,13 +44,12 @@ def test_evaluation_does_not_change_what_training_draws(train):
     assert {"bbox", "segm"} <= results.keys() and "AP50" in results["bbox"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite(train, value, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite(train, tmp_path, monkeypatch):
     trainer = train("diverged", "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2)
     before_step, losses = trainer.run_step, trainer.model.roi_heads.box_predictor.losses
 
     def broken(*args):
-        scale = value if trainer.iter == 3 else 1.0
+        scale = math.nan if trainer.iter == 3 else 1.0
         return {k: v * (scale if k == "loss_cls" else 1.0) for k, v in losses(*args).items()}
 
     monkeypatch.setattr(trainer.model.roi_heads.box_predictor, "losses", broken)
@@ -70,51 +65,12 @@ def test_a_loss_that_is_not_finite(train, value, tmp_path, monkeypatch):
         trainer.train()
     message = str(error.value)
     assert "diverged at iteration 3 (a loss is not finite)" in message
-    assert f"loss_cls {value:.4g}" in message and "loss_rpn_loc 0." in message
+    assert "loss_cls nan" in message and "loss_rpn_loc 0." in message
     assert message.count(".png") == 2 and "SOLVER.BASE_LR" in message
     # The optimizer has not taken the step, and the last good checkpoint is the last one.
     assert_equal(weights(trainer), good)
     assert (tmp_path / "diverged" / "last_checkpoint").read_text() == "model_0000001.pth"
     assert train("diverged", resume=True).start_iter == 2
-
-
-@pytest.mark.parametrize("broken_step", [0, 1])
-def test_a_loss_that_is_not_finite_in_one_of_two_steps(train, broken_step, monkeypatch):
-    trainer = train("diverged", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
-    seen, losses = record_images(trainer), trainer.model.roi_heads.box_predictor.losses
-
-    def broken(*args):
-        terms = losses(*args)
-        if len(seen) == 2 * 2 + broken_step + 1:
-            terms["loss_cls"] = terms["loss_cls"] * math.nan
-        return terms
-
-    monkeypatch.setattr(trainer.model.roi_heads.box_predictor, "losses", broken)
-    saved, run_step = [], trainer.run_step
-    monkeypatch.setattr(trainer, "run_step", lambda: (saved.append(weights(trainer)), run_step()))
-    with pytest.raises(FloatingPointError) as error:
-        trainer.train()
-    message, files = str(error.value), [file for (file,) in seen[-2:]]
-    assert "diverged at iteration 2 (a loss is not finite); losses: " in message
-    assert "loss_cls nan" in message and files[0] != files[1]
-    assert files[broken_step] in message and files[1 - broken_step] not in message
-    assert_equal(weights(trainer), saved[-1])
-
-
-def test_a_gradient_that_is_not_finite_names_the_images_of_all_steps(train):
-    trainer = train("diverged", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
-    seen = record_images(trainer)
-
-    def break_gradient(grad):
-        return grad * (math.inf if trainer.iter == 2 else 1)
-
-    trainer.model.roi_heads.box_predictor.cls_score.bias.register_hook(break_gradient)
-    with pytest.raises(FloatingPointError) as error:
-        trainer.train()
-    message = str(error.value)
-    assert "diverged at iteration 2 (a gradient is not finite); losses: loss_cls " in message
-    assert len(seen) == 6 and all(file in message for (file,) in seen[-2:])
-    assert "previous" not in message and "nan" not in message
 
 
 @pytest.mark.parametrize("kind, checked", [("norm", True), ("value", False)])
@@ -125,44 +81,12 @@ def test_gradients_that_are_clipped_by_value_are_not_checked(train, kind, checke
     assert trainer._trainer.check_gradients is checked
 
 
-def test_predicted_boxes_that_are_not_finite(train, monkeypatch):
+def test_predicted_boxes_that_are_not_finite(train):
     trainer = train("diverged")
     with torch.no_grad():
         trainer.model.proposal_generator.rpn_head.anchor_deltas.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"iteration 0 \(Predicted.*images: .*\.png"):
         trainer.train()
-
-
-def test_the_losses_before_predicted_boxes_diverged_are_shown(train, monkeypatch):
-    trainer = train("diverged")
-    bias = trainer.model.proposal_generator.rpn_head.anchor_deltas.bias
-    step = trainer.run_step
-
-    def break_at_two():
-        if trainer.iter == 2:
-            bias.data.fill_(float("nan"))
-        step()
-
-    monkeypatch.setattr(trainer, "run_step", break_at_two)
-    with pytest.raises(FloatingPointError, match=r"iteration 2 .*previous losses: loss_\w+ \d"):
-        trainer.train()
-
-
-def test_predicted_boxes_that_diverge_in_the_second_step(train):
-    trainer = train("diverged", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
-    seen = record_images(trainer)
-    bias = trainer.model.proposal_generator.rpn_head.anchor_deltas.bias
-
-    def break_the_next(model, inputs, losses):
-        bias.data.fill_(math.nan)
-
-    trainer.model.register_forward_hook(break_the_next)
-    with pytest.raises(FloatingPointError) as error:
-        trainer.train()
-    (first,), (second,) = seen
-    assert f"images: {second}." in str(error.value) and first not in str(error.value)
-    assert "iteration 0 (Predicted" in str(error.value)
-    assert "previous losses: loss_cls" in str(error.value)
 
 
 def test_metrics_and_results_are_written(train, tmp_path):
@@ -182,12 +106,6 @@ def test_the_first_iterations_are_logged_early(train, caplog):
         trainer.train()
     logged = [re.search(r"iter: (\d+) .*total_loss", message) for message in caplog.messages]
     assert [int(match[1]) for match in logged if match] == [0, 1, 4, 9, 11]  # counted from 0
-
-
-def test_without_a_test_set_nothing_is_evaluated(train):
-    trainer = train("run", "DATASETS.TEST", ())
-    assert not any(isinstance(h, hooks.EvalHook) for h in trainer._hooks)
-    trainer.train()
 
 
 def test_progress_bar_shows_iteration_losses_and_time(capsys):

@@ -1,0 +1,83 @@
+"""Trainers of a small detector, and what two processes do with them, which import this."""
+
+from pathlib import Path
+
+import torch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from helpers import TINY, CocoFiles, config
+from torch import nn
+
+from gn_detect.data.coco import register_coco_json
+from gn_detect.engine import Trainer
+
+TWO_IMAGES = ("DATASETS.TEST", (), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4)
+# The images of an iteration are those of one process with 2 steps, or of 2 processes.
+SAME_IMAGES = (*TWO_IMAGES, "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (64,))
+SAME_IMAGES += ("SOLVER.WARMUP_ITERS", 1)
+
+
+def build_trainer(files: CocoFiles, output: Path, *opts, resume: bool = False) -> Trainer:
+    """On ``files``, after ``resume_or_load``."""
+    register_coco_json("own", str(files.json_file), str(files.image_root))
+    cfg = config(
+        "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml",
+        *(*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2, "INPUT.MASK_FORMAT", "polygon"),
+        *("DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",), "TEST.EVAL_PERIOD", 0),
+        *("INPUT.MIN_SIZE_TRAIN", (56, 64, 72), "SOLVER.MAX_ITER", 6),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "OUTPUT_DIR", str(output), *opts),
+    )
+    seed_all_rng(cfg.SEED)  # as default_setup does
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume)
+    return trainer
+
+
+def clone(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def train_seeded_by_image(trainer: Trainer) -> list[int]:
+    """What the model samples (anchors, RoIs) follows from the image; return their ids."""
+    seen = []
+
+    def seed(model, inputs):
+        (image,) = inputs[0]
+        seen.append(image["image_id"])
+        torch.manual_seed(image["image_id"])
+
+    trainer.model.register_forward_pre_hook(seed)
+    trainer.train()
+    return seen
+
+
+def unwrapped(trainer: Trainer) -> nn.Module:
+    return getattr(trainer.model, "module", trainer.model)
+
+
+def train_and_resume(files: CocoFiles, output: Path) -> None:
+    """In each of two processes."""
+
+    def train(name, stop, seed, resume=False):
+        options = (*TWO_IMAGES, "SOLVER.CHECKPOINT_PERIOD", 2, "SEED", seed + comm.get_rank())
+        trainer = build_trainer(files, output / name, *options, resume=resume)
+        seen = []  # what the model sees of an image tells its augmentation: size and flip
+        trainer.model.register_forward_pre_hook(
+            lambda model, inputs: seen.extend(d["image"][0, 0].tolist() for d in inputs[0])
+        )
+        trainer.max_iter = stop
+        trainer.train()
+        return seen, clone(unwrapped(trainer))
+
+    trainer = build_trainer(files, output / "two_processes", *SAME_IMAGES)
+    seen = comm.gather(train_seeded_by_image(trainer))
+    if comm.is_main_process():
+        torch.save({"seen": seen, "model": clone(unwrapped(trainer))}, output / "two_processes.pth")
+
+    whole, expected = train("whole", 4, seed=3)
+    train("stopped", 2, seed=3)
+    resumed, found = train("stopped", 4, seed=99, resume=True)
+    assert resumed == whole[2:], (comm.get_rank(), resumed, whole)
+    assert all(torch.equal(expected[name], value) for name, value in found.items())
+    first, second = comm.all_gather(torch.cat([v.float().flatten() for v in found.values()]))
+    assert torch.equal(first, second)  # the processes see other images, and train the same
