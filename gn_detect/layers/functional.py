@@ -75,9 +75,7 @@ def group_norm_act(
     if x.is_cuda and x.dim() == 4 and not x.is_contiguous():
         nhwc = x.stride(1) == 1
         x = x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    compute = _reference
-    if _takes_triton(kernel, x, weight, bias, residual):
-        compute = _fused
+    compute = _fused if _takes_triton(kernel, x, weight, bias, residual) else _reference
     return compute(x, weight, bias, residual, num_groups, eps, activation)
 
 

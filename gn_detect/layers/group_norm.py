@@ -55,16 +55,8 @@ class GroupNorm(nn.GroupNorm):
             residual: of the shape of ``x``, added to the result; or None.
             activation: ``"relu"`` or None, applied last.
         """
-        return group_norm_act(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual,
-            activation,
-            kernel=self.kernel,
-        )
+        layer = self.num_groups, self.weight, self.bias, self.eps
+        return group_norm_act(x, *layer, residual, activation, kernel=self.kernel)
 
 
 def divisors(num_channels: int) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -53,15 +54,15 @@ def rebuild_norms() -> Iterator[None]:
     An outer ``saved_tensors_hooks`` (``torch.utils.checkpoint``, ``save_on_cpu``) does not see what
     is saved in here: PyTorch applies the innermost alone. ``torch.func`` knows no such hooks.
     """
-    registry = _Registry()
-    token = _active.set(registry)
+    rebuildable: _Rebuildable = {}
+    token = _active.set(rebuildable)
     try:
-        with saved_tensors_hooks(registry.pack, _unpack):
+        with saved_tensors_hooks(functools.partial(_pack, rebuildable), _unpack):
             yield
     finally:
         _active.reset(token)
         # PyTorch keeps the hooks while anything that was saved in here lives, and they the maps.
-        registry.entries.clear()
+        rebuildable.clear()
 
 
 def offer(y: torch.Tensor, rebuild: Callable, inputs: tuple, in_place_operations: int = 0) -> None:
@@ -73,9 +74,11 @@ def offer(y: torch.Tensor, rebuild: Callable, inputs: tuple, in_place_operations
         inputs: its arguments, tensors or None. They are kept, or rebuilt themselves.
         in_place_operations: on ``y``, still to come, which ``rebuild`` includes.
     """
-    registry = _active.get()
-    if registry is not None and y.requires_grad:
-        registry.offer(y, rebuild, inputs, in_place_operations)
+    rebuildable = _active.get()
+    if rebuildable is not None and y.requires_grad:
+        packed = [t if t is None else _pack(rebuildable, t) for t in inputs]
+        version = y._version + in_place_operations
+        rebuildable[_storage(y)] = weakref.ref(y), version, _Rebuilt(rebuild, packed)
 
 
 def rerun(function: Callable, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -103,33 +106,6 @@ def rerun(function: Callable, *inputs: torch.Tensor | None) -> torch.Tensor:
     return y
 
 
-class _Registry:
-    """The tensors that can be rebuilt, while they live."""
-
-    def __init__(self):
-        self.entries: dict[int, tuple[weakref.ref, int, _Rebuilt]] = {}
-
-    def offer(self, y, rebuild, inputs, in_place_operations) -> None:
-        rebuilt = _Rebuilt(rebuild, [t if t is None else self.pack(t) for t in inputs])
-        version = y._version + in_place_operations
-        self.entries[_storage(y)] = weakref.ref(y), version, rebuilt
-
-    def pack(self, tensor: torch.Tensor):
-        ref, version, rebuilt = self.entries.get(_storage(tensor), (None, None, None))
-        y = ref and ref()
-        # Another tensor may have got the memory of one that is gone.
-        if y is None or tensor._version != version or tensor.dtype != y.dtype:
-            return _Kept(tensor)
-        return _Slot(rebuilt, tensor)
-
-
-_active: contextvars.ContextVar[_Registry | None] = contextvars.ContextVar("active", default=None)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 class _Rebuilt:
     """A tensor that is computed when first asked for, and held until all who saved it had it."""
 
@@ -150,34 +126,45 @@ class _Rebuilt:
         return value
 
 
-class _Slot:
-    """In the place of a tensor, or a view of it, that is rebuilt."""
-
-    def __init__(self, rebuilt: _Rebuilt, tensor: torch.Tensor):
-        rebuilt.users += 1
-        self.rebuilt = rebuilt
-        self.view = tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    def get(self) -> torch.Tensor:
-        return self.rebuilt.get().as_strided(*self.view)
+# The tensors that can be rebuilt, while they live: by storage, with their versions.
+_Rebuildable = dict[int, tuple[weakref.ref, int, _Rebuilt]]
+_active: contextvars.ContextVar[_Rebuildable | None] = contextvars.ContextVar(
+    "active", default=None
+)
 
 
-class _Kept:
+def _pack(rebuildable: _Rebuildable, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What is kept of a tensor: all, or what it takes to rebuild it."""
+    ref, version, rebuilt = rebuildable.get(_storage(tensor), (None, None, None))
+    y = ref and ref()
+    # Another tensor may have got the memory of one that is gone.
+    if y is None or tensor._version != version or tensor.dtype != y.dtype:
+        return _kept(tensor)
+    rebuilt.users += 1
+    view = tensor.size(), tensor.stride(), tensor.storage_offset()
+    return lambda: rebuilt.get().as_strided(*view)
+
+
+def _kept(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A tensor as it is. Where there are hooks, PyTorch does not look whether it was changed, and
     an output that holds its own graph would never be freed."""
+    tensor, version = tensor.detach(), tensor._version
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.version = tensor.detach(), tensor._version
-
-    def get(self) -> torch.Tensor:
-        if self.tensor._version != self.version:
+    def get() -> torch.Tensor:
+        if tensor._version != version:
             raise RuntimeError(
                 "a tensor that the backward pass needs was changed in place since the forward "
-                f"pass; it has the shape {list(self.tensor.shape)}. Change it after the backward "
+                f"pass; it has the shape {list(tensor.shape)}. Change it after the backward "
                 "pass, or change a copy"
             )
-        return self.tensor
+        return tensor
+
+    return get
 
 
-def _unpack(packed: _Slot | _Kept | None) -> torch.Tensor | None:
-    return None if packed is None else packed.get()
+def _unpack(packed: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
+    return None if packed is None else packed()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
