@@ -21,7 +21,6 @@ from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from torch import nn
 
 from gn_detect.config import ConfigError, locate
 
@@ -50,18 +49,10 @@ _SUPPORTED = {
 }
 
 
-def _conv(in_channels, out_channels, kernel_size, stride=1, *, weight_standardization: str):
-    conv = GNConv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
-    )
+def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> GNConv2d:
+    conv = GNConv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
     weight_init.c2_msra_fill(conv)
-    if weight_standardization:
-        conv.standardize(weight_standardization, _WS_EPS.get(weight_standardization))
     return conv
-
-
-def _norm(norm: GroupNormFactory | str, channels: int) -> nn.Module:
-    return get_norm(norm, channels) or nn.Identity()
 
 
 # Not in place: without a norm, it would change the input of the block.
@@ -70,19 +61,11 @@ _norm_relu = functools.partial(norm_act, activation=F.relu)
 
 class BiTStem(CNNBlockBase):
     """A 7x7 convolution and a max pooling, each of stride 2, without a norm. The pooling sees zeros
-    around the map, which count where all values at the border are negative.
+    around the map, which count where all values at the border are negative."""
 
-    Args:
-        weight_standardization: variant of ``layers.standardize_weight``, or "" for none.
-    """
-
-    def __init__(
-        self, in_channels: int = 3, out_channels: int = 64, *, weight_standardization: str = ""
-    ):
+    def __init__(self, in_channels: int = 3, out_channels: int = 64):
         super().__init__(in_channels, out_channels, 4)
-        self.conv1 = _conv(
-            in_channels, out_channels, 7, 2, weight_standardization=weight_standardization
-        )
+        self.conv1 = _conv(in_channels, out_channels, 7, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, about H/4, about W/4)."""
@@ -95,24 +78,18 @@ class DeepStem(Block, CNNBlockBase):
 
     Args:
         norm: as ``get_norm`` takes it.
-        weight_standardization: variant of ``layers.standardize_weight``, or "" for none.
     """
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 64,
-        *,
-        norm: GroupNormFactory | str,
-        weight_standardization: str = "",
+        self, in_channels: int = 3, out_channels: int = 64, *, norm: GroupNormFactory | str
     ):
         super().__init__(in_channels, out_channels, 4)
-        ws, width = {"weight_standardization": weight_standardization}, out_channels // 2
-        self.conv1 = _conv(in_channels, width, 3, 2, **ws)
-        self.norm1 = _norm(norm, width)
-        self.conv2 = _conv(width, width, 3, **ws)
-        self.norm2 = _norm(norm, width)
-        self.conv3 = _conv(width, out_channels, 3, **ws)
+        width = out_channels // 2
+        self.conv1 = _conv(in_channels, width, 3, 2)
+        self.norm1 = get_norm(norm, width)
+        self.conv2 = _conv(width, width, 3)
+        self.norm2 = get_norm(norm, width)
+        self.conv3 = _conv(width, out_channels, 3)
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +108,6 @@ class PreActBottleneckBlock(Block, CNNBlockBase):
         norm: as ``get_norm`` takes it.
         avg_down: the shortcut takes the mean of 2x2 positions and then a convolution of stride 1
             (ResNet-D), in place of a convolution of stride 2.
-        weight_standardization: variant of ``layers.standardize_weight``, or "" for none.
     """
 
     def __init__(
@@ -143,21 +119,18 @@ class PreActBottleneckBlock(Block, CNNBlockBase):
         stride: int = 1,
         norm: GroupNormFactory | str,
         avg_down: bool = False,
-        weight_standardization: str = "",
     ):
         super().__init__(in_channels, out_channels, stride)
-        ws = {"weight_standardization": weight_standardization}
         self.avg_down = avg_down and stride > 1
         self.shortcut = None
         if in_channels != out_channels:
-            stride_of_shortcut = 1 if self.avg_down else stride
-            self.shortcut = _conv(in_channels, out_channels, 1, stride_of_shortcut, **ws)
-        self.norm1 = _norm(norm, in_channels)
-        self.conv1 = _conv(in_channels, bottleneck_channels, 1, **ws)
-        self.norm2 = _norm(norm, bottleneck_channels)
-        self.conv2 = _conv(bottleneck_channels, bottleneck_channels, 3, stride, **ws)
-        self.norm3 = _norm(norm, bottleneck_channels)
-        self.conv3 = _conv(bottleneck_channels, out_channels, 1, **ws)
+            self.shortcut = _conv(in_channels, out_channels, 1, 1 if self.avg_down else stride)
+        self.norm1 = get_norm(norm, in_channels)
+        self.conv1 = _conv(in_channels, bottleneck_channels, 1)
+        self.norm2 = get_norm(norm, bottleneck_channels)
+        self.conv2 = _conv(bottleneck_channels, bottleneck_channels, 3, stride)
+        self.norm3 = get_norm(norm, bottleneck_channels)
+        self.conv3 = _conv(bottleneck_channels, out_channels, 1)
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -216,10 +189,9 @@ def _build_resnetv2(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             )
     resnets = cfg.MODEL.RESNETS
     deep = cfg.MODEL.RESNETV2.VARIANT == "D"
-    norm = {"norm": norm_from_config(cfg, "MODEL.RESNETS.NORM")}
-    ws = {"weight_standardization": weight_standardization_from_config(cfg)}
+    norm = norm_from_config(cfg, "MODEL.RESNETS.NORM")
     channels = input_shape.channels, resnets.STEM_OUT_CHANNELS
-    stem = DeepStem(*channels, **norm, **ws) if deep else BiTStem(*channels, **ws)
+    stem = DeepStem(*channels, norm=norm) if deep else BiTStem(*channels)
     stages, in_channels = [], resnets.STEM_OUT_CHANNELS
     for index, num_blocks in enumerate(_NUM_BLOCKS[resnets.DEPTH]):
         out_channels = resnets.RES2_OUT_CHANNELS * 2**index
@@ -230,11 +202,15 @@ def _build_resnetv2(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             out_channels=out_channels,
             bottleneck_channels=resnets.WIDTH_PER_GROUP * 2**index,
             stride_per_block=[2 if index else 1] + [1] * (num_blocks - 1),
+            norm=norm,
             avg_down=deep,
-            **norm,
-            **ws,
         )
         stages.append(stage)
         in_channels = out_channels
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=freeze_at)
+    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=freeze_at)
+    if variant := weight_standardization_from_config(cfg):
+        for module in resnet.modules():
+            if isinstance(module, GNConv2d):
+                module.standardize(variant, _WS_EPS.get(variant))
+    return resnet

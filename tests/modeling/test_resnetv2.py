@@ -8,7 +8,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ResNet, build_backbone, build_model
 from detectron2.utils.events import EventStorage
-from helpers import TINY, config, training_image
+from helpers import TINY, config, randomize, training_image
 from torch import nn
 
 from gn_detect.checkpoint.convert import resnetv2
@@ -36,20 +36,10 @@ def like_timm(name, *opts):
     )
 
 
-@torch.no_grad()
-def with_random_norms(model):
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.weight.uniform_(0.5, 1.5, generator=generator)
-            module.bias.uniform_(-0.5, 0.5, generator=generator)
-    return model
-
-
 def models_of_timm_and_ours(name):
     """timm's ``features_only``, and ours with the converted weights of its whole model."""
     torch.manual_seed(0)
-    whole = with_random_norms(timm.create_model(name, num_classes=5))
+    whole = randomize(timm.create_model(name, num_classes=5))
     weights = resnetv2.convert(whole.state_dict())
     assert set(weights.left_out) == {"norm.weight", "norm.bias", "head.fc.weight", "head.fc.bias"}
     ours = build_backbone(like_timm(name))
@@ -68,7 +58,7 @@ def test_outputs_are_those_of_timm(name):
     theirs, ours = models_of_timm_and_ours(name)
     torch.manual_seed(1)
     for dtype, sizes in (
-        (torch.float32, [(64, 96), (97, 75), (131, 66)]),
+        (torch.float32, [(64, 96), (97, 75)]),
         (torch.float64, [(65, 43)]),
     ):
         theirs, ours = theirs.to(dtype), ours.to(dtype)
@@ -145,7 +135,8 @@ def test_output_shape_and_outputs():
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 3])
 def test_freeze(freeze_at):
-    backbone = build_backbone(config(D, *PLAIN, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
+    with torch.device("meta"):
+        backbone = build_backbone(config(D, *PLAIN, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
     frozen = {n.split(".")[0] for n, p in backbone.named_parameters() if not p.requires_grad}
     trained = {n.split(".")[0] for n, p in backbone.named_parameters() if p.requires_grad}
     stages = ["stem", *STAGES]
@@ -191,7 +182,7 @@ def test_groups_that_do_not_fit_name_the_layers():
 
 
 @pytest.mark.parametrize(
-    "norm, kind", [("LN", GroupNorm), ("", nn.Identity), ("BN", nn.BatchNorm2d)]
+    "norm, kind", [("LN", GroupNorm), ("", type(None)), ("BN", nn.BatchNorm2d)]
 )
 def test_other_norms(norm, kind):
     backbone = build_backbone(config(D, *PLAIN, "MODEL.RESNETS.NORM", norm))
