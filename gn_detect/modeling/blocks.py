@@ -125,10 +125,7 @@ def run_layers(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
 
 
 class GNSequential(nn.Sequential):
-    """By :func:`run_layers`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return run_layers(self, x)
+    forward = run_layers
 
 
 class Block:
@@ -158,12 +155,14 @@ class GNBasicStem(Block, BasicStem):
 
 
 class _ResidualBlock(Block):
-    """Over a block of Detectron2: the convolutions of ``convs``, and the sum with the shortcut."""
+    """Over a block of Detectron2: the convolutions ``convs``, and the sum with the shortcut."""
+
+    convs: tuple[str, ...]
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, about H/stride, about W/stride)."""
-        *first, last = self.convs()
+        *first, last = map(self.get_submodule, self.convs)
         out, lean = x, self.memory == "lean"
         for conv in first:
             out = conv_act(conv, out, activation=F.relu_)
@@ -175,23 +174,19 @@ class _ResidualBlock(Block):
 class GNBottleneckBlock(_ResidualBlock, BottleneckBlock):
     """1x1, 3x3 and 1x1 convolution with GN, and the sum with the shortcut before the last ReLU."""
 
-    def convs(self) -> list[nn.Module]:
-        return [self.conv1, self.conv2, self.conv3]
+    convs = "conv1", "conv2", "conv3"
 
 
 class GNBasicBlock(_ResidualBlock, BasicBlock):
     """Two 3x3 convolutions with GN, and the sum with the shortcut before the last ReLU."""
 
-    def convs(self) -> list[nn.Module]:
-        return [self.conv1, self.conv2]
+    convs = "conv1", "conv2"
 
 
 class GNRetinaNetHead(Block, RetinaNetHead):
     """Detectron2's head, in a mode of memory."""
 
-    @in_memory_mode
-    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], ...]:
-        return super().forward(features)
+    forward = in_memory_mode(RetinaNetHead.forward)
 
 
 _OURS = {

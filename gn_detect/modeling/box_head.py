@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
@@ -10,13 +9,7 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCH
 from gn_detect.config import ConfigError
 
 from .blocks import Block, in_memory_mode, run_layers
-from .norm import (
-    GroupNormFactory,
-    finish_from_config,
-    finish_norms,
-    insert_after,
-    norm_from_config,
-)
+from .norm import GroupNormFactory, finish_from_config, finish_norms, insert_after, norm_from_config
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -34,9 +27,7 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
         fc_dims: output sizes of the fully connected layers.
         conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
         fc_norm: ``channels -> nn.Module`` on (R, C), or "".
-        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
-        memory: what the backward pass keeps (``layers.recompute.MODES``).
-        channels_last: lay the weights, and with them the maps, out so.
+        finish: ``weight_standardization``, ``memory`` and ``channels_last`` of ``finish_norms``.
 
     Raises:
         ConfigError: the groups do not divide a layer's channels.
@@ -51,9 +42,7 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
         fc_dims: list[int],
         conv_norm: GroupNormFactory | str | None = None,
         fc_norm: GroupNormFactory | str = "",
-        weight_standardization: str = "",
-        memory: str = "fast",
-        channels_last: bool = False,
+        finish: dict[str, str | bool] | None = None,
     ):
         conv_norm = GroupNormFactory() if conv_norm is None else conv_norm
         super().__init__(input_shape, conv_dims=conv_dims, fc_dims=fc_dims, conv_norm=conv_norm)
@@ -61,11 +50,9 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
             for k, fc in enumerate(self.fcs, start=1):
                 fc.bias = None
                 insert_after(self, f"fc{k}", f"fc_norm{k}", fc_norm(fc.out_features))
-        finish_norms(self, "roi_heads.box_head", weight_standardization, memory, channels_last)
+        finish_norms(self, "roi_heads.box_head", **finish or {})
 
-    @in_memory_mode
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return run_layers(self, x)
+    forward = in_memory_mode(run_layers)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -79,5 +66,5 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_BOX_HEAD.NORM"),
             "fc_norm": fc_norm,
-            **finish_from_config(cfg),
+            "finish": finish_from_config(cfg),
         }

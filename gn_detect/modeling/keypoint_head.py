@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, interpolate
+from detectron2.layers import ShapeSpec, interpolate
 from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 
 from .blocks import Block, in_memory_mode, run_layers
-from .norm import (
-    GroupNormFactory,
-    add_norm,
-    finish_from_config,
-    finish_norms,
-    norm_from_config,
-)
+from .norm import GroupNormFactory, add_norms, finish_from_config, finish_norms, norm_from_config
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
@@ -29,9 +23,7 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
         num_keypoints: keypoints of an object.
         conv_dims: output channels of the convolutions.
         conv_norm: as ``get_norm`` takes it; by default none, as published.
-        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
-        memory: what the backward pass keeps (``layers.recompute.MODES``).
-        channels_last: lay the weights, and with them the maps, out so.
+        finish: ``weight_standardization``, ``memory`` and ``channels_last`` of ``finish_norms``.
         **kwargs: of ``BaseKeypointRCNNHead``.
 
     Raises:
@@ -46,16 +38,12 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
         num_keypoints: int,
         conv_dims: list[int],
         conv_norm: GroupNormFactory | str = "",
-        weight_standardization: str = "",
-        memory: str = "fast",
-        channels_last: bool = False,
+        finish: dict[str, str | bool] | None = None,
         **kwargs,
     ):
         super().__init__(input_shape, num_keypoints=num_keypoints, conv_dims=conv_dims, **kwargs)
-        for layer in self.children():
-            if isinstance(layer, Conv2d):
-                add_norm(layer, conv_norm)
-        finish_norms(self, "roi_heads.keypoint_head", weight_standardization, memory, channels_last)
+        add_norms(self, conv_norm)
+        finish_norms(self, "roi_heads.keypoint_head", **finish or {})
 
     @in_memory_mode
     def layers(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,5 +56,5 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
         return {
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_KEYPOINT_HEAD.NORM"),
-            **finish_from_config(cfg),
+            "finish": finish_from_config(cfg),
         }

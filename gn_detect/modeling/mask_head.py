@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
 
 from .blocks import Block, in_memory_mode, run_layers
-from .norm import (
-    GroupNormFactory,
-    finish_from_config,
-    finish_norms,
-    insert_after,
-    norm_from_config,
-)
+from .norm import GroupNormFactory, finish_from_config, finish_norms, insert_after, norm_from_config
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -31,9 +24,7 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
         conv_dims: output channels of the 3x3 convolutions and, last, of the deconvolution.
         conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
         deconv_norm: as ``get_norm`` takes it; by default none.
-        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
-        memory: what the backward pass keeps (``layers.recompute.MODES``).
-        channels_last: lay the weights, and with them the maps, out so.
+        finish: ``weight_standardization``, ``memory`` and ``channels_last`` of ``finish_norms``.
         **kwargs: of ``BaseMaskRCNNHead`` (``loss_weight``, ``vis_period``).
 
     Raises:
@@ -49,9 +40,7 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
         conv_dims: list[int],
         conv_norm: GroupNormFactory | str | None = None,
         deconv_norm: GroupNormFactory | str = "",
-        weight_standardization: str = "",
-        memory: str = "fast",
-        channels_last: bool = False,
+        finish: dict[str, str | bool] | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -65,11 +54,9 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
             self.deconv.bias = None
             norm = get_norm(deconv_norm, self.deconv.out_channels)
             insert_after(self, "deconv", "deconv_norm", norm)
-        finish_norms(self, "roi_heads.mask_head", weight_standardization, memory, channels_last)
+        finish_norms(self, "roi_heads.mask_head", **finish or {})
 
-    @in_memory_mode
-    def layers(self, x: torch.Tensor) -> torch.Tensor:
-        return run_layers(self, x)
+    layers = in_memory_mode(run_layers)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -77,5 +64,5 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.NORM"),
             "deconv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.DECONV_NORM"),
-            **finish_from_config(cfg),
+            "finish": finish_from_config(cfg),
         }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, RetinaNet
@@ -36,9 +35,7 @@ class GNSemSegFPNHead(Block, SemSegFPNHead):
 
     Args:
         *args, **kwargs: of ``SemSegFPNHead``.
-        weight_standardization: of the convolutions before a GN (``layers.standardize_weight``).
-        memory: what the backward pass keeps (``layers.recompute.MODES``).
-        channels_last: lay the weights, and with them the maps, out so.
+        finish: ``weight_standardization``, ``memory`` and ``channels_last`` of ``finish_norms``.
 
     Raises:
         ConfigError: ``MODEL.SEM_SEG_HEAD.NORM`` is unknown, or the groups do not divide a layer's
@@ -49,23 +46,19 @@ class GNSemSegFPNHead(Block, SemSegFPNHead):
     def __init__(
         self,
         *args,
-        weight_standardization: str = "",
-        memory: str = "fast",
-        channels_last: bool = False,
+        finish: dict[str, str | bool] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        finish_norms(self, "sem_seg_head", weight_standardization, memory, channels_last)
+        finish_norms(self, "sem_seg_head", **finish or {})
 
-    @in_memory_mode
-    def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().layers(features)
+    layers = in_memory_mode(SemSegFPNHead.layers)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
         return {
             **super().from_config(with_norms(cfg, "MODEL.SEM_SEG_HEAD.NORM"), input_shape),
-            **finish_from_config(cfg),
+            "finish": finish_from_config(cfg),
         }
 
 

@@ -57,8 +57,9 @@ class GroupNormFactory:
     ):
         if (num_groups > 0) == (channels_per_group > 0):
             raise ConfigError(
-                f"num_groups is {num_groups} and channels_per_group is {channels_per_group}: "
-                "exactly one of them must be positive, and the other 0"
+                f"MODEL.GN.NUM_GROUPS (num_groups) is {num_groups} and MODEL.GN.CHANNELS_PER_GROUP "
+                f"(channels_per_group) is {channels_per_group}: exactly one of them must be "
+                "positive, and the other 0"
             )
         if kernel not in KERNELS:
             known = ", ".join(KERNELS)
@@ -115,27 +116,19 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
             "MODEL.GN.KERNEL is 'triton', whose kernels are for CUDA devices, and MODEL.DEVICE is "
             "'cpu'; set it to 'auto'"
         )
-    if norm == "LN":
-        return GroupNormFactory(1, gn.EPS, kernel=gn.KERNEL)
-    if norm == "IN":
-        return GroupNormFactory(0, gn.EPS, channels_per_group=1, kernel=gn.KERNEL)
-    if norm == "GN":
-        if (gn.NUM_GROUPS > 0) == (gn.CHANNELS_PER_GROUP > 0):
-            raise ConfigError(
-                f"MODEL.GN.NUM_GROUPS is {gn.NUM_GROUPS} and MODEL.GN.CHANNELS_PER_GROUP is "
-                f"{gn.CHANNELS_PER_GROUP}: exactly one of them states the groups; set the other "
-                "to 0"
-            )
+    groups = {"GN": (gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP), "LN": (1, 0), "IN": (0, 1)}
+    if norm in groups:
+        num_groups, channels_per_group = groups[norm]
         return GroupNormFactory(
-            gn.NUM_GROUPS,
+            num_groups,
             gn.EPS,
-            channels_per_group=gn.CHANNELS_PER_GROUP,
+            channels_per_group=channels_per_group,
             nearest_divisor=gn.NEAREST_DIVISOR,
             kernel=gn.KERNEL,
         )
     if norm in _DETECTRON2_NORMS:
         return norm
-    known = ", ".join(map(repr, ("GN", "LN", "IN", *_DETECTRON2_NORMS)))
+    known = ", ".join(map(repr, (*groups, *_DETECTRON2_NORMS)))
     raise ConfigError(f"{key} is {norm!r}; known: {known}")
 
 
@@ -253,12 +246,12 @@ def _standardize_weights(module: nn.Module, name: str, variant: str) -> None:
             )
 
 
-def add_norm(conv: Conv2d, norm: GroupNormFactory | str) -> None:
-    """Put a norm behind a convolution that Detectron2 built without one, and drop its bias, as
-    Detectron2 does wherever it knows of the norm. ``norm`` is as ``get_norm`` takes it."""
-    layer = get_norm(norm, conv.out_channels)
-    if layer is not None:
-        conv.norm, conv.bias = layer, None
+def add_norms(module: nn.Module, norm: GroupNormFactory | str) -> None:
+    """Put a norm, as ``get_norm`` takes it, behind the convolutions that Detectron2 built without
+    one, and drop their biases, as Detectron2 does wherever it knows of the norm."""
+    for conv in module.modules():
+        if norm and isinstance(conv, Conv2d):
+            conv.norm, conv.bias = get_norm(norm, conv.out_channels), None
 
 
 def insert_after(sequential: nn.Sequential, name: str, new_name: str, new: nn.Module) -> None:
