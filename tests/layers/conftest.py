@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU."""
 
+import functools
 import importlib.util
 
 import pytest
@@ -37,3 +38,28 @@ def interpreted(interpreted_device, monkeypatch):
     # Triton's own functions in Python are for the compiler, as triton was imported without it.
     monkeypatch.setattr(tl, "sum", interpreter.InterpretedFunction(tl.sum.fn))
     monkeypatch.setattr(kernels, "device", interpreted_device)
+
+
+class _Device:
+    """Stands for ``triton_device``."""
+
+    def __init__(self, device, launch):
+        self.device, self.launch = device, launch
+
+    def __getattr__(self, name):
+        return _Kernel(getattr(self.device, name), self.launch)
+
+
+class _Kernel:
+    def __init__(self, kernel, launch):
+        self.kernel, self.launch = kernel, launch
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, self.kernel, grid)
+
+
+@pytest.fixture
+def intercept(monkeypatch):
+    """Has ``launch(kernel, grid, *args, **kwargs)`` called in the place of each launch."""
+    device = kernels.device
+    return lambda launch: monkeypatch.setattr(kernels, "device", _Device(device, launch))

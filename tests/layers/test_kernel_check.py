@@ -30,30 +30,21 @@ def fresh(monkeypatch):
         monkeypatch.setattr(module, name, again)
 
 
-class Broken:
-    """Stands for ``triton_device``: does ``harm`` after a launch of the kernel ``name`` on float32
-    maps, with its arguments by their names."""
+@pytest.fixture
+def spoil(intercept):
+    """Does ``harm`` after a launch of the kernel ``name`` on float32 maps, with its arguments by
+    their names."""
 
-    def __init__(self, name, harm):
-        self.device, self.name, self.harm = kernels.device, name, harm
+    def install(name, harm):
+        def launch(kernel, grid, *args, **kwargs):
+            kernel[grid](*args, **kwargs)
+            named = dict(zip(kernel.arg_names, args, strict=True))
+            if kernel.__name__ == name and named["x"].dtype == torch.float32:
+                harm(named)
 
-    def __getattr__(self, name):
-        kernel = getattr(self.device, name)
-        return _BrokenKernel(kernel, self.harm) if name == self.name else kernel
+        intercept(launch)
 
-
-class _BrokenKernel:
-    def __init__(self, kernel, harm):
-        self.kernel, self.harm = kernel, harm
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            self.kernel[grid](*args, **kwargs)
-            named = dict(zip(self.kernel.arg_names, args, strict=True))
-            if named["x"].dtype == torch.float32:
-                self.harm(named)
-
-        return launch
+    return install
 
 
 def no_compiler(_):
@@ -95,9 +86,9 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize("kernel, harm, message", FAULTS, ids=[fault[2] for fault in FAULTS])
 def test_auto_falls_back_with_one_warning_and_triton_raises(
-    kernel, harm, message, monkeypatch, caplog
+    kernel, harm, message, spoil, monkeypatch, caplog
 ):
-    monkeypatch.setattr(kernels, "device", Broken(kernel, harm))
+    spoil(kernel, harm)
     x = maps()
     group_norm_act(x, 4)
     dtypes = launched(monkeypatch)
@@ -114,8 +105,8 @@ def test_auto_falls_back_with_one_warning_and_triton_raises(
     assert dtypes == []
 
 
-def test_other_dtypes_and_layouts_are_not_concerned(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "device", Broken("resident", no_compiler))
+def test_other_dtypes_and_layouts_are_not_concerned(spoil, monkeypatch, caplog):
+    spoil("resident", no_compiler)
     group_norm_act(maps(), 4)
     dtypes = launched(monkeypatch)
     with caplog.at_level(logging.INFO, "gn_detect"):
@@ -124,7 +115,7 @@ def test_other_dtypes_and_layouts_are_not_concerned(monkeypatch, caplog):
     assert "auto runs triton: torch.float16 maps on cpu" in caplog.text
 
 
-def test_torch_compile_checks_while_it_traces(monkeypatch, caplog):
+def test_torch_compile_checks_while_it_traces(spoil, caplog):
     """Once, and the graph has PyTorch's operations."""
     targets = []
 
@@ -132,7 +123,7 @@ def test_torch_compile_checks_while_it_traces(monkeypatch, caplog):
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    monkeypatch.setattr(kernels, "device", Broken("resident", no_compiler))
+    spoil("resident", no_compiler)
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x: group_norm_act(x, 4, activation="relu"), backend=backend, fullgraph=True

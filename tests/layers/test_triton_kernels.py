@@ -21,8 +21,7 @@ from gn_detect.layers import triton_kernels as kernels  # noqa: E402
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ULP = {F32: 1e-6, BF16: 2**-7, F16: 2**-10}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-NAN, INF = float("nan"), float("inf")
-COMPILED = kernels.device
+NAN, INF, EPS = float("nan"), float("inf"), 1e-5
 PLAN = kernels.plan.__wrapped__
 
 
@@ -66,8 +65,9 @@ def make(shape, nhwc=False, dtype=torch.float32, offset=0.0, seed=0, device="cpu
     torch.manual_seed(seed)
     c = shape[1]
     x = torch.randn(shape) * torch.linspace(0.5, 2, c)[:, None, None]
-    x = (x + torch.randn(c, 1, 1) + offset).to(dtype).to(device)
-    return x.to(memory_format=torch.channels_last) if nhwc else x
+    x = x + torch.randn(c, 1, 1) + offset
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    return x.to(device, dtype, memory_format=layout)
 
 
 def affine(c, dtype=torch.float32, device="cpu"):
@@ -77,28 +77,20 @@ def affine(c, dtype=torch.float32, device="cpu"):
     return weight.to(dtype).to(device), bias.to(dtype).to(device)
 
 
-def reference(x, num_groups, weight, bias, eps, residual, relu, y, dy):
+def reference(x, num_groups, weight, bias, residual, relu, y, dy):
     """Output, statistics and gradients in float64. The ReLU's gradient is masked by ``y`` of the
     kernels, because of elements that are 0 but for rounding."""
-    leaves = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
-    x, weight, bias = leaves
-    n, c = x.shape[:2]
-    groups = x.reshape(n, num_groups, -1)
-    mean = groups.mean(2, keepdim=True)
-    rstd = (groups.var(2, unbiased=False, keepdim=True) + eps).rsqrt()
-    z = ((groups - mean) * rstd).reshape(x.shape)
-    if weight is not None:
-        z = z * weight[:, None, None]
-    if bias is not None:
-        z = z + bias[:, None, None]
-    if residual is not None:
-        residual = residual.double().requires_grad_()
-        z = z + residual
-    leaves = [t for t in (*leaves, residual) if t is not None]
+    inputs = x, weight, bias, residual
+    leaves = [None if t is None else t.double().requires_grad_() for t in inputs]
+    x, weight, bias, residual = leaves
+    var, mean = torch.var_mean(x.reshape(len(x), num_groups, -1), 2, correction=0)
+    z = F.group_norm(x, num_groups, weight, bias, EPS)
+    z = z if residual is None else z + residual
     masked = z * (y > 0) if relu else z
-    gradients = iter(torch.autograd.grad(masked, leaves, dy.double()))
-    gradients = [None if t is None else next(gradients) for t in (x, weight, bias, residual)]
-    return (z.relu() if relu else z), mean[..., 0], rstd[..., 0], gradients
+    trained = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(masked, trained, dy.double()))
+    gradients = [None if t is None else next(found) for t in leaves]
+    return (z.relu() if relu else z), mean, (var + EPS).rsqrt(), gradients
 
 
 def assert_close(actual, expected, what, atol=0.0):
@@ -113,11 +105,9 @@ def assert_close(actual, expected, what, atol=0.0):
     assert worst <= 1, f"{what}: {worst:.2f} times the tolerance, {difference.max().item():.2e} off"
 
 
-def check(
-    x, num_groups, weight, bias, residual=None, relu=False, eps=1e-5, dy=None, atol=0.0,
-):  # fmt: skip
+def check(x, num_groups, weight, bias, residual=None, relu=False, dy=None, atol=0.0):
     """Forward, rebuilt forward and backward against the reference; returns all results."""
-    y, mean, rstd = kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+    y, mean, rstd = kernels.forward(x, num_groups, weight, bias, EPS, residual, relu)
     assert y.dtype == x.dtype and y.stride() == x.stride()
     if residual is None:
         assert torch.equal(kernels.apply(x, mean, rstd, weight, bias, relu), y)
@@ -126,20 +116,13 @@ def check(
     saved_y = y if residual is not None else None
     dtype = None if residual is None else residual.dtype
     gradients = kernels.backward(dy, x, saved_y, mean, rstd, weight, bias, relu, dtype)
-    z, true_mean, true_rstd, true = reference(
-        x, num_groups, weight, bias, eps, residual, relu, y, dy
-    )
+    z, true_mean, true_rstd, true = reference(x, num_groups, weight, bias, residual, relu, y, dy)
     assert_close(y, z, "y", atol)
     assert_close(mean, true_mean, "mean")
     torch.testing.assert_close(rstd.double(), true_rstd, rtol=2e-6 + atol, atol=0)
     assert gradients[0].stride() == x.stride()
-    for name, actual, expected, t in zip(
-        ("dx", "dweight", "dbias", "dresidual"),
-        gradients,
-        true,
-        (x, weight, bias, residual),
-        strict=True,
-    ):
+    names, inputs = ("dx", "dweight", "dbias", "dresidual"), (x, weight, bias, residual)
+    for name, actual, expected, t in zip(names, gradients, true, inputs, strict=True):
         if expected is None:
             assert actual is None
         else:
@@ -170,7 +153,7 @@ CASES = [
     ("resident", True, F32, None, False, "gamma", "other", (1, 16, 25, 21), 2),
     ("resident", True, F32, None, True, "beta", "part", (2, 5, 1, 1), 1),
     ("split", False, BF16, F16, True, "gamma", "same", (2, 4, 7, 7), 2, 3, 16),
-    ("split", False, BF16, None, True, "float32", "expanded", (3, 4, 9, 13), 2, 1, 32),
+    ("split", False, BF16, None, True, "float32", "expanded", (1, 4, 9, 13), 2, 1, 32),
     ("split", False, F16, None, True, "none", "part", (1, 4, 25, 21), 2, 3, 128),
     ("split", False, F32, F16, False, "float32", "same", (1, 6, 12, 10), 6, 2, 32),
     ("split", False, F32, F32, True, "x", "other", (1, 6, 14, 14), 2, 2, 64),
@@ -218,8 +201,8 @@ def test_each_two_values_of_two_columns_meet():
     "shape, num_groups, splits",
     [
         ((1, 96, 5, 4), 32, 2),  # 3 channels per group: 48 of the 64 lanes of a program are used
-        ((1, 160, 3, 3), 2, 2),  # 80 per group: 5 programs of 16 channels
-        ((1, 37, 3, 2), 1, 1),  # a prime: 37 programs
+        ((1, 80, 3, 3), 1, 2),  # 5 programs of 16 channels
+        ((1, 33, 3, 2), 1, 1),  # 33 programs
         ((1, 72, 3, 3), 9, 1),  # 9 groups, 8 per program: the last has a single one
         ((2, 40, 3, 5), 8, 2),
     ],
@@ -231,18 +214,6 @@ def test_channels_that_do_not_fill_a_program(device, take, shape, num_groups, sp
     check(x, num_groups, weight, bias, relu=True)
     take("split", splits, 8)
     check(x, num_groups, weight, bias, relu=True)
-
-
-@LAYOUTS
-def test_result_does_not_depend_on_the_way(device, take, nhwc):
-    weight, bias = affine(4, device=device)
-    x = make((1, 4, 20, 21), nhwc, device=device)
-    first = check(x, 2, weight, bias, relu=True)
-    for splits in (1, 3):
-        take("split", splits, 64)
-        second = check(x, 2, weight, bias, relu=True)
-        for a, b in zip((*first[:3], *first[3][:3]), (*second[:3], *second[3][:3]), strict=True):
-            assert (a - b).abs().max() <= 1e-6 * a.abs().max()
 
 
 @LAYOUTS
@@ -259,19 +230,16 @@ def test_large_mean(device, take, nhwc, way):
 def test_large_group_of_large_mean(device, nhwc, monkeypatch):
     """Half the elements of a group of the stem, mean 1000 times the standard deviation."""
     monkeypatch.setattr(kernels, "_processors", lambda _: 1)
-    torch.manual_seed(0)
-    x = torch.randn(1, 4, 256, 256, device=device) + 1000
-    if nhwc:
-        x = x.to(memory_format=torch.channels_last)
+    x = make((1, 4, 256, 256), nhwc, offset=1000, device=device)
     assert not kernels.plan(nhwc, 1, 4, 2, 256 * 256, 1).resident
-    _, mean, rstd = kernels.forward(x, 2, None, None, 1e-5)
+    _, mean, rstd = kernels.forward(x, 2, None, None, EPS)
     groups = x.double().reshape(1, 2, -1)
     assert groups.shape[2] == 131072
-    expected = (groups.var(2, unbiased=False) + 1e-5).rsqrt()
+    expected = (groups.var(2, unbiased=False) + EPS).rsqrt()
     torch.testing.assert_close(rstd.double(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(mean.double(), groups.mean(2), rtol=1e-7, atol=0)
     naive = (x.square().mean((2, 3)) - x.mean((2, 3)).square()).view(1, 2, 2).mean(2)
-    naive_error = ((naive + 1e-5).rsqrt() / expected - 1).abs().max()
+    naive_error = ((naive + EPS).rsqrt() / expected - 1).abs().max()
     assert not naive_error < 1e-3  # what the shift is for
 
 
@@ -282,8 +250,8 @@ def test_outlier_in_the_corner(device, take, nhwc, way):
     take(way, 2, 128)
     x = make((1, 4, 20, 26), nhwc, device=device)
     x[:, ::2, 0, 0] += 2000
-    _, _, rstd = kernels.forward(x, 2, None, None, 1e-5)
-    expected = (x.double().reshape(1, 2, -1).var(2, unbiased=False) + 1e-5).rsqrt()
+    _, _, rstd = kernels.forward(x, 2, None, None, EPS)
+    expected = (x.double().reshape(1, 2, -1).var(2, unbiased=False) + EPS).rsqrt()
     torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -292,12 +260,11 @@ def test_outlier_in_the_corner(device, take, nhwc, way):
 def test_constant_input_gives_beta(device, take, nhwc, way):
     take(way, 2, 16)
     weight, bias = affine(4, device=device)
-    x = torch.full((2, 4, 5, 7), 3.7, device=device)
-    x = x.to(memory_format=torch.channels_last) if nhwc else x
-    y, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5)
+    x = make((2, 4, 5, 7), nhwc, device=device).fill_(3.7)
+    y, mean, rstd = kernels.forward(x, 2, weight, bias, EPS)
     assert torch.equal(y, bias[:, None, None].expand_as(y))
     assert (mean == x[0, 0, 0, 0]).all()
-    torch.testing.assert_close(rstd, torch.full_like(rstd, 1e-5**-0.5))
+    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +275,6 @@ def test_constant_input_gives_beta(device, take, nhwc, way):
         ("resident", True, -INF, True),
         ("split", False, INF, True),
         ("split", True, NAN, False),
-        ("split", False, -INF, False),
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's
@@ -321,7 +287,7 @@ def test_what_is_not_finite_stays_in_its_group(device, take, way, nhwc, bad, wit
     dy = make(x.shape, seed=1, device=device)
 
     def both(x):
-        y, mean, rstd = kernels.forward(x, 2, weight, bias, 1e-5, residual, True)
+        y, mean, rstd = kernels.forward(x, 2, weight, bias, EPS, residual, True)
         return y, kernels.backward(dy, x, y, mean, rstd, weight, bias, True, dtype)
 
     y, gradients = both(x)
@@ -369,7 +335,7 @@ def test_no_images(monkeypatch, nhwc, relu):
     weight, bias = affine(8)
     x = make((0, 8, 7, 7), nhwc, BF16)
     residual = x.float()
-    y, mean, rstd = kernels.forward(x, 4, weight, bias, 1e-5, residual, relu)
+    y, mean, rstd = kernels.forward(x, 4, weight, bias, EPS, residual, relu)
     assert y.shape == x.shape and y.dtype == x.dtype
     assert mean.shape == rstd.shape == (0, 4)
     assert kernels.apply(x, mean, rstd, weight, bias, relu).shape == x.shape
@@ -401,38 +367,9 @@ def test_gradient_of_relu_after_a_residual_needs_y():
         kernels.backward(x, x, None, mean, mean, None, None, True, x.dtype)
 
 
-class LastImage:
-    """Runs, of each launch, only the programs of the last image: the first or the last ones."""
-
-    def __init__(self, programs, device):
-        self.programs, self.device = programs, device
-
-    def __getattr__(self, name):
-        kernel = getattr(self.device, name)
-        programs = self.programs
-
-        class Launcher:
-            def __getitem__(self, grid):
-                return lambda *args, **kwargs: self.run(grid[0], *args, **kwargs)
-
-            def run(self, total, *args, **kwargs):
-                builder = interpreter.interpreter_builder
-                set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
-                builder.set_grid_dim = lambda *_: set_dim(total, 1, 1)
-                backwards = name in ("apply", "gradient")
-                first = 0 if backwards else total - programs
-                builder.set_grid_idx = lambda i, *_: set_idx(first + i, 0, 0)
-                try:
-                    kernel[(programs,)](*args, **kwargs)
-                finally:
-                    del builder.set_grid_dim, builder.set_grid_idx
-
-        return Launcher()
-
-
 @LAYOUTS
 @WAYS
-def test_more_than_2_to_the_31_elements(interpreted, monkeypatch, take, nhwc, way):
+def test_more_than_2_to_the_31_elements(interpreted, intercept, monkeypatch, take, nhwc, way):
     """The last image of a tensor that exists but for that image only in address space.
 
     As much space is reserved below each tensor: a wrapped offset would go there.
@@ -458,16 +395,27 @@ def test_more_than_2_to_the_31_elements(interpreted, monkeypatch, take, nhwc, wa
     # What the last image gives on its own
     x[-1:], dy[-1:] = image, gradient
     last = x[-1:].clone(memory_format=torch.preserve_format)
-    y, mean, rstd = kernels.forward(last, 2, weight, bias, 1e-5, None, True)
+    y, mean, rstd = kernels.forward(last, 2, weight, bias, EPS, None, True)
     dx = kernels.backward(dy[-1:], last, None, mean, rstd, weight, bias, True)[0]
 
     how = kernels.plan(nhwc, n, c, 2, h * w, 132)
     programs = triton.cdiv(2, how.groups) if how.resident else triton.cdiv(c, how.block) * 2
-    monkeypatch.setattr(kernels, "device", LastImage(programs, kernels.device))
+
+    def launch_last_image(kernel, grid, *args, **kwargs):
+        """The programs of the last image alone: the first or the last ones."""
+        builder = interpreter.interpreter_builder
+        set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+        first = 0 if kernel.__name__ in ("apply", "gradient") else grid[0] - programs
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_dim", lambda *_: set_dim(grid[0], 1, 1))
+            patch.setattr(builder, "set_grid_idx", lambda i, *_: set_idx(first + i, 0, 0))
+            kernel[(programs,)](*args, **kwargs)
+
+    intercept(launch_last_image)
     monkeypatch.setattr(torch, "empty_like", lambda *_, **__: reserve())
     # It copies all tensors back, here onto themselves.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    big_y, big_mean, big_rstd = kernels.forward(x, 2, weight, bias, 1e-5, None, True)
+    big_y, big_mean, big_rstd = kernels.forward(x, 2, weight, bias, EPS, None, True)
     needs = (True, False, False, False)
     big_dx, *_ = kernels.backward(dy, x, None, big_mean, big_rstd, weight, bias, True, None, needs)
     assert torch.equal(big_mean[-1:], mean) and torch.equal(big_rstd[-1:], rstd)
@@ -496,11 +444,6 @@ def test_unsupported_says_why(interpreted):
         assert reason in kernels.unsupported(*arguments)
     largest = torch.empty(3, 8, 2**13, 2**14 - 1, device="meta")
     assert kernels.unsupported(largest, None, None) == ""  # of an image, not of the batch
-
-
-def test_unsupported_on_cpu():
-    assert kernels.device is COMPILED
-    assert "not on a CUDA device" in kernels.unsupported(make((1, 8, 2, 2)), None, None)
 
 
 @LAYOUTS
@@ -575,7 +518,7 @@ def test_more_than_2_to_the_31_elements_on_a_gpu(nhwc):
     layout = torch.channels_last if nhwc else torch.contiguous_format
     x = torch.empty(shape, dtype=BF16, device="cuda", memory_format=layout).normal_()
     assert x.numel() > 2**31
-    y, mean, rstd = kernels.forward(x, 32, weight, bias, 1e-5)
+    y, mean, rstd = kernels.forward(x, 32, weight, bias, EPS)
     dx = kernels.backward(x, x, None, mean, rstd, weight, bias)[0]
     # One image is planned otherwise, so sums differ in their last digits.
     last, _, _, gradients = check(x[-1:], 32, weight, bias, dy=x[-1:])
