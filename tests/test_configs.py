@@ -11,11 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
+from detectron2_reference import detectron2_config
 from helpers import CONFIGS, as_shipped, config, training_image
 from torch import nn
 
@@ -231,37 +232,6 @@ def expected_losses(cfg):
     if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
         losses.add("loss_sem_seg")
     return losses
-
-
-DETECTRON2_NAMES = {
-    "build_gn_resnet_backbone": "build_resnet_backbone",
-    "build_gn_resnet_fpn_backbone": "build_resnet_fpn_backbone",
-    "build_gn_resnetv2_fpn_backbone": "build_resnet_fpn_backbone",
-    "build_gn_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
-    "GNRPNHead": "StandardRPNHead",
-    "GNRes5ROIHeads": "Res5ROIHeads",
-    "GNFastRCNNConvFCHead": "FastRCNNConvFCHead",
-    "GNMaskRCNNConvUpsampleHead": "MaskRCNNConvUpsampleHead",
-    "GNKRCNNConvDeconvUpsampleHead": "KRCNNConvDeconvUpsampleHead",
-    "GNRetinaNet": "RetinaNet",
-    "GNSemSegFPNHead": "SemSegFPNHead",
-}
-
-
-def detectron2_config(ours):
-    """The config in Detectron2's keys and names alone."""
-
-    def copy(node, into):
-        for key, value in into.items():
-            if isinstance(value, dict):
-                copy(node[key], value)
-            else:
-                name = node[key] if isinstance(node[key], str) else ""
-                into[key] = DETECTRON2_NAMES.get(name, node[key])
-
-    cfg = get_cfg()
-    copy(ours.MODEL, cfg.MODEL)
-    return cfg
 
 
 def test_parameters_are_those_of_detectron2(model):

@@ -55,11 +55,9 @@ def test_blocks_against_detectron2(block, ours, stride, memory):
     results = []
     for model in (theirs, fused):
         output = model(x)
-        results.append(
-            [output, *torch.autograd.grad(output.square().sum(), [x, *model.parameters()])]
-        )
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        gradients = torch.autograd.grad(output.square().sum(), [x, *model.parameters()])
+        results.append((output, *gradients))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -159,29 +157,6 @@ def test_what_is_not_known_is_computed_as_before(module, memory):
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x), gradient)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        bottleneck(),
-        BasicBlock(8, 16, norm=GroupNormFactory(4)),
-        BasicStem(8, 16, norm=GroupNormFactory(4)),
-        nn.Sequential(Conv2d(8, 8, 1, norm=GroupNorm(2, 8), activation=nn.ReLU())),
-        nn.Sequential(nn.Linear(6, 6), GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1)),
-    ],
-    ids=["bottleneck", "basic block", "stem", "convolution", "sequence"],
-)
-def test_each_norm_can_be_exchanged(module):
-    """By an equal one of PyTorch, which knows of no ReLU."""
-    module, x = fuse_norms(randomize(module), "balanced"), image()
-    expected = module(x)
-    for name, norm in list(module.named_modules()):
-        if isinstance(norm, GroupNorm):
-            theirs = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps)
-            theirs.load_state_dict(norm.state_dict())
-            module.set_submodule(name, theirs)
-            torch.testing.assert_close(module(x), expected, rtol=1e-6, atol=1e-6)
-
-
 def test_lists_of_detectron2_hold_what_its_attributes_hold(r50):
     """It runs FPN and heads by lists beside their attributes."""
     fpn, mask_head = r50.backbone, r50.roi_heads.mask_head
@@ -205,13 +180,9 @@ def test_weights_of_a_fused_block_can_be_standardized(variant, eps):
     assert fused.conv1.weight.grad.sum((1, 2, 3)).abs().max() < 1e-4  # the mean is taken away
 
 
-def test_weights_that_cannot_be_standardized():
+def test_unknown_weight_standardization():
     with pytest.raises(ValueError, match="'mmcv' is unknown; one of: authors, timm"):
         GNConv2d(4, 4, 3).standardize("mmcv")
-    conv = GNConv2d(4, 4, 1, groups=4)
-    with pytest.raises(ValueError, match="a single weight"):
-        conv.standardize("timm")
-    assert conv.weight_standardization == ""
 
 
 @pytest.mark.parametrize("memory", MODES)
@@ -232,15 +203,14 @@ def test_hooks_of_convolutions_run(memory):
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
 def test_weights_of_the_call_are_those_of_its_gradient(memory):
     """Not those that the module has when backward runs."""
-    block, x, results = fuse_norms(bottleneck(), memory), image(), []
+    block, x = fuse_norms(bottleneck(), memory), image()
     others = {n: (3 * torch.randn_like(p)).requires_grad_() for n, p in block.named_parameters()}
     output = torch.func.functional_call(block, others, x)
-    results.append(torch.autograd.grad(output.square().sum(), list(others.values())))
+    found = torch.autograd.grad(output.square().sum(), list(others.values()))
     block.load_state_dict(others)
     block.memory = "fast"
-    results.append(torch.autograd.grad(block(x).square().sum(), list(block.parameters())))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    expected = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
+    torch.testing.assert_close(found, expected)
 
 
 def test_lean_runs_1x1_convolutions_again(monkeypatch):
@@ -261,17 +231,11 @@ def test_a_copy_is_independent():
     assert torch.equal(twin(x), expected) and not torch.equal(block(x), expected)
 
 
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("memory", MODES)
-def test_data_parallel_training(memory):
+def test_data_parallel_training(memory, request):
     """Its hooks see the gradient of each parameter once, in two steps in a row."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    request.addfinalizer(dist.destroy_process_group)
     block, twin = fuse_norms(bottleneck(), memory), bottleneck()
     parallel, x = nn.parallel.DistributedDataParallel(block), image()
     for _ in range(2):
@@ -282,7 +246,7 @@ def test_data_parallel_training(memory):
             torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("memory", ["lean", "checkpoint"])
 def test_compiled_and_exported(memory):
     network = nn.Sequential(
         BasicStem(8, 8, norm=GroupNormFactory(4)),

@@ -14,6 +14,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from helpers import TINY, config, randomize, training_image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import boxes
 
 import gn_detect
@@ -139,7 +140,7 @@ def test_every_group_norm_can_be_one_of_pytorch(kind):
     assert_close(step(model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("memory", MODES[1:])
+@pytest.mark.parametrize("memory", ["lean", "checkpoint"])
 @pytest.mark.parametrize("how", ["frozen stages", "bfloat16", "accumulation"])
 def test_in_a_training_step(how, memory):
     torch.manual_seed(0)
@@ -171,20 +172,13 @@ def is_channels_last(tensor) -> bool:
     return tensor.dim() != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def maps(output) -> list[torch.Tensor]:
-    """The tensors of four dimensions in what a module puts out."""
-    if isinstance(output, torch.Tensor):
-        return [output] if output.dim() == 4 else []
-    parts = list(output.values()) if isinstance(output, dict) else output
-    return [t for part in parts for t in maps(part)] if isinstance(parts, (list, tuple)) else []
-
-
 def watch(model) -> tuple[list[str], list[str]]:
     """Names of the modules that put out maps from now on: in channels_last, and others."""
     seen, others = [], []
 
     def look(name, module, inputs, output):
-        for tensor in maps(output):
+        tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+        for tensor in (t for t in tensors if t.dim() == 4):
             (seen if is_channels_last(tensor) else others).append(name)
 
     for name, module in model.named_modules():
@@ -212,6 +206,7 @@ def test_channels_last_is_kept_and_changes_no_number(kind):
     model = build(name, "MODEL.CHANNELS_LAST", True)
     model.load_state_dict(plain.state_dict(), strict=True)
     assert all(map(is_channels_last, model.parameters()))
+    assert all(p.is_contiguous() for p in plain.parameters())  # off by default
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     if name != "basic blocks":
         model, plain = model.double(), copy.deepcopy(plain).double()
@@ -226,13 +221,6 @@ def test_channels_last_is_kept_and_changes_no_number(kind):
             for field, value in wanted.items():
                 both = (v.tensor if isinstance(v, Boxes) else v for v in (found[field], value))
                 torch.testing.assert_close(*both, rtol=1e-6, atol=1e-6)
-
-
-def test_channels_last_in_bfloat16():
-    model = build("basic blocks", "MODEL.CHANNELS_LAST", True)
-    seen, others = watch(model)
-    step(model, amp=True)
-    assert others == [] and seen
 
 
 @pytest.mark.parametrize("name", ["build_gn_resnet_backbone", "build_gn_resnetv2_backbone"])
@@ -254,10 +242,6 @@ def test_channels_last_of_a_lazy_config():
     seen, others = watch(model)
     step(model)
     assert others == [] and norms_of_maps(model) <= set(seen)
-
-
-def test_channels_last_is_off_by_default():
-    assert all(p.is_contiguous() for p in build("bottlenecks").parameters())
 
 
 def test_channels_last_refuses_deformable_convolutions(monkeypatch):

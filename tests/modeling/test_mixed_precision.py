@@ -31,8 +31,10 @@ class Float32Maps(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("memory", ["fast", "balanced", "lean", "checkpoint"])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "memory, channels_last",
+    [("fast", False), ("balanced", True), ("lean", False), ("checkpoint", True)],
+)
 def test_no_map_of_the_backbone_is_float32(memory, channels_last):
     opts = ("MODEL.GN.MEMORY", memory, "MODEL.CHANNELS_LAST", channels_last)
     torch.manual_seed(0)
