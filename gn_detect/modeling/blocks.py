@@ -155,9 +155,8 @@ class GNBasicStem(Block, BasicStem):
 
 
 class _ResidualBlock(Block):
-    """Over a block of Detectron2: the convolutions ``convs``, and the sum with the shortcut."""
-
-    convs: tuple[str, ...]
+    """Over a block of Detectron2: the convolutions of the names ``convs``, and the sum with the
+    shortcut."""
 
     @in_memory_mode
     def forward(self, x: torch.Tensor) -> torch.Tensor:
