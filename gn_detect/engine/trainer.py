@@ -130,8 +130,6 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list:
         ret = super().build_hooks()
-        if not self.cfg.DATASETS.TEST:
-            ret = [h for h in ret if not isinstance(h, hooks.EvalHook)]
         if comm.is_main_process():
             ret.append(FirstIterations(self.max_iter))
         return ret

@@ -1,3 +1,4 @@
+import functools
 import os
 
 import pytest
@@ -32,8 +33,7 @@ def lazy_data(coco_files):
 
 
 @pytest.fixture
-def train(coco_files, tmp_path):
+def train(coco_files, tmp_path, monkeypatch):
     """``train(output, *opts)``: a trainer on ``coco_files``, after ``resume_or_load``."""
-    return lambda output, *opts, **kwargs: build_trainer(
-        coco_files, tmp_path / output, *opts, **kwargs
-    )
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(build_trainer, coco_files)

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from detectron2.engine import hooks
 from detectron2.utils.events import EventStorage
 from helpers import assert_equal, record_images, stream, weights
 
@@ -17,23 +16,10 @@ from gn_detect.engine.hooks import ProgressBar
 def test_an_iteration_takes_its_images_in_steps(train):
     steps = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2)
     trainer = train("run", *steps, "DATASETS.TEST", ())
-    assert not any(isinstance(h, hooks.EvalHook) for h in trainer._hooks)
     seen = record_images(trainer)
     trainer.train()
     assert [len(batch) for batch in seen] == [2] * 4
     assert list(itertools.chain(*seen)) == stream(trainer, 0, 8)
-
-
-def test_fine_tuning_for_other_classes_keeps_all_but_the_predictors(train, tmp_path):
-    trainer = train("two")
-    trainer.checkpointer.save("two_classes")
-    path = str(tmp_path / "two" / "two_classes.pth")
-    options = ("MODEL.ROI_HEADS.NUM_CLASSES", 5, "MODEL.WEIGHTS", path, "SEED", 4)
-    old, new = weights(trainer), weights(train("five", *options))
-    other = {key for key in old if not torch.equal(old[key], new[key])}
-    assert old.keys() == new.keys()
-    assert other and all("predictor" in key for key in other)
-    assert new["roi_heads.box_predictor.cls_score.weight"].shape[0] == 6
 
 
 def test_evaluation_does_not_change_what_training_draws(train):
@@ -74,11 +60,12 @@ def test_a_loss_that_is_not_finite(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, checked", [("norm", True), ("value", False)])
-def test_gradients_that_are_clipped_by_value_are_not_checked(train, kind, checked):
-    trainer = train(
-        "run", "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind
-    )
-    assert trainer._trainer.check_gradients is checked
+def test_options_of_the_loop(train, kind, checked):
+    """Gradients that are clipped by value are not checked."""
+    clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind)
+    assert train("run", *clip)._trainer.check_gradients is checked
+    amp = ("SOLVER.AMP.ENABLED", checked, "SOLVER.AMP.DTYPE", "bfloat16")
+    assert train("run", *amp)._trainer.amp_dtype is (torch.bfloat16 if checked else None)
 
 
 def test_predicted_boxes_that_are_not_finite(train):

@@ -17,7 +17,7 @@ SAME_IMAGES = (*TWO_IMAGES, "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN",
 SAME_IMAGES += ("SOLVER.WARMUP_ITERS", 1)
 
 
-def build_trainer(files: CocoFiles, output: Path, *opts, resume: bool = False) -> Trainer:
+def build_trainer(files: CocoFiles, output: str | Path, *opts, resume: bool = False) -> Trainer:
     """On ``files``, after ``resume_or_load``."""
     register_coco_json("own", str(files.json_file), str(files.image_root))
     cfg = config(
