@@ -10,17 +10,8 @@ os.environ.pop("DETECTRON2_DATASETS", None)
 
 from helpers import SHARED_DATA, CocoFiles
 
-# The machines of CI are small: two cores, which the workers of pytest-xdist share.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For a module whose maps are so small that more threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The workers of pytest-xdist share the cores; and maps are so small that threads would wait.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

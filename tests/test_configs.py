@@ -22,7 +22,7 @@ from torch import nn
 
 from gn_detect.layers import GroupNorm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 @functools.cache

@@ -9,10 +9,15 @@ import importlib.metadata
 import pytest
 from helpers import run_script
 
-pytestmark = pytest.mark.skipif(
-    not any("+labgym" in d.version for d in importlib.metadata.distributions(name="detectron2")),
-    reason="detectron2 here is not the alias of LabGym.detectron2",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(
+            "+labgym" in d.version for d in importlib.metadata.distributions(name="detectron2")
+        ),
+        reason="detectron2 here is not the alias of LabGym.detectron2",
+    ),
+]
 
 # $DETECTRON2_ENV_MODULE is imported in the middle of ``import detectron2``.
 HOOK = """

@@ -17,6 +17,8 @@ from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data import shapes
 from gn_detect.engine.lazy_config import load_lazy_config
 
+pytestmark = pytest.mark.slow
+
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 GUARDS = re.findall(

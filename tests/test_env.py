@@ -14,6 +14,8 @@ from helpers import ROOT, TINY, config
 from gn_detect import env
 from gn_detect.modeling.norm import norm_from_config
 
+pytestmark = pytest.mark.slow
+
 STOCK_SCRIPT = """
 from detectron2.config import get_cfg
 from detectron2.data.datasets import register_coco_instances

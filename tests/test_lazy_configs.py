@@ -30,7 +30,7 @@ NAMES = sorted(
 )
 every_config = pytest.mark.parametrize("name", NAMES)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 def load(name):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from detectron2.config import LazyConfig
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 LAZY_CONFIG = (

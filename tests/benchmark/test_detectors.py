@@ -19,7 +19,7 @@ from gn_detect.benchmark.detectors import (
 from gn_detect.config import ConfigError
 from gn_detect.layers import GroupNorm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from gn_detect.benchmark.kernels import (
     layer_run,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 SMALL = Layer((1, 8, 4, 4), 4, relu=True, residual=True)
 

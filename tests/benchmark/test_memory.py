@@ -12,7 +12,7 @@ from gn_detect.layers.recompute import rebuild_norms, run_block
 from gn_detect.modeling.blocks import GNSequential
 from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 X = 2 * 3 * 8 * 8 * 4  # bytes of the input of _network
 MAP = 2 * 4 * 8 * 8 * 4  # bytes of a map of its first convolution

@@ -19,7 +19,7 @@ from gn_detect.checkpoint.export import export_backbone, write_state_dict, write
 from gn_detect.checkpoint.origin import DETECTRON, IMAGENET
 from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"

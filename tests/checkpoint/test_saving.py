@@ -26,6 +26,8 @@ from gn_detect.checkpoint.saving import write_atomically
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
 
+pytestmark = pytest.mark.slow
+
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 GUARDS = WeightGuards.from_config(config(R18))
 FORK = multiprocessing.get_context("fork")

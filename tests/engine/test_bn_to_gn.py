@@ -28,7 +28,7 @@ NARROW = [
 ]
 IN = ("MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 1)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 def gn_config(*opts, name=PHOTOS):

@@ -9,6 +9,8 @@ from gn_detect.engine import lazy, prepare_run
 from gn_detect.engine.lazy import do_train
 from gn_detect.engine.trainer import build_loop
 
+pytestmark = pytest.mark.slow
+
 
 def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path):
     cfg = lazy_data(f"train.output_dir={tmp_path}", "train.max_iter=1")

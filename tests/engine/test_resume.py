@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from gn_detect.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 NO_TEST = ("DATASETS.TEST", ())
 SAMPLER = (*NO_TEST, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
 SAMPLER += ("DATALOADER.REPEAT_THRESHOLD", 0.9)

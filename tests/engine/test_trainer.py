@@ -12,6 +12,8 @@ from helpers import assert_equal, record_images, stream, weights
 from gn_detect.engine import Trainer
 from gn_detect.engine.hooks import ProgressBar
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_iteration_takes_its_images_in_steps(train):
     steps = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.MAX_ITER", 2)

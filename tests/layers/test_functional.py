@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from gn_detect.layers import GroupNorm, functional, group_norm_act
 from gn_detect.layers.recompute import rebuild_norms
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 G, EPS = 4, 1e-5
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # (residual, activation)

@@ -14,7 +14,7 @@ from gn_detect.layers import functional, group_norm_act, kernel_check  # noqa: E
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
 from gn_detect.layers.recompute import rebuild_norms  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread", "interpreted", "fresh")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted", "fresh")]
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable"
 
 

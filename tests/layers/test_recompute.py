@@ -10,8 +10,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from gn_detect.layers import GroupNorm, recompute
 from gn_detect.layers.recompute import MODES, rebuild_norms, rerun, run_block
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Chain(nn.Module):
     """Convolutions of 16 channels with GN+ReLU, and a linear layer on a view of the last map."""

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from triton.backends.compiler import GPUTarget  # noqa: E402

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from triton.runtime import interpreter  # noqa: E402

@@ -23,8 +23,6 @@ from gn_detect.modeling.norm import GroupNormFactory
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def bottleneck(kind=BottleneckBlock, norm=None, **kwargs):
     torch.manual_seed(0)
@@ -280,3 +278,9 @@ def test_traced():
     assert len(expected[0]) > 0
     traced = torch.jit.trace(TracingAdapter(model, inputs, predict), (image,))
     torch.testing.assert_close(list(traced(image)), expected)
+
+
+def test_a_layer_in_two_places_stays_one():
+    conv = Conv2d(4, 4, 1, norm=GroupNorm(2, 4))
+    module = fuse_norms(nn.Sequential(conv, nn.ReLU(), conv))
+    assert isinstance(module[0], GNConv2d) and module[0] is module[2]

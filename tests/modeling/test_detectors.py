@@ -55,7 +55,7 @@ MODELS = {
 # What torchvision's roi_align puts out is NCHW. The first convolution behind it puts it right.
 NCHW = (ROIPooler, ROIAlign)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 def build(name, *opts):

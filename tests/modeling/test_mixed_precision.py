@@ -12,7 +12,7 @@ from gn_detect.engine.train_loop import AccumulatingTrainer
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 class Float32Maps(TorchDispatchMode):

@@ -20,7 +20,7 @@ BIT = "COCO-InstanceSegmentation/mask_rcnn_R_50x1_bit_FPN_gn_ws_3x.yaml"
 PLAIN = ["MODEL.BACKBONE.NAME", "build_gn_resnetv2_backbone", "MODEL.BACKBONE.FREEZE_AT", 0]
 STAGES = ["res2", "res3", "res4", "res5"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 
 def like_timm(name, *opts):

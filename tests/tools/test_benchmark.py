@@ -14,7 +14,7 @@ from helpers import ROOT
 from gn_detect.benchmark import detectors, kernels
 from gn_detect.benchmark.questions import quartiles, ratio
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 tool = runpy.run_path(str(ROOT / "tools/benchmark.py"))
 ROUNDS = ["--rounds", 3]

@@ -11,6 +11,8 @@ from helpers import ROOT
 from gn_detect.config import load_config
 from gn_detect.solver import resolve_schedule
 
+pytestmark = pytest.mark.slow
+
 compare_norms = runpy.run_path(str(ROOT / "tools/compare_norms.py"))["main"]
 parse_train_args = runpy.run_path(str(ROOT / "tools/train_net.py"))["parse_args"]
 

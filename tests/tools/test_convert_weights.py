@@ -10,6 +10,8 @@ from helpers import TINY, config, randomize, run_tool
 import gn_detect
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
 
+pytestmark = pytest.mark.slow
+
 R50 = gn_detect.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml")
 RGB = [
     *("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675,116.28,103.53]"),

@@ -12,6 +12,8 @@ from helpers import run_tool, start_tool
 import gn_detect
 from gn_detect.engine.lazy_config import load_lazy_config
 
+pytestmark = pytest.mark.slow
+
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
 
 # A config of the user's own, for data of the user's own.

@@ -19,6 +19,8 @@ from helpers import ROOT, TINY, run_tool, start_tool
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 
+pytestmark = pytest.mark.slow
+
 QUICK = ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 
 

@@ -17,8 +17,6 @@ from gn_detect.checkpoint.export import write_weights
 from gn_detect.checkpoint.origin import DETECTRON, Origin
 from gn_detect.config import ConfigError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BLOCKS = (3, 4, 6, 3)
 WIDTH = 32  # of the stem, the FPN and the heads: a quarter of the weights of Detectron's networks
 CLASSES = 3

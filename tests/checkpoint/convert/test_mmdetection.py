@@ -12,6 +12,8 @@ from gn_detect.checkpoint.convert.weights import Weights
 from gn_detect.checkpoint.origin import Origin
 from gn_detect.checkpoint.safe_load import WeightsError
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
 SMALL_CONFIG = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
@@ -35,7 +37,7 @@ def convert(state, meta=None) -> Weights:
 @pytest.fixture(
     scope="module", params=[(1, False), (1, True), (2, False), (2, True)], ids=lambda p: f"{p}"
 )
-def pair(request, one_thread):
+def pair(request):
     """Version, ``Reference`` and our model, of which all parameters come from the converter."""
     version, ws = request.param
     state = State(version, **SMALL).random()

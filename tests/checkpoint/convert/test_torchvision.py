@@ -16,7 +16,7 @@ from gn_detect.checkpoint.convert.torchvision import original_name, rename
 from gn_detect.checkpoint.coverage import cover
 from gn_detect.checkpoint.origin import IMAGENET, Origin
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.slow
 
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml"
 NAMES = [f"layer{i}" for i in range(1, 5)]
