@@ -117,8 +117,10 @@ def _source_config(cfg: CfgNode, target: nn.Module, weights: Weights, file: str)
     """``cfg`` with the norms that the weights have, part by part."""
     coverage = cover(weights, target)
     bn = set(bn_into_gn(coverage, target))
-    known = coverage.loaded.keys() | coverage.mismatched.keys()
-    gn = {layer for layer in _group_norms(target) if f"{layer}.weight" in known} - bn
+    # A RetinaNet's head without norms has convolutions by the names of norms.
+    gammas = {name for name, shape in coverage.mismatched.items() if len(shape) == 1}
+    gammas |= coverage.loaded.keys()
+    gn = {layer for layer in _group_norms(target) if f"{layer}.weight" in gammas} - bn
     if not bn:
         raise ConfigError(
             f"{file} has GN already: load it with MODEL.WEIGHTS of tools/train_net.py"
