@@ -9,12 +9,11 @@ import importlib.metadata
 import pytest
 from helpers import run_script
 
+VERSIONS = [d.version for d in importlib.metadata.distributions(name="detectron2")]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not any(
-            "+labgym" in d.version for d in importlib.metadata.distributions(name="detectron2")
-        ),
+        not any("+labgym" in version for version in VERSIONS),
         reason="detectron2 here is not the alias of LabGym.detectron2",
     ),
 ]
