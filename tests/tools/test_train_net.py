@@ -34,16 +34,22 @@ def metrics(output) -> dict:
     return {key: value for row in rows for key, value in row.items()}
 
 
+def ten_images(source, target) -> dict:
+    """Write ``target``, the first ten images of ``source``, and return its content."""
+    content = json.loads(source.read_text())
+    content["images"] = content["images"][:10]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    target.write_text(json.dumps(content))
+    return content
+
+
 @pytest.fixture
 def coco(shared_data, tmp_path):
     """Ten photos, for training and for validation, in the place of COCO 2017."""
     names = ("coco_2017_train", "coco_2017_val")
     before = {name: (DatasetCatalog[name], MetadataCatalog.get(name)) for name in names}
-    content = json.loads((shared_data / "coco_dev/val.json").read_text())
-    content["images"] = content["images"][:10]
-    kept = {image["id"] for image in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    (tmp_path / "coco.json").write_text(json.dumps(content))
+    content = ten_images(shared_data / "coco_dev/val.json", tmp_path / "coco.json")
     for name in names:
         register_coco_json(name, str(tmp_path / "coco.json"), str(shared_data / "coco_dev/images"))
     yield {category["id"] for category in content["categories"]}
@@ -70,8 +76,9 @@ def test_coco_with_official_ids_trains_evaluates_and_resumes(coco, tmp_path):
 
 def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
     data = shared_data / "pennfudan"
+    ten_images(data / "val.json", tmp_path / "val.json")
     arguments = [
-        *("--config-file", QUICK, "--val-json", data / "val.json"),
+        *("--config-file", QUICK, "--val-json", tmp_path / "val.json"),
         *("--val-images", data / "images"),
     ]
     train_net(
