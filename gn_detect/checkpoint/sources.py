@@ -76,8 +76,11 @@ def locate(name: str) -> Source:
     if not os.path.isfile(path):
         known = " (nor does Detectron2 know such an address)" if "://" in path else ""
         raise WeightsError(f"{name}: there is no file {path}{known}")
-    if digest:
-        _check_digest(path, digest)
+    if digest and digest != (actual := hashlib.sha256(Path(path).read_bytes()).hexdigest()):
+        raise WeightsError(
+            f"{path} has the SHA-256 {actual}, not {digest}: it is another file, or was damaged; "
+            "delete it to have it downloaded again"
+        )
     return Source(path, origin, heuristics)
 
 
@@ -93,15 +96,6 @@ def split_name(name: str) -> tuple[str, bool, str]:
         raise WeightsError(f"{name}: #sha256= takes the 64 hexadecimal digits of the file's digest")
     address, query, _ = address.partition("?matching_heuristics=True")
     return address, bool(query), digest.lower()
-
-
-def _check_digest(path: str, digest: str) -> None:
-    actual = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if actual != digest:
-        raise WeightsError(
-            f"{path} has the SHA-256 {actual}, not {digest}: it is another file, or was damaged; "
-            "delete it to have it downloaded again"
-        )
 
 
 def _timm(model: str) -> tuple[str, Origin]:
