@@ -106,8 +106,8 @@ class Checkpointer(DetectionCheckpointer):
             remove_checkpoints(self.path_manager, self.save_dir, old)
 
     def _write(self, basename: str, write: Callable[[IO[bytes]], object]) -> None:
-        """A file in ``save_dir``, atomically unless a handler of the path manager has that, such as
-        that of ``s3://``."""
+        """Write a file in ``save_dir``: atomically, or by the path manager's handler of ``s3://``
+        and the like."""
         path = os.path.join(self.save_dir, basename)
         if "://" not in path:
             return write_atomically(path, write)
@@ -153,8 +153,8 @@ class Checkpointer(DetectionCheckpointer):
         weights = read_weights(path, self.model.state_dict())
         resumes = self.save_dir and path == self.get_checkpoint_file()
         if resumes:
-            ours = cover(weights, self.model)
-            check_resumed(weights, ours, path, self._classes, self._config)
+            coverage = cover(weights, self.model)
+            check_resumed(weights, coverage, path, self._classes, self._config)
         self.model.load_state_dict(self.check(weights, path).loaded, strict=False)
         if resumes:
             last = weights.rest.get("iteration", -1)
@@ -175,12 +175,11 @@ class Checkpointer(DetectionCheckpointer):
         try:
             self._guards.check(weights, coverage, self.model, name)
         finally:
-            others = len(weights.left_out)
-            others = f" ({others} of no detector left out)" if others else ""
+            count = len(weights.left_out)
+            others = f" ({count} of no detector left out)" if count else ""
             logger.info(f"{name} has the names of {weights.format}{others}; it gives\n{coverage}")
-        ours = dataclasses.asdict(self.origin).items()
-        unknown = [k for k, v in ours if v not in (None, "") and getattr(weights.origin, k) is None]
-        if unknown:
+        known = [k for k, v in dataclasses.asdict(self.origin).items() if v not in (None, "")]
+        if unknown := [field for field in known if getattr(weights.origin, field) is None]:
             logger.warning(
                 f"{name} does not say with which {', '.join(unknown)} it was trained; what the "
                 "config says is taken to be right"

@@ -165,8 +165,7 @@ def _naming(file_name: str) -> Iterator[None]:
 
 
 class NamingDatasetMapper(DatasetMapper):
-    """Detectron2's DatasetMapper, with large-scale jitter (``INPUT.LSJ``, training only), and
-    errors that name the image file.
+    """Detectron2's DatasetMapper, with large-scale jitter (``INPUT.LSJ``, training only).
 
     Where the image is cut, an object's box must be found again, and that from its mask as a bitmap:
     with ``INPUT.LSJ`` or ``INPUT.CROP``, masks are bitmaps.
