@@ -115,8 +115,8 @@ def test_same_guards_as_the_yaml(name, caplog):
     ours, theirs = (WeightGuards.from_config(c) for c in (cfg, theirs))
     told = {} if "_v2_" not in name else {"stride_in_1x1": None}  # no argument of its blocks
     assert ours.ours == dataclasses.replace(theirs.ours, **told)
-    on = [{name: on for name, (_, on) in guards.switches.items()} for guards in (ours, theirs)]
-    assert on[0] == on[1]
+    switches = theirs.run.cfg.GUARDS
+    assert {name: ours.run[name] for name in switches} == dict(switches)
 
 
 def rates(scheduler, iterations):

@@ -336,6 +336,7 @@ def test_clipping_by_value_mends_an_infinite_gradient():
     assert steep.weight == -0.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
 def test_two_processes_train_as_two_steps_and_go_on_with_their_random_numbers(
     coco_files, tmp_path, monkeypatch

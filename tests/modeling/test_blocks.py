@@ -244,6 +244,7 @@ def test_data_parallel_training(memory, request):
             torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["lean", "checkpoint"])
 def test_compiled_and_exported(memory):
     network = nn.Sequential(
@@ -261,6 +262,7 @@ def test_compiled_and_exported(memory):
         torch.testing.assert_close(program.module()(x), network(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of tracing Detectron2
 def test_traced():
     cfg = config(R18, *TINY, "MODEL.GN.MEMORY", "lean", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
