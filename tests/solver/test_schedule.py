@@ -48,6 +48,15 @@ def test_scratch_keeps_its_last_drops(batch):
     assert before_end == [60_000 * 16, 20_000 * 16]
 
 
+def test_what_is_derived_is_a_recipe_for_its_own_batch():
+    """So to resolve it again, as in another process, changes nothing."""
+    cfg = resolved("SOLVER.IMS_PER_GPU", 2, processes=2)
+    before = cfg.clone()
+    assert cfg.SOLVER.REFERENCE_BATCH_SIZE == cfg.SOLVER.IMS_PER_BATCH == 4
+    resolve_schedule(cfg, processes=2)
+    assert cfg == before
+
+
 def test_periods_and_final_rate_follow():
     opts = [
         *("SOLVER.CHECKPOINT_PERIOD", 5000, "TEST.EVAL_PERIOD", 1000),
