@@ -64,7 +64,7 @@ class Settings:
         return "triton" if self.device == "cuda" else "torch"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """As in ``engine.AccumulatingTrainer``, but also where the device is not there."""
+        """As in our trainer, but also where the device is not there."""
         autocast = torch.autocast(self.device, dtype=AMP_DTYPES.get(self.amp), enabled=False)
         autocast._enabled = self.amp in AMP_DTYPES  # past the look for the device
         return autocast

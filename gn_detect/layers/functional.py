@@ -119,16 +119,18 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
-    """``F.group_norm`` for all dtypes; its check of sizes would warn in a trace."""
+    """``F.group_norm`` for all dtypes."""
+    # Its check for groups of one value would warn in a trace.
+    normalize = torch.group_norm if torch.jit.is_tracing() else F.group_norm
     dtypes = {p.dtype for p in (x, weight, bias) if p is not None}
     affine = weight is not None and bias is not None
     # PyTorch's kernel of the CPU mixes these, and else none.
     mixes = affine and x.device.type == "cpu" and x.dtype.itemsize == 2
     if len(dtypes) == 1 or (mixes and weight.dtype == bias.dtype == torch.float32):
-        return torch.group_norm(x, num_groups, weight, bias, eps)
+        return normalize(x, num_groups, weight, bias, eps)
     dtype = functools.reduce(torch.promote_types, dtypes)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
+    return normalize(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
 
 
 # --- Triton kernels ---

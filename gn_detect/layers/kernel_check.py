@@ -7,6 +7,7 @@ import textwrap
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from . import triton_kernels
 
@@ -25,11 +26,15 @@ def failure(device: torch.device, dtype: torch.dtype, channels_last: bool) -> st
     Triton or of the driver) are told like differences.
     """
     maps = f"{dtype} maps in {'channels_last' if channels_last else 'NCHW'} on {device}"
-    # Neither the gradient mode nor the random state of the caller matters.
-    with torch.inference_mode(False), torch.enable_grad():
+    # The caller's gradient mode does not matter, nor what it keeps for its backward pass:
+    # torch.utils.checkpoint would count what is saved in here.
+    as_it_is = saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.enable_grad(), as_it_is:
         for shape, num_groups in (RESIDENT, SPLIT):
             try:
                 wrong = _difference(shape, num_groups, device, dtype, channels_last)
+            except torch.OutOfMemoryError:  # says nothing of the kernels
+                raise
             except Exception as error:
                 # Triton's messages quote source code.
                 message = textwrap.shorten(f"{type(error).__name__}: {error}", 400)

@@ -31,13 +31,15 @@ def norm_act(
     """``activation(norm(x) + residual)``: one pass over the map if ``norm`` is a GroupNorm.
 
     Args:
-        norm: any layer, a subclass of GroupNorm with a ``forward`` of its own among them; or None.
+        norm: any layer, or None. A GroupNorm with a ``forward`` of its own, of its class or of the
+            module, is any layer.
         residual: of the shape of the output, or None.
         activation: any function or module, or None. A ReLU is applied by a GroupNorm (hooks of an
             ``nn.ReLU`` do not run then), all others are called.
     """
     relu = type(activation) is nn.ReLU or activation is F.relu or activation is F.relu_
-    if getattr(type(norm), "forward", None) is GroupNorm.forward and (relu or activation is None):
+    forward = getattr(norm, "forward", None)
+    if getattr(forward, "__func__", None) is GroupNorm.forward and (relu or activation is None):
         return norm(x, residual=residual, activation="relu" if relu else None)
     if norm is not None:
         x = norm(x)
@@ -52,6 +54,9 @@ class GNConv2d(Conv2d):
 
     weight_standardization: str = ""
     weight_eps: float | None = None
+    # Variant -> eps in place of its own, of a convolution that is standardized wherever others are,
+    # though no norm follows it (``modeling.resnetv2``).
+    eps_of_variant: dict[str, float] | None = None
 
     def standardize(self, variant: str, eps: float | None = None) -> None:
         """Convolve with standardized weights from now on. The parameter stays as it is trained.

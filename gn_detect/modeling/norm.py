@@ -181,7 +181,8 @@ def finish_norms(
     """Complete a component whose norms came from a :class:`GroupNormFactory`.
 
     Logs each layer that got other groups than asked for, fuses the norms with what follows them
-    (``blocks.fuse_norms``), and standardizes the weights of the convolutions before a GroupNorm.
+    (``blocks.fuse_norms``), and standardizes the weights of the convolutions before a GroupNorm,
+    and of all in the pre-activation ResNet.
 
     Args:
         module: the component.
@@ -231,11 +232,12 @@ def finish_norms(
 def _standardize_weights(module: nn.Module, name: str, variant: str) -> None:
     before = set(before_group_norm(module))
     for child_name, child in module.named_modules():
-        if child not in before:
+        eps_of_variant = getattr(child, "eps_of_variant", None)
+        if child not in before and eps_of_variant is None:
             continue
         if isinstance(child, GNConv2d):
             try:
-                child.standardize(variant)
+                child.standardize(variant, (eps_of_variant or {}).get(variant))
             except ValueError as error:
                 raise ConfigError(
                     f"MODEL.GN.WEIGHT_STANDARDIZATION: {name}.{child_name}: {error}"

@@ -30,7 +30,6 @@ from .norm import (
     finish_from_config,
     finish_norms,
     norm_from_config,
-    weight_standardization_from_config,
 )
 
 _NUM_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -51,6 +50,7 @@ _SUPPORTED = {
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> GNConv2d:
     conv = GNConv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+    conv.eps_of_variant = _WS_EPS
     weight_init.c2_msra_fill(conv)
     return conv
 
@@ -158,9 +158,7 @@ def build_gn_resnetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             divide a layer's channels.
     """
     backbone = _build_resnetv2(cfg, input_shape)
-    finish_norms(
-        backbone, "backbone", memory=cfg.MODEL.GN.MEMORY, channels_last=cfg.MODEL.CHANNELS_LAST
-    )
+    finish_norms(backbone, "backbone", **finish_from_config(cfg))
     return backbone
 
 
@@ -208,9 +206,4 @@ def _build_resnetv2(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         stages.append(stage)
         in_channels = out_channels
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=freeze_at)
-    if variant := weight_standardization_from_config(cfg):
-        for module in resnet.modules():
-            if isinstance(module, GNConv2d):
-                module.standardize(variant, _WS_EPS.get(variant))
-    return resnet
+    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=freeze_at)

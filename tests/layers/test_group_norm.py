@@ -27,3 +27,9 @@ def test_groups_that_do_not_divide_the_channels(num_groups):
         GroupNorm(num_groups, 48)
     works = [int(g) for g in str(error.value).split(":")[1].split(",")]
     assert works == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+
+
+def test_a_group_of_one_value_is_refused_as_by_pytorch():
+    for layer in (nn.GroupNorm(4, 4), GroupNorm(4, 4)):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            layer(torch.randn(1, 4, 1, 1))

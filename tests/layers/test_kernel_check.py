@@ -12,7 +12,7 @@ pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from gn_detect.layers import functional, group_norm_act, kernel_check  # noqa: E402
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
-from gn_detect.layers.recompute import rebuild_norms  # noqa: E402
+from gn_detect.layers.recompute import MODES, rebuild_norms, run_block  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted", "fresh")]
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable"
@@ -146,6 +146,29 @@ def test_check_changes_nothing_and_needs_nothing(channels_last):
         failed = kernel_check.failure(torch.device("cpu"), torch.bfloat16, channels_last)
     assert failed == ""
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_first_use_in_a_block_of_any_mode(memory, caplog):
+    x = maps()
+
+    def block(x):
+        return group_norm_act(x, 4, activation="relu", kernel="triton") * 2
+
+    run_block(memory, block, x).sum().backward()
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    expected = 2 * group_norm_act(x, 4, activation="relu", kernel="torch")
+    torch.testing.assert_close(x.grad, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_memory_that_is_out_says_nothing_of_the_kernels(spoil):
+    def out_of_memory(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    spoil("resident", out_of_memory)
+    for _ in range(2):  # not remembered
+        with pytest.raises(torch.OutOfMemoryError):
+            group_norm_act(maps(), 4)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

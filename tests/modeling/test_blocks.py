@@ -286,3 +286,11 @@ def test_a_layer_in_two_places_stays_one():
     conv = Conv2d(4, 4, 1, norm=GroupNorm(2, 4))
     module = fuse_norms(nn.Sequential(conv, nn.ReLU(), conv))
     assert isinstance(module[0], GNConv2d) and module[0] is module[2]
+
+
+def test_a_norm_whose_forward_was_exchanged_is_called_as_any_other():
+    block = fuse_norms(bottleneck())
+    expected = block(image())
+    for conv in (block.conv1, block.conv3):
+        conv.norm.forward = nn.GroupNorm.forward.__get__(conv.norm)
+    torch.testing.assert_close(block(image()), expected)

@@ -14,6 +14,8 @@ from torch import nn
 from gn_detect.checkpoint.convert import resnetv2
 from gn_detect.config import ConfigError
 from gn_detect.layers import GroupNorm
+from gn_detect.modeling.norm import GroupNormFactory, finish_norms
+from gn_detect.modeling.resnetv2 import PreActBottleneckBlock
 
 D = "COCO-InstanceSegmentation/mask_rcnn_R_50d_v2_FPN_gn_3x.yaml"
 BIT = "COCO-InstanceSegmentation/mask_rcnn_R_50x1_bit_FPN_gn_ws_3x.yaml"
@@ -191,3 +193,12 @@ def test_other_norms(norm, kind):
     before = x.clone()
     backbone.res3[0](x)
     assert torch.equal(x, before)  # the ReLU is not done in place
+
+
+def test_weights_are_standardized_before_and_behind_norms_in_any_model():
+    """As a lazy config builds them, and with the eps of BiT in timm."""
+    block = PreActBottleneckBlock(16, 32, bottleneck_channels=8, norm=GroupNormFactory(4))
+    finish_norms(block, "block", "timm")
+    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 4
+    assert {(c.weight_standardization, c.weight_eps) for c in convs} == {("timm", 1e-8)}
