@@ -39,7 +39,7 @@ test: venv
 	$(BIN)/python -m pytest -q -n auto --dist worksteal tests $(PYTEST_ARGS)
 
 # What the inner loop needs: no process, no training, no compiler.
-test-quick: PYTEST_ARGS += -m "not slow"
+test-quick: override PYTEST_ARGS += -m "not slow"
 test-quick: test
 
 lint: venv

@@ -30,7 +30,7 @@ _KEYS = {
     "input_format": ("INPUT.FORMAT", "model.input_format"),
     "pixel_mean": ("MODEL.PIXEL_MEAN", "model.pixel_mean"),
     "pixel_std": ("MODEL.PIXEL_STD", "model.pixel_std"),
-    "weight_standardization": ("MODEL.GN.WEIGHT_STANDARDIZATION", "model.weight_standardization"),
+    "weight_standardization": ("MODEL.GN.WEIGHT_STANDARDIZATION", ""),
     "ims_per_batch": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
     "reference_batch_size": ("SOLVER.REFERENCE_BATCH_SIZE", "train.reference_batch_size"),
     "reference_world_size": ("SOLVER.REFERENCE_WORLD_SIZE", ""),
@@ -116,6 +116,7 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         "warmup_length": first("lr_multiplier.warmup_length"),
         "milestones": first("lr_multiplier.scheduler.milestones"),
         "num_updates": first("lr_multiplier.scheduler.num_updates"),
-        "num_groups": "num_groups or channels_per_group of GroupNormFactory",
+        "num_groups": "num_groups or channels_per_group of GroupNormFactory",  # for messages
+        "weight_standardization": "model.weight_standardization (of build_detector)",
     }
     return {name: key for name, key in keys.items() if key}

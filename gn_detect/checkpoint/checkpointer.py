@@ -151,7 +151,8 @@ class Checkpointer(DetectionCheckpointer):
             self._guards.check_origin(origin, path)  # before a download
         logger.info(f"Loading weights from {path}")
         weights = read_weights(path, self.model.state_dict())
-        resumes = self.save_dir and path == self.get_checkpoint_file()
+        resumes = checkpointables is None and self.save_dir and not self._evaluation
+        resumes = resumes and path == self.get_checkpoint_file()
         if resumes:
             coverage = cover(weights, self.model)
             check_resumed(weights, coverage, path, self._classes, self._config)

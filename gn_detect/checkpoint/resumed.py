@@ -75,7 +75,7 @@ def _leaves(node: yaml.Node, key: str = "") -> Iterator[tuple[str, str]]:
         for name, value in node.value:
             yield from _leaves(value, f"{key}.{name.value}" if key else name.value)
     elif isinstance(node, yaml.ScalarNode):
-        yield key, node.value or node.tag
+        yield key, node.value or ("''" if node.tag.endswith(":str") else node.tag)
     elif all(isinstance(value, yaml.ScalarNode) for value in node.value):
         yield key, f"[{', '.join(value.value for value in node.value)}]"
     else:

@@ -74,7 +74,8 @@ def check_coco_dataset(name: str, **needs: bool) -> CocoSummary | None:
     if name not in DatasetCatalog.list():
         raise DataError(
             f"DATASETS names {name!r}, which is not registered. For data of your own, use "
-            "--train-json, --train-images, --val-json and --val-images"
+            "--train-json, --train-images, --val-json and --val-images (or register_coco_json in a "
+            "lazy config)"
         )
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") not in COCO_EVALUATORS:
@@ -237,7 +238,10 @@ class _AnnotationChecker:
     def _segmentation_error(self, annotation: dict) -> str | None:
         segmentation = annotation.get("segmentation")
         if not segmentation:
-            return "has no segmentation; add it, or train boxes alone with MODEL.MASK_ON False"
+            return (
+                "has no segmentation; add it, or train boxes alone with MODEL.MASK_ON False (in "
+                "lazy configs use_instance_mask=False of the mapper)"
+            )
         image = self.images.get(annotation.get("image_id"))
         if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
             if image and list(segmentation["size"]) != [image["height"], image["width"]]:

@@ -65,10 +65,14 @@ def _model_without_weights(cfg: CfgNode | DictConfig) -> nn.Module:
             here.MODEL.GN.KERNEL = "torch"  # it does not run, so no kernel needs the device
             return build_model(here)
 
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it is said when the model of the run is built
     try:
         return build("meta")
     except (NotImplementedError, RuntimeError):  # a component that computes while it is built
         return build("cpu")
+    finally:
+        logging.disable(disabled)
 
 
 def _check_scratch(run: Settings, model: nn.Module, num_images: int | None) -> None:

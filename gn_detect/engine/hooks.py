@@ -13,13 +13,17 @@ class FirstIterations(HookBase):
 
     Args:
         max_iter: of the run.
+        period: of the writers, which print the last iteration, too.
     """
 
-    def __init__(self, max_iter: int):
+    def __init__(self, max_iter: int, period: int = 20):
         self._printer = CommonMetricPrinter(max_iter)
+        self._period = period
 
     def after_step(self) -> None:
-        if self.trainer.iter + 1 - self.trainer.start_iter in (1, 2, 5, 10):
+        done = self.trainer.iter + 1
+        written = done % self._period == 0 or done == self.trainer.max_iter
+        if done - self.trainer.start_iter in (1, 2, 5, 10) and not written:
             self._printer.write()
 
 

@@ -53,6 +53,9 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
     cfg.train.setdefault("guards", {})
     for name, on in defaults.GUARDS.items():
         cfg.train.guards.setdefault(name.lower(), on)
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    if isinstance(mapper, DictConfig) and "use_instance_mask" in mapper:
+        mapper.setdefault("instance_mask_format", "polygon")  # which then follows the data
     for override in overrides or []:
         _apply_override(cfg, override)
     return cfg
@@ -112,10 +115,12 @@ def check_lazy_config(cfg: DictConfig) -> None:
     """
     # The mappers decide the order of the channels; the model only says which one it expects. The
     # stages of one ResNet have one stride.
+    stride = Settings(cfg).keys.get("stride_in_1x1", "")
     for first, second in (
         ("model.input_format", "dataloader.train.mapper.image_format"),
         ("model.input_format", "dataloader.test.mapper.image_format"),
-        (Settings(cfg).keys.get("stride_in_1x1", ""), "model.roi_heads.res5.stride_in_1x1"),
+        (stride, "model.roi_heads.res5.stride_in_1x1"),
+        *((stride, stride.replace("[0]", f"[{stage}]")) for stage in (1, 2, 3)),
     ):
         expected, given = OmegaConf.select(cfg, first), OmegaConf.select(cfg, second)
         if None not in (expected, given) and given != expected:

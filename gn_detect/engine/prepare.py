@@ -112,7 +112,7 @@ def prepare_run(
     check_recipe(
         cfg,
         processes=processes,
-        num_images=None if None in counts else sum(counts),
+        num_images=sum(counts) if counts and None not in counts else None,
         resumes=resume and os.path.isfile(os.path.join(run["output_dir"], "last_checkpoint")),
     )
 
@@ -271,5 +271,4 @@ def classes_from_weights(cfg: CfgNode, weights: Weights) -> None:
     1 where they have none."""
     run = Settings(cfg)
     if run["num_classes"] is None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.state.items()}
-        run["num_classes"] = num_classes(shapes) or 1
+        run["num_classes"] = num_classes(weights.shapes) or 1

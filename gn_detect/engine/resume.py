@@ -41,6 +41,7 @@ class Resume(HookBase):
     """
 
     def __init__(self, run: Settings, loop: AccumulatingTrainer, checkpointer: Checkpointer):
+        self._keys = run.keys
         self._loop = loop
         self._checkpointer = checkpointer
         self._max_iter = run["max_iter"]
@@ -77,7 +78,7 @@ class Resume(HookBase):
         Raises:
             ConfigError: the checkpoint has seen more images than this run will.
         """
-        self._start_iter = self._same_image(iterations)
+        self._start_iter = min(self._same_image(iterations), self._max_iter)
         if scheduler:
             groups = self._loop.optimizer.param_groups
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
@@ -114,9 +115,8 @@ class Resume(HookBase):
             raise ConfigError(
                 f"the checkpoint's {iterations} iterations of {old} images saw more than the "
                 f"{self._max_iter} iterations of {new} images of this run; scale its length with "
-                "the images, or let SOLVER.IMS_PER_GPU do it"
+                f"the images, or let {self._keys['ims_per_gpu']} do it"
             )
-        start = min(start, self._max_iter)
         logger.warning(
             f"resuming with {new} images per iteration, where the checkpoint had {old}: its "
             f"{iterations} iterations saw {iterations * old} images, so this run continues at "

@@ -203,7 +203,7 @@ class AccumulatingTrainer(SimpleTrainer):
         else:
             raise ConfigError(
                 f"the checkpoint's optimizer has {len(indices)} parameters, this run's "
-                f"{len(names)}; start a new OUTPUT_DIR with the checkpoint as MODEL.WEIGHTS"
+                f"{len(names)}; start a new run, in another directory, from its weights"
             )
         index = dict(zip(named, indices, strict=True))
         gathered = {name: theirs["state"].get(index.get(name)) for name in names}

@@ -266,6 +266,20 @@ def test_evaluation_needs_no_constants():
     Checkpointer(model, guards=guards, evaluation=True).check(weights, "weights.pth")
 
 
+def test_a_part_of_the_last_checkpoint_can_be_evaluated(tmp_path):
+    """Boxes alone; a run goes on with all of it, or not at all."""
+    cfg = small()
+    Checkpointer(build_model(cfg), str(tmp_path), guards=guards_of(cfg)).save("model_final")
+    cfg = small("MODEL.MASK_ON", False)
+    path, model = str(tmp_path / "model_final.pth"), build_model(cfg)
+    arguments = {"guards": guards_of(cfg)}
+    evaluated = Checkpointer(model, str(tmp_path), evaluation=True, **arguments)
+    evaluated.resume_or_load(path, resume=False)
+    evaluated.resume_or_load("", resume=True)
+    with pytest.raises(ConfigError, match=f"--resume: {path} is of another model than this run"):
+        Checkpointer(model, str(tmp_path), **arguments).resume_or_load("", resume=True)
+
+
 def test_heads_of_other_classes_are_dropped_and_named(tmp_path, caplog):
     weights = own(small("MODEL.ROI_HEADS.NUM_CLASSES", 3), tmp_path)
     theirs = torch.load(weights)["model"]

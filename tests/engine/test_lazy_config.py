@@ -12,7 +12,8 @@ import gn_detect
 from gn_detect.checkpoint import Origin, WeightGuards
 from gn_detect.config import ConfigError
 from gn_detect.engine import guards, prepare_run
-from gn_detect.engine.lazy_config import load_lazy_config
+from gn_detect.engine.lazy_config import check_lazy_config, load_lazy_config
+from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
@@ -196,12 +197,21 @@ def test_all_stages_have_one_stride(lazy_data):
     cfg.model.backbone.stages.stride_in_1x1 = True
     with pytest.raises(ConfigError, match=r"model\.roi_heads\.res5\.stride_in_1x1 is False"):
         prepare_run(cfg)
+    cfg = load("COCO-InstanceSegmentation/mask_rcnn_X_50_32x4d_FPN_gn_ws_2x")
+    cfg.model.backbone.bottom_up.stages[2].stride_in_1x1 = True
+    with pytest.raises(ConfigError, match=r"stages\[2\]\.stride_in_1x1 is True, but .*\[0\]"):
+        check_lazy_config(cfg)
+
+
+def test_the_format_of_the_masks_can_follow_the_data_of_every_example():
+    """Detectron2's own configs, on which they build, do not state it."""
+    cfg = load("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x")
+    assert Settings(cfg)["mask_format"] == "polygon"
 
 
 def test_masks_as_rle_become_bitmaps(lazy_data, coco_files):
-    key = f"{TRAIN_MAPPER}.instance_mask_format"
     for expected in ("polygon", "bitmask"):
-        cfg = lazy_data(f"{key}=polygon")
+        cfg = lazy_data(f"{TRAIN_MAPPER}.instance_mask_format=polygon")
         prepare_run(cfg)
         assert cfg.dataloader.train.mapper.instance_mask_format == expected
         rle = {"size": [64, 64], "counts": [9, 4087]}

@@ -192,6 +192,8 @@ def test_resuming_beyond_the_end(train, tmp_path):
         ConfigError, match="6 iterations of 2 images saw more than the 6 iterations of 1"
     ):
         train("run", *ONE_IMAGE, "SOLVER.MAX_ITER", 6, resume=True)
+    shorter = train("run", *TWO_IMAGES, "SOLVER.MAX_ITER", 4, resume=True)
+    assert shorter.start_iter == 4
     finished = train("run", *ONE_IMAGE, resume=True)  # nothing is left to do
     assert finished.start_iter == finished.max_iter == 12
     file = tmp_path / "run" / "model_final.safetensors"
