@@ -95,40 +95,43 @@ def run_tool(name: str, *args, check=True) -> subprocess.CompletedProcess:
     return _finished(subprocess.CompletedProcess(arguments, code or 0, *shown), check)
 
 
-def start_tool(name: str, *args, env=None, check=True) -> subprocess.CompletedProcess:
+def refusal(name: str, *args) -> str:
+    """The sentence, alone, with which ``tools/<name>`` ends."""
+    result = run_tool(name, *args, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stderr.count("error: ") == 1
+    return result.stderr.splitlines()[-1]
+
+
+def start_tool(name: str, *args) -> subprocess.CompletedProcess:
     """Run ``tools/<name>`` in a process of its own, where that matters."""
+    return _start(ROOT / "tools" / name, *args)
+
+
+def run_script(source: str, *args, cwd: Path) -> None:
+    """Run a script in a process of its own, which may start others."""
+    (cwd / "script.py").write_text(source)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    _start("script.py", *args, cwd=cwd, env={"PYTHONPATH": path})
+
+
+def _start(*arguments, env=None, **options) -> subprocess.CompletedProcess:
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, args)],
+        [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,
         text=True,
         timeout=600,
+        **options,
     )
-    return _finished(result, check)
+    return _finished(result, check=True)
 
 
 def _finished(result: subprocess.CompletedProcess, check: bool) -> subprocess.CompletedProcess:
     if check and result.returncode:
         raise AssertionError(f"exit {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
-
-
-def run_script(source: str, *args, cwd: Path) -> None:
-    """Run a script with one thread in a process of its own, which may start others."""
-    (cwd / "script.py").write_text(source)
-    result = subprocess.run(
-        [sys.executable, "script.py", *map(str, args)],
-        cwd=cwd,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def coco_json(num_images: int = 3, size: int = 64) -> dict:
