@@ -102,6 +102,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     guards.setdefault("FEW_IMAGES", True)
     guards.setdefault("SMALL_BATCH_BN", True)
     guards.setdefault("OVERWRITE_OUTPUT", True)
+    guards.setdefault("BOX_FORMAT", True)
 
 
 def locate(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:

@@ -25,6 +25,7 @@ _KEYS = {
     "train_data": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "test_data": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "masks": ("MODEL.MASK_ON", "dataloader.train.mapper.use_instance_mask"),
+    "keypoints": ("MODEL.KEYPOINT_ON", "dataloader.train.mapper.use_keypoint"),
     "mask_format": ("INPUT.MASK_FORMAT", "dataloader.train.mapper.instance_mask_format"),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
     "input_format": ("INPUT.FORMAT", "model.input_format"),

@@ -156,6 +156,10 @@ def coco_json(num_images: int = 3, size: int = 64) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+# The square of coco_json as an uncompressed RLE.
+SQUARE_RLE = {"size": [64, 64], "counts": [8 * 64 + 8, *[24, 40] * 23, 24, 32 * 64 + 32]}
+
+
 class CocoFiles:
     def __init__(self, root: Path):
         self.json_file, self.image_root = root / "annotations.json", root / "images"

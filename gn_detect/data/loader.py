@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gn_detect.config import ConfigError
 
-from .coco import DataError
+from .coco import DataError, read_canonical
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     ``SOLVER.IMS_PER_BATCH`` counts the images of an iteration; a batch of the loader is what one
     of its ``SOLVER.ACCUMULATE_STEPS`` forward passes takes.
     """
+    read_canonical(*cfg.DATASETS.TRAIN)
     mapper = NamingDatasetMapper(cfg)
     arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     arguments["total_batch_size"] //= cfg.SOLVER.ACCUMULATE_STEPS or 1
@@ -129,6 +130,7 @@ def resumable_train_loader(
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's test loader, with errors that name the image."""
+    read_canonical(dataset_name)
     mapper = NamingDatasetMapper(cfg, is_train=False)
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 

@@ -14,10 +14,12 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
+from gn_detect.data.coco import read_canonical
 from gn_detect.settings import Settings
 
 from .hooks import FirstIterations
 from .lazy_config import instantiate_key
+from .prepare import dataset_names
 from .resume import preserved_random_state
 from .trainer import build_loop
 
@@ -54,6 +56,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = build_lazy_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate_key(cfg, "optimizer")
+    read_canonical(*dataset_names(run, "train"))
     loader = instantiate_key(cfg, "dataloader.train")
     trainer, checkpointer, progress = build_loop(
         run,
@@ -106,6 +109,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict:
     evaluator = instantiate_key(cfg, "dataloader.evaluator")
     if isinstance(evaluator, ListConfig):
         evaluator = list(evaluator)
+    read_canonical(*dataset_names(Settings(cfg), "test"))
     results = inference_on_dataset(model, instantiate_key(cfg, "dataloader.test"), evaluator)
     if comm.is_main_process():
         print_csv_format(results)

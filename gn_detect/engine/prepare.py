@@ -211,7 +211,12 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
     summaries = {}
     for name in dict.fromkeys([*train, *test]):
         summary = check_coco_dataset(
-            name, masks=bool(run["masks"]), training=name in train, evaluation=name in test
+            name,
+            masks=bool(run["masks"]),
+            keypoints=bool(run["keypoints"]),
+            box_format=run["BOX_FORMAT"],
+            training=name in train,
+            evaluation=name in test,
         )
         if summary is None:
             if of_yaml and name in test:

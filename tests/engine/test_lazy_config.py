@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.solver import build_lr_scheduler
-from helpers import config
+from helpers import SQUARE_RLE, config
 
 import gn_detect
 from gn_detect.checkpoint import Origin, WeightGuards
@@ -214,8 +214,7 @@ def test_masks_as_rle_become_bitmaps(lazy_data, coco_files):
         cfg = lazy_data(f"{TRAIN_MAPPER}.instance_mask_format=polygon")
         prepare_run(cfg)
         assert cfg.dataloader.train.mapper.instance_mask_format == expected
-        rle = {"size": [64, 64], "counts": [9, 4087]}
-        coco_files.content["annotations"][0]["segmentation"] = rle
+        coco_files.content["annotations"][0]["segmentation"] = SQUARE_RLE
         coco_files.write()
 
 

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from helpers import TINY
+from helpers import SQUARE_RLE, TINY
 
 from gn_detect import get_config_file
 from gn_detect.checkpoint import CheckpointError
@@ -84,7 +84,7 @@ def test_datasets_of_different_categories(own_data, coco_files):
 
 def test_mask_format_follows_the_data(own_data, coco_files):
     assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "polygon"
-    coco_files.content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [9, 4087]}
+    coco_files.content["annotations"][0]["segmentation"] = SQUARE_RLE
     coco_files.write()
     assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "bitmask"
 

@@ -1,0 +1,221 @@
+"""From the records of a COCO JSON to canonical form."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from . import DataError
+from .coco_data import CocoData
+from .coco_file import NULL, Annotation, CocoFile, decode_coco, others, paused_gc, shown, whole
+from .coco_masks import MaskError, decode_mask
+
+
+def read_coco(json_file: str) -> CocoData:
+    """Read a COCO JSON into canonical form.
+
+    Raises:
+        DataError: it cannot be read, or holds what has no place in that form. Errors of masks and
+            keypoints, which not every run needs, are kept in the result.
+    """
+    content = decode_coco(json_file)
+    with paused_gc():
+        return _pack(json_file, content)
+
+
+def _pack(json_file: str, content: CocoFile) -> CocoData:
+    def refuse(bad: list[int], things: str, sentence: Callable[[int], str]) -> None:
+        if bad:
+            raise DataError(f"{json_file}: {sentence(bad[0])}{others(len(bad) - 1, things)}")
+
+    images = _sorted(json_file, "image", content.images)
+    categories = _sorted(json_file, "category", content.categories)
+    for side in ("height", "width"):
+        sizes = [whole(getattr(image, side)) for image in images]
+        refuse(
+            [i for i, size in enumerate(sizes) if not size or size < 0],
+            "images",
+            lambda i, side=side: (
+                f"image {images[i].id!r} ({images[i].file_name}) has the {side} "
+                f"{shown(getattr(images[i], side))}; it must be a whole number of pixels"
+            ),
+        )
+    heights, widths = ([int(getattr(i, side)) for i in images] for side in ("height", "width"))
+    file_names = [image.file_name for image in images]
+
+    annotations = content.annotations or []
+    positions = {image.id: position for position, image in enumerate(images)}
+    known = [positions.get(whole(a.image_id), -1) for a in annotations]
+    unknown = known.count(-1)
+    first_unknown = ""
+    if unknown:
+        a = annotations[known.index(-1)]
+        first_unknown = f"annotation {a.id!r}, with the image_id {shown(a.image_id)}"
+    image = np.array(known, np.int64)
+    order = np.argsort(image, kind="stable")[unknown:]
+    annotations, image = [annotations[i] for i in order.tolist()], image[order]
+
+    def where(index: int) -> str:
+        return f"annotation {annotations[index].id!r} (image {file_names[image[index]]})"
+
+    classes = {category.id: position for position, category in enumerate(categories)}
+    category = [classes.get(whole(a.category_id), -1) for a in annotations]
+    declared = ", ".join(map(repr, list(classes)[:10])) + (", ..." if len(classes) > 10 else "")
+    refuse(
+        [i for i, position in enumerate(category) if position < 0],
+        "annotations",
+        lambda i: (
+            f"{where(i)} has the category_id {shown(annotations[i].category_id)}, which "
+            f"'categories' does not declare (it declares {declared})"
+        ),
+    )
+    refuse(
+        [i for i, a in enumerate(annotations) if a.iscrowd not in (0, 1, None)],
+        "annotations",
+        lambda i: f"{where(i)} has the iscrowd {shown(annotations[i].iscrowd)}; it must be 0 or 1",
+    )
+    refuse(
+        [i for i, a in enumerate(annotations) if a.ignore],
+        "annotations",
+        lambda i: (
+            f"{where(i)} has 'ignore', which Detectron2 does not support; use 'iscrowd', or "
+            "delete it"
+        ),
+    )
+    area = np.array([_area(a.area) for a in annotations], np.float64)
+    masks = _pack_masks(annotations, image.tolist(), heights, widths)
+    return CocoData(
+        json_file=json_file,
+        categories=categories,
+        image_ids=[i.id for i in images],
+        file_names=file_names,
+        heights=np.array(heights),
+        widths=np.array(widths),
+        has_annotations=content.annotations is not msgspec.UNSET,
+        annotation_ids=[a.id for a in annotations],
+        image=image,
+        category=np.array(category, np.int64),
+        bbox=np.array([a.bbox for a in annotations], np.float64).reshape(-1, 4),
+        area=area,
+        crowd=np.array([bool(a.iscrowd) for a in annotations], bool),
+        unknown_images=(unknown, first_unknown),
+        mended=_mended(annotations, area),
+        **masks,
+        **_pack_keypoints(annotations),
+    )
+
+
+def _sorted(json_file: str, thing: str, items: list) -> list:
+    """``items`` by their ids, which are made whole numbers where they are such."""
+    if not items:
+        empty = {"image": "lists no images", "category": "declares no categories"}
+        raise DataError(f"{json_file} {empty[thing]}")
+    for item in items:
+        if (id_ := whole(item.id)) is None:
+            raise DataError(f"{json_file}: a {thing} id is {item.id}; it must be a whole number")
+        item.id = id_
+    by_kind = {isinstance(item.id, str): item.id for item in items}
+    if len(by_kind) > 1:
+        raise DataError(
+            f"{json_file}: some {thing} ids are numbers ({by_kind[False]!r}) and some text "
+            f"({by_kind[True]!r}); make them all numbers"
+        )
+    ((id_, count),) = Counter(item.id for item in items).most_common(1)
+    if count > 1:
+        verb = "lists" if thing == "image" else "declares"
+        times = "twice" if count == 2 else f"{count} times"
+        raise DataError(f"{json_file} {verb} {thing} id {id_!r} {times}")
+    return sorted(items, key=lambda item: item.id)
+
+
+def _area(value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and 0 <= value < math.inf else math.nan
+
+
+def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:
+    mended = []
+    ids = {a.id for a in annotations if type(a.id) is int and a.id > 0}
+    if count := len(annotations) - len(ids):
+        mended.append(
+            f"{count} annotation ids are absent, 0, no whole number, or not unique: renumbered"
+        )
+    if count := sum(a.iscrowd is None for a in annotations):
+        mended.append(f"{count} annotations have the iscrowd null: taken as 0")
+    if count := int(np.isnan(area).sum()):
+        mended.append(
+            f"{count} annotations have no number as their area: it is that of the mask, or of the "
+            "box where there is none"
+        )
+    return mended
+
+
+def _pack_masks(
+    annotations: list[Annotation], images: list[int], heights: list[int], widths: list[int]
+) -> dict[str, Any]:
+    coordinates, polygon_ends, mask_ends = array("d"), array("q"), array("q")
+    rles, errors, no_mask = {}, {}, np.zeros(len(annotations), bool)
+    for index, (annotation, image) in enumerate(zip(annotations, images, strict=True)):
+        try:
+            mask = decode_mask(annotation.segmentation, heights[image], widths[image])
+        except MaskError as error:
+            errors[index], mask = str(error), []
+        if mask is None:
+            no_mask[index] = True
+        elif isinstance(mask, str):
+            rles[index] = mask
+        else:
+            for polygon in mask:
+                coordinates.extend(polygon)
+                polygon_ends.append(len(coordinates))
+        mask_ends.append(len(polygon_ends))
+    return {
+        "coordinates": np.array(coordinates, copy=False),
+        "polygon_ends": np.array(polygon_ends, copy=False),
+        "mask_ends": np.array(mask_ends, copy=False),
+        "rles": rles,
+        "mask_errors": errors,
+        "no_mask": no_mask,
+    }
+
+
+_decode_keypoints = msgspec.json.Decoder(list[float] | None).decode
+
+
+def _pack_keypoints(annotations: list[Annotation]) -> dict[str, Any]:
+    """Where an object has none, they are of visibility 0, as COCO writes them."""
+    found, errors = {}, {}
+    for index, annotation in enumerate(annotations):
+        if annotation.keypoints is NULL:
+            continue
+        try:
+            keypoints = _decode_keypoints(annotation.keypoints)
+        except (msgspec.ValidationError, RecursionError):
+            errors[index] = "has keypoints that are no list of the numbers x, y, visibility"
+            continue
+        if keypoints:
+            found[index] = keypoints
+    length = Counter(map(len, found.values())).most_common(1)[0][0] if found else 0
+    for index, keypoints in list(found.items()):
+        if len(keypoints) != length or length % 3:
+            other = f"; others have {length}" if len(keypoints) != length else ""
+            errors[index] = (
+                f"has {len(keypoints)} numbers as keypoints{other}; three are needed for each "
+                "keypoint: x, y, visibility"
+            )
+        elif not {0, 1, 2}.issuperset(keypoints[2::3]):
+            bad = next(v for v in keypoints[2::3] if v not in (0, 1, 2))
+            errors[index] = f"has a keypoint of visibility {bad:g}; it must be 0, 1 or 2"
+        else:
+            continue
+        del found[index]
+    packed = np.zeros((len(annotations), length - length % 3))
+    for index, keypoints in found.items():
+        packed[index] = keypoints
+    return {"keypoints": packed, "keypoint_errors": errors}
