@@ -19,9 +19,11 @@ from detectron2.data.datasets import load_sem_seg, register_coco_instances
 from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
+from safetensors import SafetensorError
 
 from . import DataError
-from .coco_check import check_boxes, check_classes, check_keypoints, check_masks, check_objects
+from .coco_boxes import check_boxes
+from .coco_check import check_classes, check_keypoints, check_masks, check_objects
 from .coco_data import CocoData
 from .coco_pack import read_coco
 
@@ -82,13 +84,12 @@ def load_coco(json_file: str) -> CocoData:
 def _read_packed(json_file: str, size: int, time: int) -> CocoData:
     name = hashlib.sha256(os.path.abspath(json_file).encode()).hexdigest()[:16]
     directory = os.path.join(get_cache_dir(), "gn_detect", "coco")
-    packed = os.path.join(directory, f"{name}.{size}.{time}.1.npz")  # 1: of this form
-    try:
-        return CocoData.load(packed)
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # damaged: NumPy, zipfile, zlib and msgspec each have their own
-        logger.warning(f"{packed} cannot be read ({error}): {json_file} is read again")
+    packed = os.path.join(directory, f"{name}.{size}.{time}.1.safetensors")  # 1: of this form
+    if os.path.isfile(packed):
+        try:
+            return CocoData.load(packed)
+        except (OSError, SafetensorError) as error:
+            logger.warning(f"{packed} cannot be read ({error}): {json_file} is read again")
     data = read_coco(json_file)
     try:
         os.makedirs(directory, exist_ok=True)
@@ -96,7 +97,7 @@ def _read_packed(json_file: str, size: int, time: int) -> CocoData:
             if earlier.startswith(name):
                 os.remove(os.path.join(directory, earlier))
         with tempfile.NamedTemporaryFile(dir=directory, delete=False) as f:
-            data.save(f)
+            data.save(f.name)
         os.replace(f.name, packed)
     except OSError as error:
         logger.warning(f"{packed} cannot be written ({error}): each process reads {json_file}")

@@ -57,9 +57,8 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
     if unknown:
         a = annotations[known.index(-1)]
         first_unknown = f"annotation {a.id!r}, with the image_id {shown(a.image_id)}"
-    image = np.array(known, np.int64)
-    order = np.argsort(image, kind="stable")[unknown:]
-    annotations, image = [annotations[i] for i in order.tolist()], image[order]
+        annotations = [a for a, image in zip(annotations, known, strict=True) if image >= 0]
+    image = [position for position in known if position >= 0]
 
     def where(index: int) -> str:
         return f"annotation {annotations[index].id!r} (image {file_names[image[index]]})"
@@ -89,7 +88,7 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
         ),
     )
     area = np.array([_area(a.area) for a in annotations], np.float64)
-    masks = _pack_masks(annotations, image.tolist(), heights, widths)
+    masks = _pack_masks(annotations, image, heights, widths)
     return CocoData(
         json_file=json_file,
         categories=categories,
@@ -99,7 +98,7 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
         widths=np.array(widths),
         has_annotations=content.annotations is not msgspec.UNSET,
         annotation_ids=[a.id for a in annotations],
-        image=image,
+        image=np.array(image, np.int64),
         category=np.array(category, np.int64),
         bbox=np.array([a.bbox for a in annotations], np.float64).reshape(-1, 4),
         area=area,
