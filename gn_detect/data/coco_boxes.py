@@ -38,7 +38,7 @@ def check_boxes(data: CocoData, masks: bool, guarded: bool = True) -> list[str]:
     # A box within one pixel in the corner is taken for a normalized one.
     inside = _inside(boxes, size) & ~((boxes <= 1).all(axis=1) & (size > 8).all(axis=1))
     bad = ~(inside & _agree(boxes, extents))
-    seem = _seeming_format(bbox, extents, size) if bad.any() else ""
+    seem = _seeming_format(bbox, extents, size, masks) if bad.any() else ""
     if not masks and not seem:
         bad = ~inside
     warnings = []
@@ -64,28 +64,30 @@ def check_boxes(data: CocoData, masks: bool, guarded: bool = True) -> list[str]:
     over = ~bad & (beyond >= 1)
     if over.any():
         warnings.append(
-            f"{over.sum()} boxes reach beyond their image, by {beyond[over].max():.0f} pixels at "
-            "most: training clips them"
+            f"boxes that reach beyond their image are clipped in training ({over.sum()}, by "
+            f"{beyond[over].max():.0f} pixels)"
         )
     return warnings
 
 
-def _seeming_format(bbox: np.ndarray, extents: np.ndarray, size: np.ndarray) -> str:
+def _seeming_format(bbox: np.ndarray, extents: np.ndarray, size: np.ndarray, masks: bool) -> str:
     """The format that fits images and masks, in words; "" for none.
 
     Args:
         bbox: as in the file, (N, 4).
         extents: boxes of the masks, x1, y1, x2, y2 in pixels, (N, 4); NaN where there is none.
         size: width, height, width, height of the images in pixels, (N, 4).
+        masks: it may be the masks that are in another format.
     """
     a, b, c, d = bbox.T
     formats = {
         "x, y, width, height": (a, b, a + c, b + d),
         "x1, y1, x2, y2": (a, b, c, d),
-        "y, x, height, width": (b, a, b + d, a + c),
-        "y1, x1, y2, x2": (b, a, d, c),
         "centre x, centre y, width, height": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
     }
+    if masks:  # else it may be those where x and y are exchanged
+        formats["y, x, height, width"] = (b, a, b + d, a + c)
+        formats["y1, x1, y2, x2"] = (b, a, d, c)
     fits = {}
     for name, corners in formats.items():
         boxes = np.stack(corners, axis=1)
@@ -93,10 +95,12 @@ def _seeming_format(bbox: np.ndarray, extents: np.ndarray, size: np.ndarray) -> 
         fits[f"these seem to be {name}: convert them"] = _fit(boxes, extents, size)
         fits[normalized] = _fit(boxes * size, extents, size)
     boxes = np.stack(formats["x, y, width, height"], axis=1)
-    for name, other in (
-        ("have x and y exchanged", extents[:, [1, 0, 3, 2]]),
-        ("be divided by the size of the image", extents * size),
-    ):
+    exchanged, normalized = extents[:, [1, 0, 3, 2]], extents * size
+    others = {
+        "have x and y exchanged": exchanged,
+        "be divided by the size of the image": normalized,
+    }
+    for name, other in others.items() if masks else ():
         fits[f"and the polygons seem to {name}: convert those"] = _fit(boxes, other, size)
     best = max(fits, key=fits.get)
     return best if fits[best] >= _NAMED else ""

@@ -106,24 +106,26 @@ def decode_coco(json_file: str) -> CocoFile:
     with paused_gc():
         try:
             try:
-                return _decode(content)
-            except msgspec.ValidationError:
-                raise
+                return _decode_or_explain(content, json_file)
             except msgspec.DecodeError:  # Python writes NaN, which is not JSON: null here
                 content = msgspec.json.encode(json.loads(str(content, "utf-8")))
-                return _decode(content)
-        except msgspec.ValidationError:
-            raise DataError(f"{json_file}{_explain(content)}") from None
+                return _decode_or_explain(content, json_file)
+        except DataError:
+            raise
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{json_file} is not text in UTF-8 ({error.reason}); save it as UTF-8"
-            ) from None
+            reason = f"is not text in UTF-8 ({error.reason}); save it as UTF-8"
         except ValueError as error:
-            raise DataError(f"{json_file} is not valid JSON ({error}); is it truncated?") from None
+            reason = f"is not valid JSON ({error}); is it truncated?"
         except RecursionError:
-            raise DataError(
-                f"{json_file} is not in COCO format: its lists are nested too deeply"
-            ) from None
+            reason = "is not in COCO format: its lists are nested too deeply"
+    raise DataError(f"{json_file} {reason}")
+
+
+def _decode_or_explain(content: bytes | memoryview, json_file: str) -> CocoFile:
+    try:
+        return _decode(content)
+    except msgspec.ValidationError:
+        raise DataError(f"{json_file}{_explain(content)}") from None
 
 
 _decode = msgspec.json.Decoder(CocoFile).decode

@@ -117,7 +117,9 @@ def _sorted(json_file: str, thing: str, items: list) -> list:
         raise DataError(f"{json_file} {empty[thing]}")
     for item in items:
         if (id_ := whole(item.id)) is None:
-            raise DataError(f"{json_file}: a {thing} id is {item.id}; it must be a whole number")
+            raise DataError(
+                f"{json_file}: the id of one {thing} is {item.id}; it must be a whole number"
+            )
         item.id = id_
     by_kind = {isinstance(item.id, str): item.id for item in items}
     if len(by_kind) > 1:
@@ -139,20 +141,15 @@ def _area(value: Any) -> float:
 
 
 def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:
-    mended = []
     ids = {a.id for a in annotations if type(a.id) is int and a.id > 0}
-    if count := len(annotations) - len(ids):
-        mended.append(
-            f"{count} annotation ids are absent, 0, no whole number, or not unique: renumbered"
-        )
-    if count := sum(a.iscrowd is None for a in annotations):
-        mended.append(f"{count} annotations have the iscrowd null: taken as 0")
-    if count := int(np.isnan(area).sum()):
-        mended.append(
-            f"{count} annotations have no number as their area: it is that of the mask, or of the "
-            "box where there is none"
-        )
-    return mended
+    kinds = {
+        "ids that are absent, 0, no whole number, or not unique are renumbered": (
+            len(annotations) - len(ids)
+        ),
+        "an iscrowd of null is taken as 0": sum(a.iscrowd is None for a in annotations),
+        "an area that is no number is taken from the mask, or the box": int(np.isnan(area).sum()),
+    }
+    return [f"{text} ({count} annotations)" for text, count in kinds.items() if count]
 
 
 def _pack_masks(

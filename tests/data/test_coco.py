@@ -73,6 +73,23 @@ REFUSED = [
     (("categories", 0, "id"), 3, "category id 3 twice"),
     (("categories", 0), {"id": 7}, "'name'"),
     (("annotations",), None, "not in COCO format: it has no list 'annotations'"),
+    (("images", 1, "id"), "1", "some image ids are numbers (3) and some text ('1')"),
+    (("images", 1, "id"), 1.5, "the id of one image is 1.5"),
+    (("images", 1, "id"), True, "image True (2.png) has the id True; it must be a number or text"),
+    (("images", 1, "file_name"), 123, "image 2 (123) has the file_name 123 (a number); it must be"),
+    (("images", 1, "width"), "64", "image 2 (2.png) has the width '64' (text); it must be a whole"),
+    (("images", 1, "width"), 64.5, "image 2 (2.png) has the width 64.5 (a number); it must be a w"),
+    (("images", 1, "height"), 0, "image 2 (2.png) has the height 0 (a number)"),
+    (("categories", 0, "name"), None, "category 7 has the name null; it must be text"),
+    (("categories", 0, "name"), 7, "category 7 has the name 7 (a number); it must be text"),
+    (
+        ("annotations", 1, "image_id"),
+        [2],
+        "annotation 20 (image [2]) has the image_id [2] (a list)",
+    ),
+    (("annotations", 1, "category_id"), {}, "annotation 20 (image 2.png) has the category_id {}"),
+    (("annotations", 1, "iscrowd"), "0", "(image 2.png) has the iscrowd '0' (text); it must be 0"),
+    (("annotations", 1, "iscrowd"), 2, "annotation 20 (image 2.png) has the iscrowd 2 (a number)"),
     (("annotations", 1), 5, "annotations[1] is 5 (a number); it must be an object"),
     (
         *(("annotations", 1, "category_id"), "3"),
@@ -167,6 +184,82 @@ def test_degenerate_annotations_are_counted_and_dropped(coco_files, caplog):
     assert trained_objects(coco_files) == [0, 0, 1]
     coco_files.content["annotations"] = [first, second]
     assert "no annotation of an object" in refusal(coco_files, evaluation=False)
+
+
+def test_others_of_the_kind_are_counted(coco_files):
+    for image in coco_files.content["images"]:
+        image["width"] = "64"
+    assert "it must be a whole number of pixels (and 2 other images)" in refusal(coco_files)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("{}".encode("utf-16"), "is text in UTF-16 or UTF-32; save it as UTF-8"),
+        ("{}".encode("utf-32"), "is text in UTF-16 or UTF-32; save it as UTF-8"),
+        ("{}".encode("utf-16-le"), "is text in UTF-16 or UTF-32; save it as UTF-8"),
+        ('{"images": [{"file_name": "é"}]}'.encode("latin-1"), "is not text in UTF-8"),
+        ('{"images": é}'.encode("latin-1"), "is not text in UTF-8"),
+        (b"", "is not valid JSON"),
+        (b"<html>", "is not valid JSON"),
+        (b'{"images": ' + b"[" * 100000, "nested too deeply"),
+        (b'{"images": ' + b"[" * 100000 + b"NaN", "nested too deeply"),
+        (b"[]", "is not in COCO format: it is no object"),
+        (b"7", "is not in COCO format: it is no object"),
+    ],
+)
+def test_files_of_another_kind(coco_files, content, sentence):
+    coco_files.json_file.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        check(coco_files)
+    assert sentence in str(error.value) and str(coco_files.json_file) in str(error.value)
+
+
+def test_annotations_of_unknown_images(coco_files):
+    first, *rest = coco_files.content["annotations"]
+    first["image_id"] = "1"
+    coco_files.write()
+    (warning,) = check(coco_files).warnings
+    assert warning == (
+        "of 3 annotations 1 are of no image that the file lists (annotation 10, with the image_id "
+        "'1' (text)): left out"
+    )
+    assert trained_objects(coco_files) == [0, 1, 1]
+    for annotation in rest:
+        annotation["image_id"] = "2"
+    assert "of its 3 annotations 3 are of no image that the file lists (ann" in refusal(coco_files)
+
+
+def test_most_objects_are_crowds(coco_files):
+    first, *rest = coco_files.content["annotations"]
+    for annotation in rest:
+        annotation["iscrowd"] = 1
+    coco_files.write()
+    assert check(coco_files).warnings[0] == (
+        "2 of 3 annotations have iscrowd 1 and are not trained on; if they are objects, set 0"
+    )
+    first["iscrowd"] = True
+    assert "of its 3 annotations 3 have iscrowd 1; if they are objects, set 0" in refusal(
+        coco_files
+    )
+
+
+def test_classes_that_cannot_be_meant(coco_files):
+    coco_files.content["categories"] += [
+        {"id": 0, "name": "_background_"},
+        {"id": 1, "name": "animal"},
+        {"id": 2, "name": "dog", "supercategory": "animal"},
+        {"id": 4, "name": "bird"},
+    ]
+    coco_files.write()
+    assert check(coco_files).warnings == [
+        "the categories dog are named twice",
+        "the categories _background_ seem to be the background, which Detectron2 has without a "
+        "category",
+        "the categories animal have no object, and seem to be groups of the others",
+        "the categories bird have no object",
+    ]
+    assert not check(coco_files, training=False).warnings
 
 
 def test_unregistered_dataset():

@@ -1,0 +1,181 @@
+"""The canonical form of COCO files, against Detectron2's loader and pycocotools."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from helpers import SHARED_DATA, SQUARE_RLE
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from gn_detect.data import coco
+from gn_detect.data.coco import load_coco, read_canonical, register_coco_json
+from gn_detect.data.coco_data import CocoData
+
+
+def plain(value):
+    """Arrays as lists, bytes as text: to compare dicts with those of Detectron2."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, np.ndarray)):
+        return [plain(v) for v in value]
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def assert_same_dicts(json_file, root="root"):
+    data = load_coco(str(json_file))
+    expected = plain(load_coco_json(str(json_file), root, "reference"))
+    assert plain(data.dicts(root)) == expected
+    metadata = MetadataCatalog.get("reference")
+    assert list(data.classes.values()) == metadata.thing_classes
+    MetadataCatalog.remove("reference")
+
+
+@pytest.fixture
+def mixed(coco_files):
+    """A file with every kind of mask, and keypoints."""
+    first, second, third = coco_files.content["annotations"]
+    first["segmentation"].append([1, 1, 2, 2])  # dropped
+    second["segmentation"] = SQUARE_RLE
+    third["segmentation"].append([40.5, 40, 50, 40.25, 45, 50])
+    for k, annotation in enumerate((first, second, third)):
+        annotation["keypoints"] = [9 + k, 9, 2, 0, 0, 0, 20, 20.5, 1]
+    crowd = {**second, "id": 40, "iscrowd": 1, "image_id": 3, "keypoints": [0] * 9}
+    coco_files.content["annotations"].insert(0, crowd)  # not in the order of the images
+    coco_files.write()
+    return coco_files
+
+
+def test_dicts_are_those_of_detectron2(mixed):
+    assert_same_dicts(mixed.json_file)
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"there is no {SHARED_DATA}")
+    for path in ("coco_dev/train.json", "nuclei_dsb2018/val.json"):
+        assert_same_dicts(SHARED_DATA / path)
+
+
+def test_packed_form_is_the_same(mixed, tmp_path, monkeypatch):
+    data = load_coco(str(mixed.json_file))
+    data.save(str(tmp_path / "packed"))
+    loaded = CocoData.load(str(tmp_path / "packed"))
+    assert plain(loaded.dicts("root")) == plain(data.dicts("root"))
+    assert plain(loaded.ground_truth()) == plain(data.ground_truth())
+
+    # Large files: parsed once, whatever process asks; again where the packed form is damaged, or
+    # the file has changed.
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(coco, "_LARGE", 0)
+    parsed = []
+    read = coco.read_coco
+    monkeypatch.setattr(coco, "read_coco", lambda name: parsed.append(name) or read(name))
+    for damage, times in ((None, 1), (None, 1), (b"x", 2), (None, 2)):
+        coco._loaded.clear()
+        if damage:
+            (packed,) = (tmp_path / "cache/gn_detect/coco").iterdir()
+            packed.write_bytes(damage)
+        assert plain(load_coco(str(mixed.json_file)).dicts("root")) == plain(data.dicts("root"))
+        assert len(parsed) == times
+    mixed.content["categories"][0]["name"] = "lynx"
+    mixed.write()
+    assert "lynx" in load_coco(str(mixed.json_file)).classes.values()
+
+
+def ap(ground_truth, results):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = ground_truth
+        truth.createIndex()
+        scores = {}
+        for kind in ("bbox", "segm"):
+            evaluation = COCOeval(truth, truth.loadRes(plain(results)), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            scores[kind] = evaluation.stats.tolist()
+    return scores
+
+
+def damage_ids(annotations, how):
+    for k, annotation in enumerate(annotations):
+        annotation["id"] = how(k)
+
+
+def without(key):
+    return lambda annotations: [annotation.pop(key, None) for annotation in annotations]
+
+
+def with_value(key, value):
+    return lambda annotations: [annotation.update({key: value}) for annotation in annotations]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda annotations: damage_ids(annotations, lambda k: k),  # from 0
+        lambda annotations: damage_ids(annotations, lambda k: f"uuid-{k}"),
+        lambda annotations: damage_ids(annotations, lambda k: k + 0.0),
+        lambda annotations: damage_ids(annotations, lambda k: k // 2),
+        without("id"),
+        without("area"),
+        with_value("area", None),
+        with_value("area", "576"),
+        without("iscrowd"),
+        with_value("iscrowd", None),
+        lambda annotations: [a.update(image_id=float(a["image_id"])) for a in annotations],
+    ],
+)
+def test_scores_are_those_of_the_repaired_file(coco_files, damage):
+    rng = np.random.default_rng(0)
+    content = coco_files.content
+    annotations = content["annotations"]
+    for _ in range(3):
+        for annotation in annotations[:3]:
+            x, y, side = *rng.integers(0, 30, 2).tolist(), int(rng.integers(6, 34))
+            square = [x, y, x + side, y, x + side, y + side, x, y + side]
+            shape = {"bbox": [x, y, side, side], "segmentation": [square], "area": side**2}
+            annotations.append({**annotation, **shape, "id": len(annotations) + 100})
+    results = [
+        {
+            **{key: a[key] for key in ("image_id", "category_id", "segmentation")},
+            "bbox": [v + rng.uniform(-2, 2) for v in a["bbox"]],
+            "score": rng.random(),
+        }
+        for a in annotations
+        for _ in range(2)
+    ]
+    for result in results:
+        result["segmentation"] = {"size": [64, 64], "counts": SQUARE_RLE["counts"]}
+    expected = ap(json.loads(json.dumps(content)), results)
+    damage(annotations)
+    coco_files.write()
+    assert ap(load_coco(str(coco_files.json_file)).ground_truth(), results) == expected
+
+
+def test_numbers_may_be_written_with_a_point(coco_files):
+    before = plain(load_coco(str(coco_files.json_file)).dicts("root"))
+    for image in coco_files.content["images"]:
+        image.update(id=float(image["id"]), height=64.0, width=64.0)
+    for category in coco_files.content["categories"]:
+        category["id"] = float(category["id"])
+    for annotation in coco_files.content["annotations"]:
+        annotation.update(iscrowd=0.0, category_id=float(annotation["category_id"]))
+    coco_files.json_file.write_bytes(b"\xef\xbb\xbf" + json.dumps(coco_files.content).encode())
+    after = plain(load_coco(str(coco_files.json_file)).dicts("root"))
+    assert repr(after) == repr(before)  # ints are ints
+
+
+def test_what_detectron2_reads_from_a_file_is_read_so(coco_files):
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    expected = plain(DatasetCatalog.get("own"))
+    for annotation in coco_files.content["annotations"]:
+        annotation["id"] = 1  # which Detectron2's loader refuses
+    coco_files.write()
+    DatasetCatalog.remove("own")
+    MetadataCatalog.remove("own")
+    register_coco_instances("own", {}, str(coco_files.json_file), str(coco_files.image_root))
+    read_canonical("own", "own", "nothing")
+    assert plain(DatasetCatalog.get("own")) == expected
