@@ -140,7 +140,13 @@ def test_every_guard_has_a_command():
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A directory in which the commands run; they share the generated data."""
-    return tmp_path_factory.mktemp("docs")
+    directory = tmp_path_factory.mktemp("docs")
+    files = CocoFiles(directory / "xyxy")
+    for annotation in files.content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + width, y + height]
+    files.write()
+    return directory
 
 
 @pytest.mark.parametrize("switch, warns, options, before", GUARDS, ids=[g[0] for g in GUARDS])
