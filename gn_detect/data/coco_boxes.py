@@ -15,6 +15,8 @@ from .coco_data import CocoData
 # A share of the boxes that disagree, above which it is no slip of a few, but another format; and
 # the share that a format must fit to be named.
 _SHARE, _NAMED = 0.1, 0.9
+# IoU of a box with that of its mask: what a format must reach to be named, and any box.
+_TIGHT, _LOOSE = 0.8, 0.5
 
 
 def check_boxes(data: CocoData, masks: bool, guarded: bool = True) -> list[str]:
@@ -37,10 +39,11 @@ def check_boxes(data: CocoData, masks: bool, guarded: bool = True) -> list[str]:
     boxes = np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
     # A box within one pixel in the corner is taken for a normalized one.
     inside = _inside(boxes, size) & ~((boxes <= 1).all(axis=1) & (size > 8).all(axis=1))
-    bad = ~(inside & _agree(boxes, extents))
-    seem = _seeming_format(bbox, extents, size, masks) if bad.any() else ""
-    if not masks and not seem:
-        bad = ~inside
+    bad, seem = ~(inside & _agree(boxes, extents, _TIGHT)), ""
+    if bad.sum() > _SHARE * len(objects):
+        seem = _seeming_format(bbox, extents, size, masks)
+    if not seem:  # nothing but boxes that are drawn loosely, for the most part
+        bad = ~(inside & _agree(boxes, extents, _LOOSE)) if masks else ~inside
     warnings = []
     if bad.any():
         first = np.flatnonzero(bad)[0]
@@ -107,7 +110,7 @@ def _seeming_format(bbox: np.ndarray, extents: np.ndarray, size: np.ndarray, mas
 
 
 def _fit(boxes: np.ndarray, extents: np.ndarray, size: np.ndarray) -> float:
-    return (_inside(boxes, size) & _agree(boxes, extents)).mean()
+    return (_inside(boxes, size) & _agree(boxes, extents, _TIGHT)).mean()
 
 
 def mask_extents(data: CocoData) -> np.ndarray:
@@ -137,12 +140,12 @@ def _inside(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
     return positive & (boxes >= -slack).all(axis=1) & (boxes <= size + slack).all(axis=1)
 
 
-def _agree(boxes: np.ndarray, extents: np.ndarray) -> np.ndarray:
-    """IoU of at least 0.5, with a pixel on each side for what rounding does to thin ones; also
+def _agree(boxes: np.ndarray, extents: np.ndarray, iou: float) -> np.ndarray:
+    """IoU of at least ``iou``, with a pixel on each side for what rounding does to thin ones; also
     where there is no mask."""
     border = np.array([-1, -1, 1, 1])
     boxes, extents = boxes + border, extents + border
     upper, lower = np.minimum(boxes, extents), np.maximum(boxes, extents)
     inner = (upper[:, 2:] - lower[:, :2]).clip(0).prod(axis=1)
     areas = sum((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (boxes, extents))
-    return ~(inner < 0.5 * (areas - inner))  # NaN agrees
+    return ~(inner < iou * (areas - inner))  # NaN agrees
