@@ -22,6 +22,7 @@ from gn_detect.solver import resolve_schedule
 
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
+from .model_input import describe_data
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ def prepare_run(
 
     Sets the device (and AMP) where there is no CUDA, classes and format of the masks from the data,
     and the schedule from the images of a GPU (``solver/schedule.py``), and logs each with the
-    reason. Looks through the annotations of the COCO-format datasets, in the first process where
-    there are others already.
+    reason. Looks through the annotations of the COCO-format datasets, and says what there is to
+    train on, in the first process where there are others already.
 
     Args:
         cfg: of :func:`gn_detect.config.load_config` or :func:`.lazy_config.load_lazy_config`.
@@ -115,6 +116,8 @@ def prepare_run(
         num_images=sum(counts) if counts and None not in counts else None,
         resumes=resume and os.path.isfile(os.path.join(run["output_dir"], "last_checkpoint")),
     )
+    if comm.is_main_process():
+        describe_data(cfg, [n for n in dataset_names(run, "train") if n in summaries])
 
 
 def check_num_gpus(num_gpus: int) -> None:
