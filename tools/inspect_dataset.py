@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Say what a dataset in COCO format holds: classes, sizes, shapes, what was mended or looks wrong.
+
+    python tools/inspect_dataset.py --json train.json --images train_images \\
+        --config-file configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml --output report.png
+
+With a config, also how large the objects are after its resizing, and how well its anchors cover
+them.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import gn_detect  # noqa: F401  # registers the components that a config names
+from gn_detect.config import load_config
+from gn_detect.data.coco import check_coco_json, load_coco
+from gn_detect.data.summary import DataSummary, summarize
+from gn_detect.data.summary_figure import draw_summary, html_page
+from gn_detect.engine import sentence
+from gn_detect.engine.lazy_config import load_lazy_config
+from gn_detect.engine.model_input import ModelInput
+from gn_detect.settings import Settings
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", required=True, metavar="F", help="annotations")
+    parser.add_argument("--images", required=True, metavar="DIR", help="images")
+    parser.add_argument("--config-file", metavar="F", help="YAML or lazy config")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument("--html", type=Path, metavar="F", help="page to write: text and picture")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="options of the config: KEY VALUE, or key=value"
+    )
+    args = parser.parse_args()
+    if args.opts and not args.config_file:
+        parser.error(f"{' '.join(args.opts)}: options of a config, but there is no --config-file")
+    return args
+
+
+def inspect(args) -> DataSummary:
+    model_input, masks, keypoints = ModelInput(), False, False
+    if args.config_file:
+        load = load_lazy_config if args.config_file.endswith(".py") else load_config
+        cfg = load(args.config_file, args.opts)
+        model_input, run = ModelInput.from_config(cfg), Settings(cfg)
+        masks, keypoints = bool(run["masks"]), bool(run["keypoints"])
+    data = load_coco(args.json)
+    checked = check_coco_json(
+        args.json,
+        args.images,
+        masks=masks,
+        keypoints=keypoints,
+        training=data.has_annotations,
+        evaluation=False,
+        box_format=False,
+    )
+    return summarize(data, model_input.resizing, model_input.anchors, checked.warnings)
+
+
+def main(args) -> None:
+    logging.getLogger("gn_detect").setLevel(logging.ERROR)  # the summary has the warnings
+    summary = inspect(args)
+    print(summary)
+    if args.output or args.html:
+        png = draw_summary(summary)
+        for path, content in ((args.output, png), (args.html, html_page(summary, png).encode())):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        sys.exit(f"error: {message}")
