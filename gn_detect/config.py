@@ -87,6 +87,11 @@ def add_gn_config(cfg: CfgNode) -> None:
     lsj.setdefault("MAX_SCALE", 2.0)
     lsj.setdefault("IMAGE_SIZE", 1024)  # pixels
 
+    # The values of images with more than 8 bits (16-bit, 32-bit integer, float) that become 0 and
+    # 255, such as (0, 4095) of a camera of 12 bits; values beyond are refused. (): those of the
+    # type, 0 to 65535 of integers and 0 to 1 of floats.
+    cfg.INPUT.setdefault("BIT_DEPTH_RANGE", ())
+
     # What is refused, or warned of, before it wastes a run: docs/small_batches.md has the reasons.
     # False lets it pass.
     guards = cfg.setdefault("GUARDS", CfgNode())

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import errno
+import copy
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.config import CfgNode, configurable
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    detection_utils,
+)
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gn_detect.config import ConfigError
 
-from .coco import DataError, read_canonical
+from .coco import read_canonical
+from .images import (
+    check_image_format,
+    image_size,
+    naming,
+    read_image,
+    read_labels,
+    value_range,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,30 +149,8 @@ def _orientation(dataset_dict: dict) -> int:
     dataset leaves the size to the mapper, the header of the file tells it."""
     if "width" in dataset_dict and "height" in dataset_dict:
         return int(dataset_dict["width"] > dataset_dict["height"])
-    file_name = dataset_dict["file_name"]
-    with _naming(file_name), PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return int(height > width if turned else width > height)
-
-
-# What Pillow raises for an image that it cannot decode, and Detectron2 for one that does not fit.
-_DAMAGE = (AssertionError, EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was opened
-
-
-@contextlib.contextmanager
-def _naming(file_name: str) -> Iterator[None]:
-    """Raise what is wrong with an image as a DataError; other errors are not of the image."""
-    try:
-        yield
-    except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno in _MACHINE:
-            raise
-        raise DataError(
-            f"cannot use the image {file_name} ({type(error).__name__}: {error}); replace it, or "
-            "take it out of the annotations"
-        ) from error
+    width, height = image_size(dataset_dict["file_name"])
+    return int(width > height)
 
 
 class NamingDatasetMapper(DatasetMapper):
@@ -173,9 +160,33 @@ class NamingDatasetMapper(DatasetMapper):
     with ``INPUT.LSJ`` or ``INPUT.CROP``, masks are bitmaps.
     """
 
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        image_format: str,
+        bit_depth_range: Sequence[float] = (),
+        **arguments,
+    ):
+        """
+        Args:
+            is_train, image_format, arguments: of Detectron2's DatasetMapper.
+            bit_depth_range: see :func:`.images.value_range`.
+
+        Raises:
+            ConfigError: Detectron2 cannot train on images of ``image_format``, or
+                ``bit_depth_range`` is no range.
+        """
+        check_image_format(image_format)
+        value_range("I", bit_depth_range)
+        self.bit_depth_range = tuple(bit_depth_range)
+        super().__init__(is_train, image_format=image_format, **arguments)
+
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         args = super().from_config(cfg, is_train)
+        args["bit_depth_range"] = cfg.INPUT.BIT_DEPTH_RANGE
         jitter, crop = (is_train and c.ENABLED for c in (cfg.INPUT.LSJ, cfg.INPUT.CROP))
         if jitter and crop:
             raise ConfigError(
@@ -199,7 +210,7 @@ class NamingDatasetMapper(DatasetMapper):
         if all(a.get("iscrowd", 0) for a in dataset_dict["annotations"]):
             # Detectron2 would find the boxes again from the masks, which it makes of objects only.
             del dataset_dict["annotations"]
-            dataset_dict["instances"] = annotations_to_instances([], image_shape)
+            dataset_dict["instances"] = detection_utils.annotations_to_instances([], image_shape)
             return
         for i, transform in enumerate(transforms.transforms):
             if isinstance(transform, T.CropTransform) and self.instance_mask_format == "bitmask":
@@ -211,9 +222,39 @@ class NamingDatasetMapper(DatasetMapper):
         super()._transform_annotations(dataset_dict, transforms, image_shape)
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Raises a DataError where the image cannot be decoded, or does not fit its annotations."""
-        with _naming(dataset_dict["file_name"]):
-            return super().__call__(dataset_dict)
+        """As Detectron2's, with :func:`.images.read_image`.
+
+        Raises:
+            DataError: the image cannot be decoded, has values beyond the range, or does not fit its
+                annotations.
+        """
+        file_name = dataset_dict["file_name"]
+        image = read_image(file_name, self.image_format, bit_depth_range=self.bit_depth_range)
+        with naming(file_name, (AssertionError, ValueError)):
+            return self._map(copy.deepcopy(dataset_dict), image)
+
+    def _map(self, dataset_dict: dict, image: np.ndarray) -> dict:
+        detection_utils.check_image_size(dataset_dict, image)
+        sem_seg = None
+        if label_file := dataset_dict.pop("sem_seg_file_name", None):
+            sem_seg = read_labels(label_file)
+        augmented = T.AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(augmented)
+        image_shape = augmented.image.shape[:2]
+        dataset_dict["image"] = torch.as_tensor(
+            np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        )
+        if sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(
+                dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk
+            )
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image_shape)
+        return dataset_dict
 
 
 class _CropTransform(T.CropTransform):

@@ -1,3 +1,4 @@
+import copy
 import errno
 import io
 import itertools
@@ -5,17 +6,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, detection_utils
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import TrainingSampler
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
 from helpers import config
 from PIL import ExifTags, Image
 from pycocotools import mask as mask_util
 
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import DataError, register_coco_json
+from gn_detect.data import DataError, images
+from gn_detect.data.coco import register_coco_json
 from gn_detect.data.loader import (
     NamingDatasetMapper,
     ResumableSampler,
@@ -131,12 +134,13 @@ def test_images_without_objects_are_trained_on_if_the_config_says_so(own, coco_f
         ModuleNotFoundError("No module named 'shapely'"),
     ],
 )
-def test_what_is_no_fault_of_an_image_is_raised_as_it_is(own, monkeypatch, error):
+@pytest.mark.parametrize("place", [(images, "convert_PIL_to_numpy"), (T, "AugInput")])
+def test_what_is_no_fault_of_an_image_is_raised_as_it_is(own, monkeypatch, place, error):
     def fail(*args, **kwargs):
         raise error
 
     loader = build_test_loader(own(), "own")
-    monkeypatch.setattr(detection_utils, "read_image", fail)
+    monkeypatch.setattr(*place, fail)
     with pytest.raises(type(error)) as raised:
         list(loader)
     assert raised.value is error
@@ -195,6 +199,77 @@ def mapper(*opts, is_train=True):
 
 def jitter(low, high, *opts):
     return mapper(*LSJ, "INPUT.LSJ.MIN_SCALE", low, "INPUT.LSJ.MAX_SCALE", high, *opts)
+
+
+def assert_same(actual, expected):
+    """Of what a mapper returns."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected:
+            assert_same(actual[key], expected[key])
+    elif isinstance(expected, Instances):
+        assert actual.image_size == expected.image_size
+        assert_same(actual.get_fields(), expected.get_fields())
+    elif isinstance(expected, Boxes):
+        assert torch.equal(actual.tensor, expected.tensor)
+    elif isinstance(expected, PolygonMasks):
+        assert_same([list(map(list, p)) for p in actual], [list(map(list, p)) for p in expected])
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
+    else:
+        assert actual == expected
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_a_photo_of_8_bits_is_mapped_as_detectron2_maps_it(photo, tmp_path, is_train):
+    labels = np.random.default_rng(0).integers(0, 54, (64, 96), dtype=np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    photo["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    photo["proposal_boxes"] = np.array([[5.0, 5, 40, 40], [10, 10, 90, 60]])
+    photo["proposal_objectness_logits"] = np.array([1.0, 0.5])
+    photo["proposal_bbox_mode"] = BoxMode.XYXY_ABS
+    before = copy.deepcopy(photo)
+    cfg = config(MASK_RCNN, "MODEL.LOAD_PROPOSALS", True)
+    results = []
+    for kind in (DatasetMapper, NamingDatasetMapper):
+        np.random.seed(3)
+        results.append(kind(cfg, is_train=is_train)(photo))
+    assert_same(*results)
+    assert photo.keys() == before.keys() and photo["annotations"] == before["annotations"]
+    Image.fromarray(labels.astype(np.uint16) + 250).save(tmp_path / "labels.png")
+    with pytest.raises(DataError, match=r"labels\.png has semantic labels of \(250, 303\)"):
+        mapper()(photo)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("bit_depth_range", [(), (0, 4095)])
+def test_a_photo_of_16_bits_is_trained_and_evaluated_on_as_its_8_bits(
+    photo, tmp_path, is_train, bit_depth_range
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96)).astype(np.uint16)
+    opts = ["INPUT.BIT_DEPTH_RANGE", bit_depth_range]
+    Image.fromarray(pixels.astype(np.uint8)).save(photo["file_name"])
+    expected = mapper(is_train=is_train)(photo)["image"]
+    step = 257 if bit_depth_range == () else 16  # 4095 is not a multiple of 255
+    Image.fromarray(pixels * step).save(photo["file_name"])
+    actual = mapper(*opts, is_train=is_train)(photo)["image"]
+    assert (actual.float() - expected.float()).abs().max() <= (0 if step == 257 else 1)
+    assert expected.float().std() > 30
+    pixels[0, 0] = 65535
+    Image.fromarray(pixels).save(photo["file_name"])
+    if bit_depth_range:
+        with pytest.raises(DataError, match=r"photo\.png has values .* 65535"):
+            mapper(*opts, is_train=is_train)(photo)
+
+
+def test_a_mapper_refuses_what_it_could_not_read():
+    with pytest.raises(ConfigError, match="INPUT.FORMAT .* 'YUV-BT.601'; it must be BGR"):
+        mapper("INPUT.FORMAT", "YUV-BT.601")
+    with pytest.raises(ConfigError, match="INPUT.BIT_DEPTH_RANGE .* the lowest and the highest"):
+        NamingDatasetMapper(
+            is_train=True, augmentations=[], image_format="BGR", bit_depth_range=[1, 0]
+        )
 
 
 @pytest.mark.parametrize("photo", ["polygon", "RLE"], indirect=True)
