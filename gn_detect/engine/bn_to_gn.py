@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import FPN
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
@@ -24,7 +23,8 @@ from torch import nn
 from gn_detect.checkpoint import Origin, WeightGuards
 from gn_detect.checkpoint.weight_guards import norms_of
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import DataError
+from gn_detect.data import DataError
+from gn_detect.data.images import read_image
 
 from .bn_match import Pair, load_pair
 from .prepare import usable_device
@@ -89,15 +89,8 @@ def read_images(directory: str, num_images: int, cfg: CfgNode) -> list[torch.Ten
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, sys.maxsize)
     images = []
     for file in (files[i * len(files) // count] for i in range(count)):
-        try:
-            image = read_image(str(file), cfg.INPUT.FORMAT)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow raises too many kinds to list
-            raise DataError(
-                f"cannot read the image {file} ({type(error).__name__}: {error}); replace it, or "
-                "take it out of the directory"
-            ) from error
+        depth = cfg.INPUT.BIT_DEPTH_RANGE
+        image = read_image(str(file), cfg.INPUT.FORMAT, bit_depth_range=depth)
         # A long and thin image would become a huge one.
         image = _middle(image, 8 * min(image.shape[:2]))
         image = _middle(resize.get_transform(image).apply_image(image), size)

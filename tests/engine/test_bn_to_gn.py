@@ -443,7 +443,7 @@ def test_refused_images(image_dir):
     with pytest.raises(DataError, match="there is no directory .*nowhere"):
         read_images(str(image_dir / "nowhere"), 4, cfg)
     (image_dir / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"cannot read the image .*1.png \(UnidentifiedImageError"):
+    with pytest.raises(DataError, match=r"cannot use the image .*1.png \(UnidentifiedImageError"):
         read_images(str(image_dir), 4, cfg)
     for i in (1, 2, 3):
         (image_dir / f"{i}.png").unlink()
