@@ -29,6 +29,7 @@ _KEYS = {
     "mask_format": ("INPUT.MASK_FORMAT", "dataloader.train.mapper.instance_mask_format"),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
     "input_format": ("INPUT.FORMAT", "model.input_format"),
+    "bit_depth_range": ("INPUT.BIT_DEPTH_RANGE", "dataloader.train.mapper.bit_depth_range"),
     "pixel_mean": ("MODEL.PIXEL_MEAN", "model.pixel_mean"),
     "pixel_std": ("MODEL.PIXEL_STD", "model.pixel_std"),
     "weight_standardization": ("MODEL.GN.WEIGHT_STANDARDIZATION", ""),

@@ -119,6 +119,7 @@ def check_lazy_config(cfg: DictConfig) -> None:
     for first, second in (
         ("model.input_format", "dataloader.train.mapper.image_format"),
         ("model.input_format", "dataloader.test.mapper.image_format"),
+        ("dataloader.train.mapper.bit_depth_range", "dataloader.test.mapper.bit_depth_range"),
         (stride, "model.roi_heads.res5.stride_in_1x1"),
         *((stride, stride.replace("[0]", f"[{stage}]")) for stage in (1, 2, 3)),
     ):

@@ -100,6 +100,7 @@ def test_a_bad_file_is_named(tmp_path, name, text, message):
         (["train.amp.dtype=fp16"], "train.amp.dtype is 'fp16'; known: float16, bfloat16"),
         (["train.init_checkpoint=absent.pth"], "init_checkpoint: there is no file absent.pth"),
         ([f"{TRAIN_MAPPER}.image_format=RGB"], "image_format is RGB, but model.input_format is B"),
+        (["dataloader.test.mapper.bit_depth_range=[0,1]"], r"is \[0, 1\], but .*train.* is \[\];"),
         (["model.roi_heads.num_classes=80"], "num_classes is 80, but the dataset own declares 2"),
         (["model.backbone.bottom_up.freeze=2"], "model: .*unexpected keyword argument 'freeze'"),
     ],

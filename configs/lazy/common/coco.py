@@ -16,6 +16,8 @@ def coco(kind="coco", masks=True):
     dataloader.train._target_ = resumable_train_loader
     dataloader.train.mapper._target_ = dataloader.test.mapper._target_ = NamingDatasetMapper
     dataloader.train.mapper.use_instance_mask &= masks
+    dataloader.train.mapper.bit_depth_range = ()
+    dataloader.test.mapper.bit_depth_range = "${...train.mapper.bit_depth_range}"
     dataloader.test.mapper.augmentations[0].sample_style = "choice"
     dataloader.evaluator = L(build_evaluator)(
         dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
