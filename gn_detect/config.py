@@ -108,6 +108,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     guards.setdefault("SMALL_BATCH_BN", True)
     guards.setdefault("OVERWRITE_OUTPUT", True)
     guards.setdefault("BOX_FORMAT", True)
+    guards.setdefault("FILE_NAMES", True)
 
 
 def locate(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:

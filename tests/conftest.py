@@ -14,6 +14,12 @@ from helpers import SHARED_DATA, CocoFiles
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """What is kept from one run to the next goes not to the user's directory, either."""
+    os.environ["FVCORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def shared_data():
     if not SHARED_DATA.is_dir():

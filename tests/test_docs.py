@@ -146,6 +146,10 @@ def workplace(tmp_path_factory):
         x, y, width, height = annotation["bbox"]
         annotation["bbox"] = [x, y, x + width, y + height]
     files.write()
+    files = CocoFiles(directory / "names")
+    for image in files.content["images"]:
+        image["file_name"] = f"C:\\data\\{image['file_name'].upper()}"
+    files.write()
     return directory
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -26,6 +27,8 @@ from .coco_boxes import check_boxes
 from .coco_check import check_classes, check_keypoints, check_masks, check_objects
 from .coco_data import CocoData
 from .coco_pack import read_coco
+from .image_check import check_images
+from .paths import find_files
 
 logger = logging.getLogger(__name__)
 
@@ -113,29 +116,41 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
 
-def read_canonical(*names: str) -> None:
+def read_canonical(*names: str, exact_names: bool = True) -> None:
     """Let what Detectron2 would read from a COCO JSON for these datasets come from
-    :func:`load_coco`; datasets that a user's own function reads are left as they are."""
+    :func:`load_coco`; datasets that a user's own function reads are left as they are.
+
+    Args:
+        exact_names: see :func:`.paths.find_files`.
+    """
+    readers = (__name__, register_coco_instances.__module__, merge_to_panoptic.__module__)
     for name in names:
-        if name not in DatasetCatalog.list():
+        if name not in DatasetCatalog.list() or DatasetCatalog[name].__module__ not in readers:
             continue
-        reader, metadata = DatasetCatalog[name].__module__, MetadataCatalog.get(name)
-        if reader == register_coco_instances.__module__:
+        metadata = MetadataCatalog.get(name)
+        if metadata.evaluator_type == "coco" or metadata.get("sem_seg_root"):
             DatasetCatalog.remove(name)
-            _register(name, metadata.json_file, metadata.image_root)
-        elif reader == merge_to_panoptic.__module__ and metadata.get("sem_seg_root"):
-            DatasetCatalog.remove(name)
-            _register(name, metadata.json_file, metadata.image_root, metadata.sem_seg_root)
+            files = metadata.json_file, metadata.image_root, metadata.get("sem_seg_root")
+            _register(name, *files, exact_names=exact_names)
 
 
-def _register(name: str, json_file: str, image_root: str, sem_seg_root: str = "") -> None:
+def _register(
+    name: str,
+    json_file: str,
+    image_root: str,
+    sem_seg_root: str | None = None,
+    exact_names: bool = True,
+) -> None:
     def load() -> list[dict]:
         data = load_coco(json_file)
         MetadataCatalog.get(name).set(
             thing_classes=list(data.classes.values()),
             thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(data.classes)},
         )
-        dicts = data.dicts(image_root)
+        names = data.file_names
+        if not exact_names:
+            names = find_files(json_file, image_root, names, exact=False)
+        dicts = data.dicts(image_root, names)
         if not sem_seg_root:
             return dicts
         return merge_to_panoptic(dicts, load_sem_seg(sem_seg_root, image_root))
@@ -189,8 +204,10 @@ def check_coco_json(
     evaluation: bool,
     keypoints: bool = False,
     box_format: bool = True,
+    exact_names: bool = True,
+    bit_depth_range: Sequence[float] = (),
 ) -> CocoSummary:
-    """Look through a COCO JSON and the directory of its images.
+    """Look through a COCO JSON and the headers of its images.
 
     Args:
         masks: the model needs the masks of the objects.
@@ -199,50 +216,41 @@ def check_coco_json(
         evaluation: pycocotools scores against the file: crowd regions need masks, too.
         keypoints: the model needs the keypoints of the objects.
         box_format: refuse boxes that seem to be in another format than COCO's.
+        exact_names: see :func:`.paths.find_files`.
+        bit_depth_range: see :func:`.images.value_range`.
 
     Raises:
         DataError: the file is missing, truncated or empty, an image is absent, or an annotation
             cannot be used; the message names the first such item.
     """
     data = load_coco(json_file)
-    _check_images(data, image_root)
+    files = find_files(json_file, image_root, data.file_names, exact=exact_names)
+    warnings = check_images(
+        *(json_file, image_root, files, data.heights, data.widths), bit_depth_range=bit_depth_range
+    )
     if not data.has_annotations:
         if training:
             raise DataError(f"{json_file} is not in COCO format: it has no list 'annotations'")
-        return CocoSummary(data.classes, len(data.image_ids))
+        return CocoSummary(data.classes, len(data.image_ids), warnings=_log(json_file, warnings))
     if masks:
         needed = ~data.crowd | evaluation
         check_masks(data, needed, scored=evaluation)
     if keypoints:
         check_keypoints(data)
-    warnings = [*data.mended, *check_objects(data, masks), *check_boxes(data, masks, box_format)]
+    warnings += [*data.mended, *check_objects(data, masks), *check_boxes(data, masks, box_format)]
     if training:
         warnings += check_classes(data)
-    for warning in warnings:
-        logger.warning(f"{json_file}: {warning}")
     return CocoSummary(
         classes=data.classes,
         num_images=len(data.image_ids),
         num_annotations=len(data.image) + data.unknown_images[0],
         num_crowds=int(data.crowd.sum()),
         has_rle=any(not data.crowd[i] for i in data.rles),
-        warnings=warnings,
+        warnings=_log(json_file, warnings),
     )
 
 
-def _check_images(data: CocoData, image_root: str) -> None:
-    if not os.path.isdir(image_root):
-        raise DataError(f"the image directory {image_root} (for {data.json_file}) does not exist")
-    listings, absent = {}, []
-    for file_name in data.file_names:
-        # One listing per directory: faster than a look at each of 118,000 files.
-        directory, base = os.path.split(os.path.join(image_root, file_name))
-        if directory not in listings:
-            listings[directory] = set(os.listdir(directory)) if os.path.isdir(directory) else ()
-        if base not in listings[directory]:
-            absent.append(file_name)
-    if absent:
-        raise DataError(
-            f"{len(absent)} of the {len(data.file_names)} images listed in {data.json_file} are "
-            f"not in {image_root}, the first: {absent[0]}"
-        )
+def _log(json_file: str, warnings: list[str]) -> list[str]:
+    for warning in warnings:
+        logger.warning(f"{json_file}: {warning}")
+    return warnings

@@ -101,23 +101,29 @@ class CocoData:
             return {"size": size, "counts": self.rles[index]}
         return self._polygons[self._mask_ends[index] : self._mask_ends[index + 1]] or None
 
-    def dicts(self, image_root: str) -> list[dict]:
+    def dicts(self, image_root: str, file_names: list[str] | None = None) -> list[dict]:
         """Detectron2's standard dataset dicts, as its ``load_coco_json`` returns them; an object
-        whose polygons are all of fewer than 3 points keeps its box, with no polygon."""
-        with paused_gc():
-            return self._dicts(image_root)
+        whose polygons are all of fewer than 3 points keeps its box, with no polygon.
 
-    def _dicts(self, image_root: str) -> list[dict]:
+        Args:
+            image_root: directory of the images.
+            file_names: of the images, in place of their own.
+        """
+        with paused_gc():
+            names = file_names or self.file_names
+            return self._dicts([os.path.join(image_root, name) for name in names])
+
+    def _dicts(self, files: list[str]) -> list[dict]:
         images = [
             {
-                "file_name": os.path.join(image_root, name),
+                "file_name": file,
                 "height": height,
                 "width": width,
                 "image_id": id_,
                 "annotations": [],
             }
-            for name, height, width, id_ in zip(
-                *(self.file_names, self.heights.tolist(), self.widths.tolist(), self.image_ids),
+            for file, height, width, id_ in zip(
+                *(files, self.heights.tolist(), self.widths.tolist(), self.image_ids),
                 strict=True,
             )
         ]

@@ -98,7 +98,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     ``SOLVER.IMS_PER_BATCH`` counts the images of an iteration; a batch of the loader is what one
     of its ``SOLVER.ACCUMULATE_STEPS`` forward passes takes.
     """
-    read_canonical(*cfg.DATASETS.TRAIN)
+    read_canonical(*cfg.DATASETS.TRAIN, exact_names=cfg.GUARDS.FILE_NAMES)
     mapper = NamingDatasetMapper(cfg)
     arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     arguments["total_batch_size"] //= cfg.SOLVER.ACCUMULATE_STEPS or 1
@@ -139,7 +139,7 @@ def resumable_train_loader(
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's test loader, with errors that name the image."""
-    read_canonical(dataset_name)
+    read_canonical(dataset_name, exact_names=cfg.GUARDS.FILE_NAMES)
     mapper = NamingDatasetMapper(cfg, is_train=False)
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 

@@ -33,18 +33,18 @@ _RULES: dict[str, Callable[[str], str]] = {
 _FOLDERS = "folders in front may differ"
 
 
-def find_files(json_file: str, image_root: str, file_names: list[str], *, fix: bool) -> list[str]:
+def find_files(json_file: str, image_root: str, file_names: list[str], *, exact: bool) -> list[str]:
     """The names of files as they are on disk, relative to ``image_root``.
 
     Args:
         json_file: for messages.
         image_root: directory of the images.
         file_names: as the annotations have them; they may lead out of ``image_root``.
-        fix: for a name without a file, take the one file in or below ``image_root`` that fits it by
-            the rules of this module, and warn of it.
+        exact: refuse a name without a file. If not, take the one file in or below ``image_root``
+            that fits it by the rules of this module, and warn of it.
 
     Raises:
-        DataError: files are absent, and ``fix`` is False, or others do not fit, or several do. The
+        DataError: files are absent, and ``exact`` is True, or no other fits, or several do. The
             message says what would find them.
     """
     if not os.path.isdir(image_root):
@@ -87,9 +87,11 @@ def find_files(json_file: str, image_root: str, file_names: list[str], *, fix: b
         )
     first = fitting[absent[0]][0][0]
     message += f"{_shown(absent[0])}; they are found, {how} (the first: {_shown(first)})"
-    if not fix:
-        raise DataError(f"{message}: take these files with --fix-paths, or correct the names")
-    logger.warning(f"{message}, and taken (--fix-paths)")
+    if exact:
+        raise DataError(
+            f"{message}: correct the names, or take these files with GUARDS.FILE_NAMES False"
+        )
+    logger.warning(f"{message}, and taken")
     return [fitting[name][0][0] if name in fitting else name for name in file_names]
 
 

@@ -56,7 +56,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = build_lazy_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate_key(cfg, "optimizer")
-    read_canonical(*dataset_names(run, "train"))
+    read_canonical(*dataset_names(run, "train"), exact_names=run["FILE_NAMES"])
     loader = instantiate_key(cfg, "dataloader.train")
     trainer, checkpointer, progress = build_loop(
         run,
@@ -109,7 +109,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict:
     evaluator = instantiate_key(cfg, "dataloader.evaluator")
     if isinstance(evaluator, ListConfig):
         evaluator = list(evaluator)
-    read_canonical(*dataset_names(Settings(cfg), "test"))
+    run = Settings(cfg)
+    read_canonical(*dataset_names(run, "test"), exact_names=run["FILE_NAMES"])
     results = inference_on_dataset(model, instantiate_key(cfg, "dataloader.test"), evaluator)
     if comm.is_main_process():
         print_csv_format(results)

@@ -218,6 +218,8 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
             masks=bool(run["masks"]),
             keypoints=bool(run["keypoints"]),
             box_format=run["BOX_FORMAT"],
+            exact_names=run["FILE_NAMES"],
+            bit_depth_range=run["bit_depth_range"] or (),
             training=name in train,
             evaluation=name in test,
         )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gn_detect.data.coco import DataError, check_coco_json
 
@@ -17,6 +18,7 @@ def octagon(x, y, w, h):
 def objects(coco_files):
     """20 objects all over an image of other width than height."""
     rng = np.random.default_rng(0)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(coco_files.image_root / "1.png")
     coco_files.content["images"] = [
         {"id": 1, "file_name": "1.png", "width": WIDTH, "height": HEIGHT}
     ]

@@ -20,13 +20,13 @@ def root(tmp_path):
     return tmp_path / "images"
 
 
-def find(root, *names, fix=False):
-    return find_files("train.json", str(root), list(names), fix=fix)
+def find(root, *names, exact=True):
+    return find_files("train.json", str(root), list(names), exact=exact)
 
 
-def refusal(root, *names, fix=False) -> str:
+def refusal(root, *names, exact=True) -> str:
     with pytest.raises(DataError) as error:
-        find(root, *names, fix=fix)
+        find(root, *names, exact=exact)
     return str(error.value)
 
 
@@ -34,7 +34,7 @@ def test_names_that_are_on_disk_stay(root, monkeypatch):
     monkeypatch.delattr(paths.os, "walk")
     (root.parent / "0.png").touch()
     names = [*ON_DISK, "a//2.png", "../0.png", "../images/1.png", str(root / "1.png"), "1.png"]
-    assert find(root, *names) == find(root, *names, fix=True) == names
+    assert find(root, *names) == find(root, *names, exact=False) == names
 
 
 SLASH, ESCAPE, FOLD, FOLDERS = (
@@ -68,28 +68,28 @@ def test_the_one_file_that_fits_is_found_with_consent(root, caplog, name, found,
     message = refusal(root, name, "c.PNG")
     assert "1 of the 2 images listed in train.json are not in" in message
     assert f"1 if {' and '.join(rules)} (the first: {found})" in message
-    assert "--fix-paths" in message and not caplog.text
-    assert find(root, name, "c.PNG", name, fix=True) == [found, "c.PNG", found]
+    assert "GUARDS.FILE_NAMES False" in message and not caplog.text
+    assert find(root, name, "c.PNG", name, exact=False) == [found, "c.PNG", found]
     assert f"2 if {' and '.join(rules)} (the first: {found}), and taken" in caplog.text
 
 
-@pytest.mark.parametrize("fix", [False, True])
-def test_what_does_not_single_out_a_file_is_refused(root, fix):
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_does_not_single_out_a_file_is_refused(root, exact):
     for name, rule, files in (
         ("2.png", FOLDERS, ("a/2.png", "b/2.png")),
         ("c.png", FOLD, ("C.png", "c.PNG")),
     ):
-        message = refusal(root, "1.png", name, fix=fix)
+        message = refusal(root, "1.png", name, exact=exact)
         assert f"the first: {name}; if {rule}, several files fit it" in message
         assert all(file in message for file in files)
     for names in (("1.PNG", "1.png"), ("x/1.png", "y/1.png")):
-        message = refusal(root, *names, fix=fix)
+        message = refusal(root, *names, exact=exact)
         assert f"the first: {names[0]}; " in message
         assert "1.png fits it, but also another image" in message
-    message = refusal(root, "1.png", "none.png", "A/2.png", "none.jpg", fix=fix)
+    message = refusal(root, "1.png", "none.png", "A/2.png", "none.jpg", exact=exact)
     assert "3 of the 4 images listed in train.json are not in " in message
     assert f"the first: none.png; others are found: 1 if {FOLD}" in message
-    assert refusal(root, "none.png", fix=fix).endswith("the first: none.png")
+    assert refusal(root, "none.png", exact=exact).endswith("the first: none.png")
 
 
 def test_names_of_no_file(root):
@@ -99,7 +99,7 @@ def test_names_of_no_file(root):
 
 def test_a_directory_that_is_absent_or_closed(root, monkeypatch):
     with pytest.raises(DataError, match="image directory nowhere .* does not exist"):
-        find_files("train.json", "nowhere", ["1.png"], fix=True)
+        find_files("train.json", "nowhere", ["1.png"], exact=False)
 
     def denied(path):
         raise PermissionError(13, "Permission denied")
