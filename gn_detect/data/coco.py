@@ -7,10 +7,8 @@ found here.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,10 +17,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg, register_coco_instances
 from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
 from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import get_cache_dir
 from safetensors import SafetensorError
 
 from . import DataError
+from .cache import cache_file, write_cache
 from .coco_boxes import check_boxes
 from .coco_check import check_classes, check_keypoints, check_masks, check_objects
 from .coco_data import CocoData
@@ -85,25 +83,16 @@ def load_coco(json_file: str) -> CocoData:
 
 
 def _read_packed(json_file: str, size: int, time: int) -> CocoData:
-    name = hashlib.sha256(os.path.abspath(json_file).encode()).hexdigest()[:16]
-    directory = os.path.join(get_cache_dir(), "gn_detect", "coco")
-    packed = os.path.join(directory, f"{name}.{size}.{time}.1.safetensors")  # 1: of this form
+    packed = cache_file("coco", json_file)
+    stamp = f"{size} {time}"
     if os.path.isfile(packed):
         try:
-            return CocoData.load(packed)
+            if (data := CocoData.load(packed, stamp)) is not None:
+                return data
         except (OSError, SafetensorError) as error:
             logger.warning(f"{packed} cannot be read ({error}): {json_file} is read again")
     data = read_coco(json_file)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        for earlier in os.listdir(directory):
-            if earlier.startswith(name):
-                os.remove(os.path.join(directory, earlier))
-        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as f:
-            data.save(f.name)
-        os.replace(f.name, packed)
-    except OSError as error:
-        logger.warning(f"{packed} cannot be written ({error}): each process reads {json_file}")
+    write_cache(packed, lambda path: data.save(path, stamp))
     return data
 
 

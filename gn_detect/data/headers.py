@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import stat
 import struct
-import tempfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-from iopath.common.file_io import get_cache_dir
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from .cache import cache_file, write_cache
 from .images import (
     DEEP_MODES,
     MACHINE_ERRORS,
@@ -76,10 +75,9 @@ def read_headers(image_root: str, names: list[str]) -> dict[str, Header]:
     Raises:
         OSError: the machine is short of memory, or of files that may be open at a time.
     """
-    key = hashlib.sha256(os.fsencode(os.path.abspath(image_root))).hexdigest()[:16]
-    cache_file = os.path.join(get_cache_dir(), "gn_detect", "headers", f"{key}.1.msgpack")
+    cached = cache_file("headers", image_root)
     try:
-        with open(cache_file, "rb") as f:
+        with open(cached, "rb") as f:
             cache = msgspec.msgpack.decode(f.read(), type=dict[str, Header])
     except (OSError, msgspec.MsgspecError):  # none yet, or damaged
         cache = {}
@@ -103,20 +101,9 @@ def read_headers(image_root: str, names: list[str]) -> dict[str, Header]:
     found = dict(zip(names, headers, strict=True))
     fresh = {n: h for n, h in found.items() if not h.problem and h is not cache.get(n)}
     if fresh:
-        _write(cache_file, cache | fresh)
+        content = msgspec.msgpack.encode(cache | fresh)
+        write_cache(cached, lambda path: Path(path).write_bytes(content))
     return found
-
-
-def _write(path: str, headers: dict[str, Header]) -> None:
-    """Replace a file at once, so that other processes find it whole."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
-        with open(descriptor, "wb") as f:
-            f.write(msgspec.msgpack.encode(headers))
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:  # ValueError: a name that is not in UTF-8
-        logger.warning(f"cannot keep the headers of the images ({error}); the next run reads them")
 
 
 def _read_header(path: str, cached: Header | None) -> Header:

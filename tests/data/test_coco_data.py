@@ -60,8 +60,9 @@ def test_dicts_are_those_of_detectron2(mixed):
 
 def test_packed_form_is_the_same(mixed, tmp_path, monkeypatch):
     data = load_coco(str(mixed.json_file))
-    data.save(str(tmp_path / "packed"))
-    loaded = CocoData.load(str(tmp_path / "packed"))
+    data.save(str(tmp_path / "packed"), "now")
+    loaded = CocoData.load(str(tmp_path / "packed"), "now")
+    assert CocoData.load(str(tmp_path / "packed"), "later") is None
     assert plain(loaded.dicts("root")) == plain(data.dicts("root"))
     assert plain(loaded.ground_truth()) == plain(data.ground_truth())
 
