@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 
@@ -17,6 +16,7 @@ from gn_detect.checkpoint.coverage import num_classes
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
+from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
@@ -223,19 +223,12 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
             training=name in train,
             evaluation=name in test,
         )
+        # A lazy config may have an evaluator of its own.
+        known = MetadataCatalog.get(name).get("evaluator_type") in EVALUATORS
+        if name in test and (of_yaml or known):
+            check_evaluator(name)
         if summary is None:
-            if of_yaml and name in test:
-                raise ConfigError(
-                    f"DATASETS.TEST: {name} is not in COCO format, and only the COCO evaluation is "
-                    "supported; register it with register_coco_instances"
-                )
             continue
-        panoptic = MetadataCatalog.get(name).evaluator_type == "coco_panoptic_seg"
-        if name in test and panoptic and importlib.util.find_spec("panopticapi") is None:
-            raise ConfigError(
-                f"{run.keys['test_data']}: the evaluation of {name} needs panopticapi: "
-                "pip install git+https://github.com/cocodataset/panopticapi.git"
-            )
         summaries[name] = summary
         logger.info(f"{name}: {summary}")
     return summaries

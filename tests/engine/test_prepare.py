@@ -68,7 +68,7 @@ def test_classes_of_a_retinanet_follow_the_data(own_data):
 def test_the_panoptic_evaluation_is_asked_for_before_the_run(own_data, monkeypatch):
     monkeypatch.setitem(vars(MetadataCatalog.get("own")), "evaluator_type", "coco_panoptic_seg")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="the evaluation of own needs panopticapi"):
+    with pytest.raises(ConfigError, match=r"the evaluation of own \(coco_panoptic_seg\) needs pan"):
         prepare(own_data)
     prepare([*own_data, "DATASETS.TEST", ()])
 
@@ -130,7 +130,12 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
         (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
         (["SOLVER.CHECKPOINT_KEEP", -1], {}, "CHECKPOINT_KEEP is -1; .* or 0 for all"),
         (["SOLVER.AMP.DTYPE", "bf16"], {}, "AMP.DTYPE is 'bf16'; known: float16, bfloat16"),
-        (["DATASETS.TEST", ("voc_2007_val",)], {}, "voc_2007_val is not in COCO format"),
+        (["DATASETS.TEST", ("voc_2007_val",)], {}, "needs .*VOC2007, which does not exist"),
+        (
+            ["DATASETS.TEST", ("cityscapes_fine_panoptic_val",)],
+            {},
+            "cityscapes_fine_panoptic_val has the evaluator_type 'cityscapes_panoptic_seg'",
+        ),
         (
             ["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()],
             {},

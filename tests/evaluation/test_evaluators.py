@@ -3,19 +3,29 @@
 import json
 import math
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_sem_seg, register_pascal_voc
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    LVISEvaluator,
+)
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 import gn_detect
+from gn_detect.config import ConfigError
+from gn_detect.data import DataError
 from gn_detect.data.coco import register_coco_json
-from gn_detect.evaluation import build_evaluator
+from gn_detect.evaluation import build_evaluator, check_evaluator
 
 
 @pytest.fixture
@@ -67,10 +77,125 @@ def test_no_predictions(images, tmp_path):
     assert math.isnan(results["bbox"]["AP"])
 
 
-def test_another_evaluator_type_is_refused(tmp_path):
-    MetadataCatalog.get("lvis_data").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="dataset lvis_data has the evaluator type 'lvis'"):
-        build_evaluator("lvis_data", str(tmp_path))
+LVIS_JSON = {"images": [], "annotations": [], "categories": []}
+
+
+@pytest.fixture
+def described(tmp_path):
+    """The names of datasets that are there, as far as their metadata tell: one of each kind."""
+    (tmp_path / "lvis.json").write_text(json.dumps(LVIS_JSON))
+    kinds = {
+        "lvis": {"json_file": str(tmp_path / "lvis.json")},
+        "cityscapes_instance": {"gt_dir": str(tmp_path), "thing_classes": ["car"]},
+        "cityscapes_sem_seg": {"gt_dir": str(tmp_path), "stuff_classes": ["road"]},
+        "coco_panoptic_seg": {"panoptic_root": str(tmp_path)},
+        "another": {},
+    }
+    for kind, metadata in kinds.items():
+        MetadataCatalog.get(f"of_{kind}").set(evaluator_type=kind, **metadata)
+    yield
+    for kind in kinds:
+        MetadataCatalog.remove(f"of_{kind}")
+
+
+@pytest.mark.parametrize(
+    "kind, package",
+    [
+        ("lvis", "lvis, .*: pip install git.*lvis-api"),
+        ("cityscapes_instance", "cityscapesscripts, .*: pip install cityscapesscripts"),
+        ("cityscapes_sem_seg", "cityscapesscripts"),
+        ("coco_panoptic_seg", "panopticapi, .*: pip install git.*panopticapi"),
+    ],
+)
+def test_a_package_that_is_missing(described, kind, package):
+    with pytest.raises(ConfigError, match=rf"the evaluation of of_{kind} .* needs {package}"):
+        check_evaluator(f"of_{kind}")
+
+
+def test_a_kind_without_evaluation(described):
+    with pytest.raises(ConfigError, match="of_another has the evaluator_type 'another'.*; known:"):
+        check_evaluator("of_another")
+
+
+def test_data_that_are_not_there(described, tmp_path, monkeypatch):
+    pretend(monkeypatch, "lvis")
+    (tmp_path / "lvis.json").unlink()
+    with pytest.raises(DataError, match="needs .*lvis.json, which does not exist; .*DETECTRON2"):
+        check_evaluator("of_lvis")
+
+
+@pytest.mark.parametrize(
+    "kind, evaluator",
+    [
+        ("lvis", LVISEvaluator),
+        ("cityscapes_instance", CityscapesInstanceEvaluator),
+        ("cityscapes_sem_seg", CityscapesSemSegEvaluator),
+    ],
+)
+def test_the_evaluation_that_detectron2_chooses(described, tmp_path, monkeypatch, kind, evaluator):
+    pretend(monkeypatch, "lvis", LVIS=mock.MagicMock())
+    pretend(monkeypatch, "cityscapesscripts")
+    pretend(monkeypatch, "shapely")
+    assert type(build_evaluator(f"of_{kind}", str(tmp_path))) is evaluator
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Two images in Pascal VOC's layout: a dog and a cat, and a dog."""
+    boxes = {"a": {"dog": (11, 11, 40, 40), "cat": (51, 51, 60, 80)}, "b": {"dog": (1, 1, 30, 90)}}
+    for directory in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/val.txt").write_text("\n".join(boxes))
+    for name, objects in boxes.items():
+        Image.new("RGB", (100, 100)).save(tmp_path / f"JPEGImages/{name}.jpg")
+        described = "".join(
+            f"<object><name>{kind}</name><pose>Left</pose><truncated>0</truncated>"
+            f"<difficult>0</difficult><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
+            f"<ymax>{y1}</ymax></bndbox></object>"
+            for kind, (x0, y0, x1, y1) in objects.items()
+        )
+        size = "<size><width>100</width><height>100</height></size>"
+        xml = f"<annotation>{size}{described}</annotation>"
+        (tmp_path / f"Annotations/{name}.xml").write_text(xml)
+    register_pascal_voc("own_voc", str(tmp_path), "val", 2012, ["dog", "cat"])
+    MetadataCatalog.get("own_voc").evaluator_type = "pascal_voc"
+    yield DatasetCatalog.get("own_voc")
+    DatasetCatalog.remove("own_voc")
+    MetadataCatalog.remove("own_voc")
+
+
+def test_pascal_voc(voc, tmp_path):
+    """All that is found is right, but the cat is not found."""
+    outputs = []
+    for image in voc:
+        boxes = [a["bbox"] for a in image["annotations"] if a["category_id"] == 0]
+        found = Instances((100, 100), pred_boxes=Boxes(boxes))
+        found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+        outputs.append({"instances": found})
+    results = evaluate(build_evaluator("own_voc", str(tmp_path)), voc, outputs)
+    assert results == {"bbox": {"AP": 50, "AP50": 50, "AP75": 50}}
+
+
+def test_semantic_segmentation(tmp_path):
+    """A quarter of the image is of the second class, and another quarter is taken for it."""
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:20, :20], labels[39] = 1, 255  # the last row is not labelled
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
+    root = str(tmp_path)
+    DatasetCatalog.register("own_sem_seg", lambda: load_sem_seg(root, root))
+    metadata = MetadataCatalog.get("own_sem_seg").set(evaluator_type="sem_seg", ignore_label=255)
+    metadata.set(stuff_classes=["ground", "grass"])
+    scores = torch.zeros(2, 40, 40)
+    scores[1, :20] = 1
+    scores[0, 20:] = 1
+    images = DatasetCatalog.get("own_sem_seg")
+    results = evaluate(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
+    DatasetCatalog.remove("own_sem_seg")
+    MetadataCatalog.remove("own_sem_seg")
+    ground, both = 19 * 40, 20 * 20
+    assert results["sem_seg"]["IoU-grass"] == pytest.approx(50)
+    assert results["sem_seg"]["IoU-ground"] == pytest.approx(100 * ground / (ground + both))
 
 
 @pytest.fixture
@@ -112,12 +237,18 @@ def panoptic_images(images, coco_files, tmp_path, monkeypatch):
     def id2rgb(ids):
         return np.stack([ids % 256, ids // 256 % 256, ids // 256**2], 2).astype(np.uint8)
 
-    for name, member in (("utils", id2rgb), ("evaluation", pq_compute)):
-        module = ModuleType(f"panopticapi.{name}")
-        setattr(module, member.__name__, member)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sys.modules, "panopticapi", ModuleType("panopticapi"))
+    pretend(monkeypatch, "panopticapi")
+    pretend(monkeypatch, "panopticapi.utils", id2rgb=id2rgb)
+    pretend(monkeypatch, "panopticapi.evaluation", pq_compute=pq_compute)
     return images
+
+
+def pretend(monkeypatch, name, **members):
+    """To have a package installed."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
 
 
 def lazy_evaluator(output_dir):

@@ -1,0 +1,134 @@
+"""Which evaluation a dataset gets: by its ``evaluator_type``, as in Detectron2's own
+``tools/train_net.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from gn_detect.config import ConfigError
+from gn_detect.data import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A kind of evaluation.
+
+    Attributes:
+        build: from the name of the dataset, the directory for results, and the options of COCO's.
+        packages: that it needs beside those of gn_detect: module -> what pip installs it from.
+    """
+
+    build: Sequence[Callable[[str, str, dict], DatasetEvaluator]]
+    packages: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _coco(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
+    return COCOEvaluator(name, output_dir=output_dir, use_fast_impl=False, **options)
+
+
+def _semantic(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
+    return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=_load_semantic_labels)
+
+
+def _load_semantic_labels(file_name: str, dtype: type) -> np.ndarray:
+    """The labels of an image, (height, width). Detectron2's own function asks for them without a
+    copy, which NumPy 2 refuses where it has to make one."""
+    with PathManager.open(file_name, "rb") as f:
+        return np.array(Image.open(f), dtype=dtype)
+
+
+_PANOPTICAPI = {"panopticapi": "git+https://github.com/cocodataset/panopticapi.git"}
+_CITYSCAPES = {"cityscapesscripts": "cityscapesscripts"}
+
+# By the evaluator_type in the metadata of a dataset.
+EVALUATORS = {
+    "coco": _Kind([_coco]),
+    "coco_panoptic_seg": _Kind(
+        [_coco, _semantic, lambda name, output_dir, _: COCOPanopticEvaluator(name, output_dir)],
+        _PANOPTICAPI,
+    ),
+    "sem_seg": _Kind([_semantic]),
+    "lvis": _Kind(
+        [lambda name, output_dir, _: LVISEvaluator(name, output_dir=output_dir)],
+        {"lvis": "git+https://github.com/lvis-dataset/lvis-api.git"},
+    ),
+    "cityscapes_instance": _Kind(
+        [lambda name, *_: CityscapesInstanceEvaluator(name)], {**_CITYSCAPES, "shapely": "shapely"}
+    ),
+    "cityscapes_sem_seg": _Kind([lambda name, *_: CityscapesSemSegEvaluator(name)], _CITYSCAPES),
+    "pascal_voc": _Kind([lambda name, *_: PascalVOCDetectionEvaluator(name)]),
+}
+
+
+# What an evaluation reads, by its key in the metadata.
+_PATHS = ("json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "gt_dir", "dirname")
+
+
+def check_evaluator(dataset_name: str) -> None:
+    """
+    Raises:
+        ConfigError: the evaluation of the dataset is of no kind in ``EVALUATORS``, or needs what is
+            not installed.
+        DataError: it needs a file or a directory that does not exist.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise ConfigError(
+            f"the dataset {dataset_name} has the evaluator_type {kind!r}, which no evaluation is "
+            f"for; known: {', '.join(EVALUATORS)}. Set it in MetadataCatalog.get('{dataset_name}')"
+            ", or register the data with register_coco_json"
+        )
+    for module, source in EVALUATORS[kind].packages.items():
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"the evaluation of {dataset_name} ({kind}) needs {module}, which is not "
+                f"installed: pip install {source}"
+            )
+    for key in _PATHS:
+        path = metadata.get(key)
+        if path and not PathManager.exists(path):
+            raise DataError(
+                f"the evaluation of {dataset_name} ({kind}) needs {path}, which does not exist; "
+                "Detectron2's own datasets are below the directory DETECTRON2_DATASETS"
+            )
+
+
+def build_evaluator(
+    dataset_name: str,
+    output_dir: str,
+    kpt_oks_sigmas: Sequence[float] = (),
+) -> DatasetEvaluator:
+    """
+    Args:
+        dataset_name: a registered dataset.
+        output_dir: directory for the results.
+        kpt_oks_sigmas: tolerance of each keypoint, relative to the size of the object; COCO's where
+            it is empty.
+
+    Raises:
+        ConfigError, DataError: see :func:`check_evaluator`.
+    """
+    check_evaluator(dataset_name)
+    options = {"kpt_oks_sigmas": kpt_oks_sigmas}
+    kind = EVALUATORS[MetadataCatalog.get(dataset_name).evaluator_type]
+    evaluators = [build(dataset_name, output_dir, options) for build in kind.build]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
