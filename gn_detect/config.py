@@ -92,6 +92,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     # type, 0 to 65535 of integers and 0 to 1 of floats.
     cfg.INPUT.setdefault("BIT_DEPTH_RANGE", ())
 
+    # What scores by COCO's rules: "pycocotools"; "fast": faster-coco-eval, whose numbers are equal,
+    # in a quarter of the time; "auto": "fast" where it is installed.
+    cfg.TEST.setdefault("COCO_EVAL", "auto")
+
     # What is refused, or warned of, before it wastes a run: docs/small_batches.md has the reasons.
     # False lets it pass.
     guards = cfg.setdefault("GUARDS", CfgNode())

@@ -45,6 +45,7 @@ _KEYS = {
     "warmup_iters": ("SOLVER.WARMUP_ITERS", ""),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
+    "coco_eval": ("TEST.COCO_EVAL", "dataloader.evaluator.coco_eval"),
 }
 
 

@@ -120,7 +120,8 @@ class Trainer(DefaultTrainer):
         # With several test sets, one directory for each, so that none overwrites another's.
         parts = ["inference"] if len(cfg.DATASETS.TEST) == 1 else ["inference", dataset_name]
         output = os.path.join(cfg.OUTPUT_DIR, *parts)
-        return build_evaluator(dataset_name, output, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        sigmas, coco_eval = cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.TEST.COCO_EVAL
+        return build_evaluator(dataset_name, output, sigmas, coco_eval)
 
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:

@@ -12,7 +12,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -25,6 +24,8 @@ from PIL import Image
 
 from gn_detect.config import ConfigError
 from gn_detect.data import DataError
+
+from .scoring import CocoEvaluator, choose_coco_eval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class _Kind:
 
 
 def _coco(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
-    return COCOEvaluator(name, output_dir=output_dir, use_fast_impl=False, **options)
+    return CocoEvaluator(name, output_dir, **options)
 
 
 def _semantic(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
@@ -82,7 +83,7 @@ EVALUATORS = {
 _PATHS = ("json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "gt_dir", "dirname")
 
 
-def check_evaluator(dataset_name: str) -> None:
+def check_evaluator(dataset_name: str, coco_eval: str = "auto") -> None:
     """
     Raises:
         ConfigError: the evaluation of the dataset is of no kind in ``EVALUATORS``, or needs what is
@@ -110,12 +111,14 @@ def check_evaluator(dataset_name: str) -> None:
                 f"the evaluation of {dataset_name} ({kind}) needs {path}, which does not exist; "
                 "Detectron2's own datasets are below the directory DETECTRON2_DATASETS"
             )
+    choose_coco_eval(coco_eval)
 
 
 def build_evaluator(
     dataset_name: str,
     output_dir: str,
     kpt_oks_sigmas: Sequence[float] = (),
+    coco_eval: str = "auto",
 ) -> DatasetEvaluator:
     """
     Args:
@@ -123,12 +126,13 @@ def build_evaluator(
         output_dir: directory for the results.
         kpt_oks_sigmas: tolerance of each keypoint, relative to the size of the object; COCO's where
             it is empty.
+        coco_eval: ``TEST.COCO_EVAL``.
 
     Raises:
         ConfigError, DataError: see :func:`check_evaluator`.
     """
-    check_evaluator(dataset_name)
-    options = {"kpt_oks_sigmas": kpt_oks_sigmas}
+    check_evaluator(dataset_name, coco_eval)
+    options = {"kpt_oks_sigmas": kpt_oks_sigmas, "coco_eval": coco_eval}
     kind = EVALUATORS[MetadataCatalog.get(dataset_name).evaluator_type]
     evaluators = [build(dataset_name, output_dir, options) for build in kind.build]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

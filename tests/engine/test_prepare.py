@@ -136,6 +136,7 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
             {},
             "cityscapes_fine_panoptic_val has the evaluator_type 'cityscapes_panoptic_seg'",
         ),
+        (["TEST.COCO_EVAL", "fastest"], {}, "COCO_EVAL is 'fastest'; known: auto, fast, pyc"),
         (
             ["DATASETS.TRAIN", ("coco_2017_train",), "DATASETS.TEST", ()],
             {},
