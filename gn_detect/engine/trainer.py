@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data.loader import build_test_loader, build_train_loader
-from gn_detect.evaluation import build_evaluator
+from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
 
 from .hooks import FirstIterations, ProgressBar
@@ -126,7 +126,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model, evaluators=None) -> dict:
         """Evaluate; leaves the random state as it was, so that training goes on the same."""
-        with preserved_random_state():
+        # Evaluators of others may take the masks as the tensor that Detectron2 makes of them.
+        ours = cls.build_evaluator.__func__ is Trainer.build_evaluator.__func__
+        with preserved_random_state(), masks_one_by_one(model, when=ours and evaluators is None):
             return super().test(cfg, model, evaluators)
 
     def build_hooks(self) -> list:

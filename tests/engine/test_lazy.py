@@ -8,17 +8,21 @@ from safetensors.torch import load_file
 from gn_detect.engine import lazy, prepare_run
 from gn_detect.engine.lazy import do_train
 from gn_detect.engine.trainer import build_loop
+from gn_detect.evaluation.masks import PastedMasks
 
 pytestmark = pytest.mark.slow
 
 
-def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path):
+def test_training_leaves_the_config_as_it_was(lazy_data, tmp_path, monkeypatch):
+    pasted, paste = [], PastedMasks.__iter__
+    monkeypatch.setattr(PastedMasks, "__iter__", lambda m: pasted.append(m) or paste(m))
     cfg = lazy_data(f"train.output_dir={tmp_path}", "train.max_iter=1")
     prepare_run(cfg)
     before = OmegaConf.to_yaml(cfg)
     results = do_train(cfg)
     assert OmegaConf.to_yaml(cfg) == before
     assert {"bbox", "segm"} == set(results)
+    assert pasted  # one by one
     weights = tmp_path / "model_final.safetensors"
     weights.unlink()  # as if the disk had been full
     assert do_train(cfg, resume=True).keys() == results.keys()

@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.events import EventStorage
 from helpers import assert_equal, record_images, stream, weights
 
 from gn_detect.engine import Trainer
 from gn_detect.engine.hooks import ProgressBar
+from gn_detect.evaluation.masks import PastedMasks
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +32,42 @@ def test_evaluation_does_not_change_what_training_draws(train):
     results = Trainer.test(trainer.cfg, trainer.model)
     assert torch.equal(before, torch.get_rng_state())
     assert {"bbox", "segm"} <= results.keys() and "AP50" in results["bbox"]
+
+
+@pytest.fixture
+def pasted(monkeypatch):
+    """How many masks were made one by one."""
+    made, make = [], PastedMasks.__getitem__
+
+    def count(masks, index):
+        made.append(make(masks, index))
+        return made[-1]
+
+    monkeypatch.setattr(PastedMasks, "__getitem__", count)
+    return made
+
+
+class OthersTrainer(Trainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return super().build_evaluator(cfg, dataset_name)
+
+
+def test_results_are_detectron2s(train, tmp_path, pasted):
+    trainer = train("evaluated")
+    ours = Trainer.test(trainer.cfg, trainer.model)
+    assert pasted
+    pasted.clear()
+    detectron2 = COCOEvaluator("own", output_dir=str(tmp_path / "theirs"), use_fast_impl=False)
+    theirs = Trainer.test(trainer.cfg, trainer.model, [detectron2])
+    OthersTrainer.test(trainer.cfg, trainer.model)
+    assert not pasted  # others may look at the masks in any way
+    assert ours.keys() == theirs.keys() == {"bbox", "segm"}
+    for task, metrics in theirs.items():
+        assert ours[task] == pytest.approx(metrics, nan_ok=True)
+    files = (tmp_path / "evaluated" / "inference", tmp_path / "theirs")
+    found = [json.loads((f / "coco_instances_results.json").read_text()) for f in files]
+    assert found[0] == found[1] and "counts" in found[0][0]["segmentation"]
 
 
 def test_a_loss_that_is_not_finite(train, tmp_path, monkeypatch):
