@@ -1,10 +1,17 @@
-"""What a training shows of its progress."""
+"""What a training shows of its progress, and when it is saved."""
 
 from __future__ import annotations
 
-from detectron2.engine import HookBase
+import os
+
+from detectron2.checkpoint import Checkpointer
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from tqdm import tqdm
+
+from gn_detect.checkpoint.saving import remove_checkpoints
+
+BEFORE_EVALUATION = "model_before_evaluation"
 
 
 class FirstIterations(HookBase):
@@ -25,6 +32,34 @@ class FirstIterations(HookBase):
         written = done % self._period == 0 or done == self.trainer.max_iter
         if done - self.trainer.start_iter in (1, 2, 5, 10) and not written:
             self._printer.write()
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, which also saves before each evaluation, so that nothing that happens in one
+    costs the training.
+
+    Where that is not an iteration of ``period``, the file is one of its own, replaced before the
+    next evaluation and removed with the next periodic checkpoint: of those, a run leaves what it
+    would have left without it.
+
+    Args:
+        checkpointer, period: of Detectron2's.
+        eval_period: of its EvalHook; 0 where there is nothing to evaluate.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, eval_period: int, **arguments):
+        super().__init__(checkpointer, period, **arguments)
+        self._eval_period = eval_period
+
+    def step(self, iteration: int, **state) -> None:
+        super().step(iteration, **state)
+        done = iteration + 1
+        if done % self.period == 0 or done >= self.max_iter:
+            directory, name = self.checkpointer.save_dir, f"{BEFORE_EVALUATION}.pth"
+            if self.path_manager.exists(os.path.join(directory, name)):
+                remove_checkpoints(self.path_manager, directory, [name])
+        elif self._eval_period > 0 and done % self._eval_period == 0:
+            self.checkpointer.save(BEFORE_EVALUATION, iteration=iteration, **state)
 
 
 class ProgressBar(EventWriter):

@@ -18,7 +18,7 @@ from gn_detect.data.coco import read_canonical
 from gn_detect.evaluation import masks_one_by_one, takes_items
 from gn_detect.settings import Settings
 
-from .hooks import FirstIterations
+from .hooks import FirstIterations, PeriodicCheckpointer
 from .lazy_config import instantiate_key
 from .prepare import dataset_names
 from .resume import preserved_random_state
@@ -80,7 +80,9 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     trainer.register_hooks([progress, hooks.IterationTimer(), schedule])
     if comm.is_main_process():
         periodic = {k: v for k, v in train.checkpointer.items() if k != "max_to_keep"}
-        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **periodic)])
+        period = train.eval_period if "evaluator" in cfg.dataloader else 0
+        saving = PeriodicCheckpointer(checkpointer, eval_period=period, **periodic)
+        trainer.register_hooks([saving])
     trainer.register_hooks([hooks.EvalHook(train.eval_period, evaluate)])
     if comm.is_main_process():  # last, so that it writes what the others have measured
         writers = default_writers(train.output_dir, train.max_iter)

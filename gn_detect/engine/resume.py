@@ -45,7 +45,7 @@ class Resume(HookBase):
         self._loop = loop
         self._checkpointer = checkpointer
         self._max_iter = run["max_iter"]
-        self._period = run["checkpoint_period"]
+        self._periods = [run["checkpoint_period"], run["eval_period"]]
         self._batch = {
             "images_per_iteration": run["ims_per_batch"],
             "accumulate_steps": loop.accumulate_steps,
@@ -137,7 +137,7 @@ class Resume(HookBase):
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        saves = done % self._period == 0 or done >= self._max_iter
+        saves = done >= self._max_iter or any(p > 0 and done % p == 0 for p in self._periods)
         if comm.get_world_size() > 1:
             self._others = comm.gather(get_random_state())[1:] if saves else []
 

@@ -23,7 +23,7 @@ from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
 
-from .hooks import FirstIterations, ProgressBar
+from .hooks import FirstIterations, PeriodicCheckpointer, ProgressBar
 from .prepare import dataset_names, shorten_expected_error
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
@@ -133,6 +133,10 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list:
         ret = super().build_hooks()
+        solver, test = self.cfg.SOLVER, self.cfg.TEST
+        period = test.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
+        saving = PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, period)
+        ret = [saving if isinstance(h, hooks.PeriodicCheckpointer) else h for h in ret]
         if comm.is_main_process():
             ret.append(FirstIterations(self.max_iter))
         return ret

@@ -59,7 +59,8 @@ def train_and_resume(files: CocoFiles, output: Path) -> None:
     """In each of two processes."""
 
     def train(name, stop, seed, resume=False):
-        options = (*TWO_IMAGES, "SOLVER.CHECKPOINT_PERIOD", 2, "SEED", seed + comm.get_rank())
+        periods = ("SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2)  # both are saved at
+        options = (*TWO_IMAGES, *periods, "SEED", seed + comm.get_rank())
         trainer = build_trainer(files, output / name, *options, resume=resume)
         seen = []  # what the model sees of an image tells its augmentation: size and flip
         trainer.model.register_forward_pre_hook(
