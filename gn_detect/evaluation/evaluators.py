@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 
@@ -46,14 +47,34 @@ def _coco(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
 
 
 def _semantic(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
-    return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=_load_semantic_labels)
+    metadata = MetadataCatalog.get(name)
+    load = functools.partial(
+        _load_labels, count=len(metadata.stuff_classes), ignored=metadata.ignore_label
+    )
+    return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=load)
 
 
-def _load_semantic_labels(file_name: str, dtype: type) -> np.ndarray:
+def _load_labels(file_name: str, dtype: type, count: int, ignored: int) -> np.ndarray:
     """The labels of an image, (height, width). Detectron2's own function asks for them without a
-    copy, which NumPy 2 refuses where it has to make one."""
-    with PathManager.open(file_name, "rb") as f:
-        return np.array(Image.open(f), dtype=dtype)
+    copy, which NumPy 2 refuses where it has to make one.
+
+    Raises:
+        DataError: the file cannot be read, or has other labels than 0 to ``count`` - 1 and
+            ``ignored``.
+    """
+    try:
+        with PathManager.open(file_name, "rb") as f:
+            labels = np.array(Image.open(f), dtype=dtype)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read the labels {file_name} ({error}); replace it") from error
+    unknown = labels[(labels != ignored) & ((labels < 0) | (labels >= count))]
+    if labels.ndim != 2 or unknown.size:
+        found = f"the label {unknown[0]}" if labels.ndim == 2 else "colours"
+        raise DataError(
+            f"{file_name} has {found}; labels are one channel of 0 to {count - 1}, the classes, "
+            f"and {ignored} where there is none"
+        )
+    return labels
 
 
 _PANOPTICAPI = {"panopticapi": "git+https://github.com/cocodataset/panopticapi.git"}
