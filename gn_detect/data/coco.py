@@ -170,6 +170,8 @@ def check_coco_dataset(name: str, **needs: bool) -> CocoSummary | None:
         return None
     if metadata.get("generate"):
         metadata.generate()
+    if not metadata.get("json_file"):
+        return None  # its dicts are the ground truth, which Detectron2 converts
     if name.startswith("coco_") and not os.path.isfile(metadata.json_file):
         raise DataError(
             f"{name}: there is no {metadata.json_file}; set DETECTRON2_DATASETS to the directory "

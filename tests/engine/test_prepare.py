@@ -3,7 +3,7 @@ import logging
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import SQUARE_RLE, TINY
 
 from gn_detect import get_config_file
@@ -93,6 +93,14 @@ def test_what_is_trained_on_is_described_once(own_data, coco_files, caplog):
     with caplog.at_level(logging.INFO, "gn_detect"):
         prepare([*own_data, *TINY, "MODEL.WEIGHTS", __file__], eval_only=True)
     assert "data of own" not in caplog.text
+
+
+def test_a_dataset_without_a_json(own_data):
+    DatasetCatalog.register("dicts", lambda: [])
+    MetadataCatalog.get("dicts").set(evaluator_type="coco", thing_classes=["dog", "cat"])
+    prepare([*own_data, *TINY, "DATASETS.TEST", ("dicts",)])
+    DatasetCatalog.remove("dicts")
+    MetadataCatalog.remove("dicts")
 
 
 def test_mask_format_follows_the_data(own_data, coco_files):
