@@ -129,18 +129,16 @@ class CocoData:
                 strict=True,
             )
         ]
-        masks = len(self.polygon_ends) or self.rles
-        columns = (self.image, self.category, self.bbox, self.crowd.astype(int), self.keypoints)
-        for index, (image, category, bbox, crowd, keypoints) in enumerate(
-            zip(*(column.tolist() for column in columns), strict=True)
-        ):
+        columns = [self.image, self.category, self.bbox, self.crowd.astype(int), self.no_mask]
+        if self.keypoints.size:  # indices of pixels in the file, positions of their centres here
+            columns.append(self.keypoints + np.resize([0.5, 0.5, 0], self.keypoints.shape[1]))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for index, (image, category, bbox, crowd, no_mask, *keypoints) in enumerate(rows):
             item = {"iscrowd": crowd, "bbox": bbox, "category_id": category}
-            if masks and not self.no_mask[index]:
+            if not no_mask:
                 item["segmentation"] = self.segmentation(index) or []
-            if keypoints:  # indices of pixels in the file, positions of their centres here
-                keypoints[0::3] = [x + 0.5 for x in keypoints[0::3]]
-                keypoints[1::3] = [y + 0.5 for y in keypoints[1::3]]
-                item["keypoints"] = keypoints
+            if keypoints:
+                (item["keypoints"],) = keypoints
             item["bbox_mode"] = BoxMode.XYWH_ABS
             images[image]["annotations"].append(item)
         return images
