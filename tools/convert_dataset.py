@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Convert annotations of YOLO, Pascal VOC or LabelMe to a COCO JSON, or a COCO JSON back.
 
-python tools/convert_dataset.py data.yaml --split train --output train.json
-python tools/convert_dataset.py VOC2012 --split train --output train.json
-python tools/convert_dataset.py labelme/ --images photos/ --output train.json
-python tools/convert_dataset.py train.json --to yolo --output yolo/
+python tools/convert_dataset.py --from yolo data.yaml --split train --output train.json
+python tools/convert_dataset.py --from voc VOC2012 --split Main/train --output train.json
+python tools/convert_dataset.py --from labelme labels/ --images photos/ --output train.json
+python tools/convert_dataset.py --to yolo train.json --output yolo/
 """
 
 import argparse
@@ -15,61 +15,39 @@ import msgspec
 
 from gn_detect.data import DataError
 from gn_detect.data.coco_pack import read_coco
-from gn_detect.data.formats import FORMATS, guess_format, read, to_coco, write_voc, write_yolo
+from gn_detect.data.formats import READERS, from_coco
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "input", type=Path, metavar="INPUT", help="folder of the label files, data.yaml, or JSON"
-    )
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="of INPUT")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", choices=READERS, dest="reader")
+    direction.add_argument("--to", choices=("yolo", "voc"))
+    parser.add_argument("input", type=Path, help="folder of the label files, data.yaml, or JSON")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
-    parser.add_argument("--split", help="train, val or test, where INPUT has several")
-    parser.add_argument(
-        "--classes",
-        type=lambda names: [name.strip() for name in names.split(",")],
-        metavar="A,B,...",
-        help="names in the order of their ids; else those of data.yaml, or all labels, sorted",
-    )
-    parser.add_argument(
-        "--to", choices=("coco", "yolo", "voc"), default="coco", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="OUT", help="JSON, or folder with --to"
-    )
+    parser.add_argument("--split", help="of data.yaml (train), or in ImageSets (Main/train)")
+    parser.add_argument("--classes", metavar="A,B,...", help="names in the order of their ids")
+    parser.add_argument("--output", type=Path, required=True, help="JSON, or folder with --to")
     args = parser.parse_args()
-    if args.to != "coco" and (args.images or args.split or args.classes or args.format != "auto"):
-        parser.error(f"--to {args.to} takes a COCO JSON, and none of its options are needed")
+    if args.to and (args.images or args.split or args.classes):
+        parser.error("--images, --split and --classes go with --from alone")
     return args
 
 
 def main(args):
-    if not args.input.exists():
-        raise DataError(f"there is no {args.input}")
-    if args.to != "coco":
-        data = read_coco(str(args.input))
-        notes = (write_yolo if args.to == "yolo" else write_voc)(data, args.output)
-        counts, names = (len(data.file_names), len(data.image)), data.classes.values()
-        where = f"of {args.input}; images are not copied"
+    if args.to:
+        notes = from_coco(read_coco(str(args.input)), args.output, args.to)
+        print(f"written: {args.output}; images are not copied")
     else:
-        kind = args.format
-        if kind == "auto":
-            kind = guess_format(args.input)
-            print(f"format: {kind} (--format names another)")
-        source = read(args.input, kind, args.images, args.split, args.classes)
-        content, notes = to_coco(source, args.classes)
+        classes = args.classes and [name.strip() for name in args.classes.split(",")]
+        content, notes = READERS[args.reader](args.input, args.images, args.split, classes)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_bytes(msgspec.json.encode(content))
-        counts = len(content["images"]), len(content["annotations"])
-        names = [category["name"] for category in content["categories"]]
-        where = f"images in {source.image_root}"
-    print(
-        f"written: {args.output}: {counts[0]} images, {counts[1]} annotations, {len(names)} "
-        f"classes ({','.join(names)}); {where}"
-    )
+        names = ",".join(category["name"] for category in content["categories"])
+        counts = f"{len(content['images'])} images, {len(content['annotations'])} annotations"
+        print(f"written: {args.output}: {counts}, classes {names}")
     print(f"lost or changed: {notes or 'nothing'}")
 
 
