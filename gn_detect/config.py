@@ -87,6 +87,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     lsj.setdefault("MAX_SCALE", 2.0)
     lsj.setdefault("IMAGE_SIZE", 1024)  # pixels
 
+    # Pairs of keypoints that a horizontal flip exchanges, by their names in ``categories``, such as
+    # [["left_eye", "right_eye"]]; None: those of left and right in their names.
+    cfg.INPUT.setdefault("KEYPOINT_FLIP_PAIRS", None)
+
     # The values of images with more than 8 bits (16-bit, 32-bit integer, float) that become 0 and
     # 255, such as (0, 4095) of a camera of 12 bits; values beyond are refused. (): those of the
     # type, 0 to 65535 of integers and 0 to 1 of floats.
@@ -124,8 +128,9 @@ def locate(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
 def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     """Detectron2's defaults and our keys, then ``config_file``, then ``opts`` (KEY VALUE ...).
 
-    ``NUM_CLASSES`` of ``MODEL.ROI_HEADS`` and ``MODEL.RETINANET`` is None where neither states it:
-    it then follows the data (``engine.prepare_run``). YAML that would execute code is refused.
+    ``NUM_CLASSES`` of ``MODEL.ROI_HEADS`` and ``MODEL.RETINANET``, and ``NUM_KEYPOINTS`` of
+    ``MODEL.ROI_KEYPOINT_HEAD``, are None where neither states them: they then follow the data
+    (``engine.prepare_run``). YAML that would execute code is refused.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a key or the type of a value is wrong.
@@ -133,6 +138,7 @@ def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode
     cfg = get_cfg()
     add_gn_config(cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = None
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = None
     try:
         source = config_file
         if config_file:

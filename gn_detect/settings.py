@@ -26,7 +26,15 @@ _KEYS = {
     "test_data": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "masks": ("MODEL.MASK_ON", "dataloader.train.mapper.use_instance_mask"),
     "keypoints": ("MODEL.KEYPOINT_ON", "dataloader.train.mapper.use_keypoint"),
+    "num_keypoints": (
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+        "model.roi_heads.keypoint_head.num_keypoints",
+    ),
+    "flip_pairs": ("INPUT.KEYPOINT_FLIP_PAIRS", ""),  # lazy configs have the indices themselves
+    "flip_indices": ("", "dataloader.train.mapper.keypoint_hflip_indices"),
+    "flip": ("INPUT.RANDOM_FLIP", ""),
     "mask_format": ("INPUT.MASK_FORMAT", "dataloader.train.mapper.instance_mask_format"),
+    "oks_sigmas": ("TEST.KEYPOINT_OKS_SIGMAS", ""),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
     "input_format": ("INPUT.FORMAT", "model.input_format"),
     "bit_depth_range": ("INPUT.BIT_DEPTH_RANGE", "dataloader.train.mapper.bit_depth_range"),
@@ -81,7 +89,7 @@ def _yaml_keys(cfg: CfgNode) -> dict[str, str]:
     retinanet = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "GNRetinaNet")
     section = "RETINANET" if retinanet else "ROI_HEADS"
     keys = {
-        **{name: yaml for name, (yaml, _) in _KEYS.items()},
+        **{name: yaml for name, (yaml, _) in _KEYS.items() if yaml},
         **{name: f"GUARDS.{name}" for name in cfg.GUARDS},
         "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
         "num_classes": f"MODEL.{section}.NUM_CLASSES",
@@ -112,6 +120,9 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         **{name.upper(): f"train.guards.{name}" for name in cfg.train.guards},
         "freeze_at": first(f"{resnet}.freeze_at"),
         "num_classes": first("model.roi_heads.num_classes", "model.num_classes"),
+        # It has a default, so that a config need not have it.
+        "oks_sigmas": first("dataloader.evaluator._target_")
+        and "dataloader.evaluator.kpt_oks_sigmas",
         "image_size": first(
             f"{augmentations}[1].crop_size", f"{augmentations}[0].short_edge_length"
         ),

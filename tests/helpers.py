@@ -43,10 +43,12 @@ def as_shipped(name: str):
 
 
 def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", *opts):
-    """A config that ships with gn_detect, on the CPU, without weights, with 80 classes."""
+    """A config that ships with gn_detect, on the CPU, without weights, for COCO's 80 classes and 17
+    keypoints."""
     base = [
         *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0),
         *("MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.RETINANET.NUM_CLASSES", 80),
+        *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 17),
     ]
     return load_config(gn_detect.get_config_file(name), [*base, *opts])
 

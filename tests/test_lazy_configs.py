@@ -41,7 +41,8 @@ def yaml_config(name):
     cfg = load_config(gn_detect.get_config_file(f"{name}.yaml"), ["MODEL.DEVICE", "cpu"])
     for section in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         if section.NUM_CLASSES is None:  # it follows the data
-            section.NUM_CLASSES = 80
+            section.NUM_CLASSES = 1 if cfg.MODEL.KEYPOINT_ON else 80
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
     return cfg
 
 

@@ -49,6 +49,7 @@ def test_weights_and_guards(name, caplog):
     no public weights, the user is told so."""
     cfg = as_shipped(name).clone()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 80  # as from the data
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
     weights = cfg.MODEL.WEIGHTS
     depth = cfg.MODEL.RESNETS.DEPTH
     from_scratch = any(word in name for word in ("scratch", "_lsj_", "table3", "quickstart"))

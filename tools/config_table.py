@@ -39,11 +39,13 @@ def numerically(path: Path) -> list:
 
 
 def model_size(config: Path) -> tuple[float, int]:
-    """(millions of parameters, GroupNorm layers); 80 classes where none are stated."""
+    """(millions of parameters, GroupNorm layers), of a model for COCO where no number of classes or
+    keypoints is stated."""
     cfg = load_config(str(config), ["MODEL.DEVICE", "meta", "MODEL.WEIGHTS", ""])
     for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         if head.NUM_CLASSES is None:
-            head.NUM_CLASSES = 80
+            head.NUM_CLASSES = 1 if cfg.MODEL.KEYPOINT_ON else 80
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 17
     with torch.device("meta"):
         model = build_model(cfg)
     layers = sum(isinstance(m, nn.GroupNorm) for m in model.modules())

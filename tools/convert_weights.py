@@ -24,7 +24,7 @@ from gn_detect.checkpoint.export import (
 )
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
-from gn_detect.engine.prepare import classes_from_weights
+from gn_detect.engine.follow_data import outputs_from_weights
 
 
 def parse_args():
@@ -61,7 +61,7 @@ def main(args):
         cfg.MODEL.DEVICE = "cpu"
         cfg.GUARDS.BN_WEIGHTS_INTO_GN &= not args.allow_bn_conv_only
         weights = read_weights(args.weights)
-        classes_from_weights(cfg, weights)
+        outputs_from_weights(cfg, weights)
         guards = WeightGuards.from_config(cfg)
         checkpointer = Checkpointer(build_model(cfg), guards=guards)
         coverage = checkpointer.check(weights, args.weights)

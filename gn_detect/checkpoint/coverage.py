@@ -171,6 +171,12 @@ def num_classes(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return None
 
 
+def num_keypoints(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The number of keypoints of a detector with such ``shapes``; None where it has none."""
+    heads = (s for n, s in shapes.items() if n.endswith("keypoint_head.score_lowres.weight"))
+    return next((shape[1] for shape in heads), None)  # of a transposed convolution
+
+
 def component_of(name: str) -> str:
     """The part of a detector that the parameter ``name`` belongs to."""
     components = (part for pattern, part in _COMPONENTS.items() if re.match(pattern, name))

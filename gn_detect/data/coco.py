@@ -7,6 +7,7 @@ found here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
@@ -26,6 +27,7 @@ from .coco_check import check_classes, check_keypoints, check_masks, check_objec
 from .coco_data import CocoData
 from .coco_pack import read_coco
 from .image_check import check_images
+from .keypoints import keypoint_metadata, keypoint_names, keypoint_warnings
 from .paths import find_files
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class CocoSummary:
         num_images, num_annotations: as listed in the file.
         num_crowds: annotations that are crowd regions: no objects to be trained on.
         has_rle: an object (not a crowd region) has its mask as RLE.
+        keypoints: their names, where the model needs them.
         warnings: what was mended, left out, or looks wrong, one sentence each.
     """
 
@@ -54,6 +57,7 @@ class CocoSummary:
     num_annotations: int = 0
     num_crowds: int = 0
     has_rle: bool = False
+    keypoints: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -131,11 +135,14 @@ def _register(
     exact_names: bool = True,
 ) -> None:
     def load() -> list[dict]:
-        data = load_coco(json_file)
-        MetadataCatalog.get(name).set(
+        data, metadata = load_coco(json_file), MetadataCatalog.get(name)
+        metadata.set(
             thing_classes=list(data.classes.values()),
             thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(data.classes)},
         )
+        with contextlib.suppress(DataError):  # for a model with keypoints, they have been checked
+            keypoints = keypoint_metadata(data).items()
+            metadata.set(**{k: v for k, v in keypoints if metadata.get(k) is None})
         names = data.file_names
         if not exact_names:
             names = find_files(json_file, image_root, names, exact=False)
@@ -183,7 +190,15 @@ def check_coco_dataset(name: str, **needs: bool) -> CocoSummary | None:
             f"{metadata.json_file} declares other categories than the dataset {name} of Detectron2 "
             "has; register it under a name of its own"
         )
-    return check_coco_json(metadata.json_file, metadata.image_root, **needs)
+    summary = check_coco_json(metadata.json_file, metadata.image_root, **needs)
+    names = list(metadata.get("keypoint_names", summary.keypoints))
+    if summary.keypoints and len(names) != len(summary.keypoints):
+        raise DataError(
+            f"{metadata.json_file} has {len(summary.keypoints)} keypoints, the metadata of the "
+            f"dataset {name} name {len(names)}; register it under a name of its own"
+        )
+    summary.keypoints = names if summary.keypoints else []
+    return summary
 
 
 def check_coco_json(
@@ -222,12 +237,20 @@ def check_coco_json(
     if not data.has_annotations:
         if training:
             raise DataError(f"{json_file} is not in COCO format: it has no list 'annotations'")
-        return CocoSummary(data.classes, len(data.image_ids), warnings=_log(json_file, warnings))
+        return CocoSummary(
+            data.classes,
+            len(data.image_ids),
+            keypoints=keypoint_names(data) if keypoints else [],
+            warnings=_log(json_file, warnings),
+        )
     if masks:
         needed = ~data.crowd | evaluation
         check_masks(data, needed, scored=evaluation)
+    names = []
     if keypoints:
         check_keypoints(data)
+        names = keypoint_names(data)
+        warnings += keypoint_warnings(data)
     warnings += [*data.mended, *check_objects(data, masks), *check_boxes(data, masks, box_format)]
     if training:
         warnings += check_classes(data)
@@ -237,6 +260,7 @@ def check_coco_json(
         num_annotations=len(data.image) + data.unknown_images[0],
         num_crowds=int(data.crowd.sum()),
         has_rle=any(not data.crowd[i] for i in data.rles),
+        keypoints=names,
         warnings=_log(json_file, warnings),
     )
 

@@ -38,9 +38,9 @@ def check_keypoints(data: CocoData) -> None:
         DataError: the keypoints of an annotation cannot be used, or there are none.
     """
     _refuse(data, list(data.keypoint_errors), data.keypoint_errors)
-    if data.has_annotations and not data.keypoints.size:
+    if data.has_annotations and not (data.keypoints[:, 2::3] > 0).any():
         raise DataError(
-            f"{data.json_file} has no keypoints; add them to its annotations, or set "
+            f"{data.json_file} has no visible keypoints; add them to its annotations, or set "
             "MODEL.KEYPOINT_ON False"
         )
 

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import (
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     detection_utils,
@@ -33,6 +34,7 @@ from .images import (
     read_labels,
     value_range,
 )
+from .keypoints import flip_indices, flip_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +101,8 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     of its ``SOLVER.ACCUMULATE_STEPS`` forward passes takes.
     """
     read_canonical(*cfg.DATASETS.TRAIN, exact_names=cfg.GUARDS.FILE_NAMES)
-    mapper = NamingDatasetMapper(cfg)
-    arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
+    arguments = build_detection_train_loader.from_config(cfg, mapper=NamingDatasetMapper)
+    arguments["mapper"] = NamingDatasetMapper(cfg)  # now that the data are read, and their metadata
     arguments["total_batch_size"] //= cfg.SOLVER.ACCUMULATE_STEPS or 1
     return resumable_train_loader(**arguments)
 
@@ -185,8 +187,16 @@ class NamingDatasetMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        if cfg.MODEL.KEYPOINT_ON and not is_train:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False  # no annotations are read, and no training set is needed
         args = super().from_config(cfg, is_train)
         args["bit_depth_range"] = cfg.INPUT.BIT_DEPTH_RANGE
+        if args["use_keypoint"] and cfg.INPUT.KEYPOINT_FLIP_PAIRS is not None:
+            names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).keypoint_names
+            pairs = flip_pairs(names, cfg.INPUT.KEYPOINT_FLIP_PAIRS)
+            args["keypoint_hflip_indices"] = flip_indices(names, pairs)
         jitter, crop = (is_train and c.ENABLED for c in (cfg.INPUT.LSJ, cfg.INPUT.CROP))
         if jitter and crop:
             raise ConfigError(

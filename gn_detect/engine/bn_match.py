@@ -14,7 +14,7 @@ from gn_detect.checkpoint.weight_guards import bn_into_gn
 from gn_detect.config import ConfigError, locate
 from gn_detect.modeling.norm import weight_standardization_from_config
 
-from .prepare import classes_from_weights
+from .follow_data import outputs_from_weights
 
 _GN_KINDS = ("GN", "LN", "IN")
 # The parts of a detector, by their names in coverage.component_of, and the keys of their norms. A
@@ -85,7 +85,7 @@ def load_pair(cfg: CfgNode, weights: str) -> Pair:
             f"{weights} was trained with Weight Standardization ({variant}), without which its "
             "convolutions compute something else; give weights that were trained without it"
         )
-    classes_from_weights(cfg, loaded)
+    outputs_from_weights(cfg, loaded)
     target = build_model(cfg).eval()
     if not _group_norms(target):
         raise ConfigError(

@@ -11,8 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from gn_detect.checkpoint import CheckpointError, Weights, WeightsError
-from gn_detect.checkpoint.coverage import num_classes
+from gn_detect.checkpoint import CheckpointError, WeightsError
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
@@ -20,6 +19,7 @@ from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
+from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
 from .model_input import describe_data
@@ -67,10 +67,10 @@ def prepare_run(
 ) -> None:
     """Complete ``cfg`` in place for this machine and its datasets, and check it.
 
-    Sets the device (and AMP) where there is no CUDA, classes and format of the masks from the data,
-    and the schedule from the images of a GPU (``solver/schedule.py``), and logs each with the
-    reason. Looks through the annotations of the COCO-format datasets, and says what there is to
-    train on, in the first process where there are others already.
+    Sets the device (and AMP) where there is no CUDA, classes, keypoints and format of the masks
+    from the data, and the schedule from the images of a GPU (``solver/schedule.py``), and logs each
+    with the reason. Looks through the annotations of the COCO-format datasets, and says what there
+    is to train on, in the first process where there are others already.
 
     Args:
         cfg: of :func:`gn_detect.config.load_config` or :func:`.lazy_config.load_lazy_config`.
@@ -95,8 +95,9 @@ def prepare_run(
         check_options(cfg, training=not eval_only)
     summaries = _check_datasets(run, eval_only) if comm.is_main_process() else {}
     summaries = comm.all_gather(summaries)[0]
-    _resolve_masks(run, eval_only, summaries)
-    _resolve_classes(run, summaries)
+    resolve_masks(run, () if eval_only else dataset_names(run, "train"), summaries)
+    resolve_classes(run, summaries)
+    resolve_keypoints(run, summaries, training=not eval_only)
     if eval_only:
         return
     keep = run["keep"] or 0
@@ -232,46 +233,3 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
         summaries[name] = summary
         logger.info(f"{name}: {summary}")
     return summaries
-
-
-def _resolve_masks(run: Settings, eval_only: bool, summaries: dict[str, CocoSummary]) -> None:
-    train = () if eval_only or not run["masks"] else dataset_names(run, "train")
-    for name in train:
-        if name in summaries and summaries[name].has_rle and run["mask_format"] != "bitmask":
-            run["mask_format"] = "bitmask"
-            logger.info(f"{run.keys['mask_format']} = bitmask: {name} has masks as RLE")
-
-
-def _resolve_classes(run: Settings, summaries: dict[str, CocoSummary]) -> None:
-    if "num_classes" not in run.keys:  # of a lazy config: a model of its own kind
-        return
-    key, stated = run.keys["num_classes"], run["num_classes"]
-    if not summaries:
-        if stated is None:
-            raise ConfigError(f"{key}: no dataset in COCO format declares it; set it")
-        return
-    (first, summary), *others = summaries.items()
-    for name, other in others:
-        if other.classes != summary.classes:
-            differ = sorted(dict(other.classes.items() ^ summary.classes.items()), key=str)
-            raise DataError(
-                f"the datasets {first} and {name} declare different categories (ids "
-                f"{', '.join(map(str, differ[:10]))}); ids and names must be the same in both"
-            )
-    count = len(summary.classes)
-    if stated is not None and stated != count:
-        raise ConfigError(
-            f"{key} is {stated}, but the dataset {first} declares {count} categories; set it to "
-            f"{count}, or leave it out of a YAML config, and it follows the data"
-        )
-    run["num_classes"] = count
-    names = ", ".join(map(str, summary.classes.values()))
-    logger.info(f"{key} = {count}, from the dataset {first}: {names}")
-
-
-def classes_from_weights(cfg: CfgNode, weights: Weights) -> None:
-    """Set the number of classes from the predictor in ``weights`` where ``cfg`` leaves it open; to
-    1 where they have none."""
-    run = Settings(cfg)
-    if run["num_classes"] is None:
-        run["num_classes"] = num_classes(weights.shapes) or 1

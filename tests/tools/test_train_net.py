@@ -112,6 +112,28 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
     assert (tmp_path / "run" / same).read_bytes() == (tmp_path / "eval" / same).read_bytes()
 
 
+def test_keypoints_of_own_data_train_and_are_evaluated(coco_files, tmp_path):
+    for annotation in coco_files.content["annotations"]:
+        annotation.update(keypoints=[8, 8, 2, 31, 31, 2], num_keypoints=2)
+    for category in coco_files.content["categories"]:
+        category["keypoints"] = ["top_left", "bottom_right"]
+    coco_files.write()
+    config = ROOT / "configs/COCO-Keypoints/scratch_keypoint_rcnn_R_50_FPN_gn_3x.yaml"
+    options = [*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SOLVER.MAX_ITER", 2]
+    options += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)", "SOLVER.IMS_PER_BATCH", 1]
+    evaluated = ("--config-file", config, *coco_files.arguments("val"), *options)
+    run = train_net(*coco_files.arguments(), *evaluated, "OUTPUT_DIR", tmp_path / "run").stdout
+    assert "NUM_KEYPOINTS = 2, from the dataset custom_train: top_left, bottom_right" in run
+    trained = metrics(tmp_path / "run")
+    assert {"loss_keypoint", "keypoints/AP", "bbox/AP"} <= trained.keys()
+    weights = ("MODEL.WEIGHTS", tmp_path / "run/model_final.pth", "OUTPUT_DIR", tmp_path / "eval")
+    train_net("--eval-only", *evaluated, *weights)
+    results = "inference/coco_instances_results.json"
+    written = (tmp_path / "eval" / results).read_bytes()
+    assert written == (tmp_path / "run" / results).read_bytes()
+    assert {len(result["keypoints"]) for result in json.loads(written)} == {6}
+
+
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
 
 
