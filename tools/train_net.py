@@ -2,9 +2,11 @@
 """Train, fine-tune or evaluate a detector with Group Normalization.
 
 Takes Detectron2's own arguments, and --train-json, --train-images, --val-json, --val-images for
-data of your own in COCO format. Without CUDA it runs on the CPU, in --num-gpus processes.
+data of your own in COCO format; --val-fraction takes a part of the training set for validation.
+Without CUDA it runs on the CPU, in --num-gpus processes.
 """
 
+import os
 import sys
 
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -14,7 +16,10 @@ from detectron2.utils.logger import setup_logger
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
+from gn_detect.data.splits import split_coco
 from gn_detect.engine import Trainer, prepare_run, sentence
+from gn_detect.engine.prepare import check_output
+from gn_detect.settings import Settings
 
 
 def parse_args():
@@ -23,11 +28,33 @@ def parse_args():
     for split, which in (("train", "training"), ("val", "validation")):
         group.add_argument(f"--{split}-json", metavar="F", help=f"annotations for {which}")
         group.add_argument(f"--{split}-images", metavar="DIR", help=f"images for {which}")
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="X",
+        help="take this part (such as 0.2) of the images of --train-json for validation",
+    )
     args = parser.parse_args()
     for split in ("train", "val"):
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
             parser.error(f"--{split}-json and --{split}-images go together")
+    if args.val_fraction is not None:
+        if not 0 < args.val_fraction < 1:
+            parser.error(f"--val-fraction is {args.val_fraction:g}; it must be between 0 and 1")
+        if not args.train_json or args.val_json or args.eval_only:
+            parser.error("--val-fraction splits --train-json: no --val-json, no --eval-only")
     return args
+
+
+def split_data(args, cfg):
+    """Split the training data, so that ``args`` name the two parts."""
+    if not args.resume:
+        check_output(Settings(cfg))  # of an earlier run the split is kept, too
+    directory = os.path.join(cfg.OUTPUT_DIR, "split")
+    options = {"seed": max(cfg.SEED, 0), "keep": args.resume}
+    parts = split_coco(args.train_json, directory, args.val_fraction, **options)
+    args.train_json, args.val_json = parts
+    args.val_images = args.train_images
 
 
 def register_data(args):
@@ -46,6 +73,8 @@ def setup(args):
     """Build the config, and refuse what cannot work before anything is started."""
     cfg = load_config(args.config_file, args.opts)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=0, name="gn_detect")
+    if args.val_fraction:
+        split_data(args, cfg)
     for key, value in register_data(args).items():
         cfg.DATASETS[key] = value
     prepare_run(

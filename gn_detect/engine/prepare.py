@@ -88,7 +88,7 @@ def prepare_run(
     _resolve_amp(run)
     _check_weights(run, eval_only, resume)
     if not eval_only and not resume:
-        _check_output(run)
+        check_output(run)
     if isinstance(cfg, DictConfig):
         check_lazy_config(cfg)
     else:
@@ -184,8 +184,12 @@ def _check_weights(run: Settings, eval_only: bool, resume: bool) -> None:
         raise ConfigError(f"{key}: there is no file {path}")
 
 
-def _check_output(run: Settings) -> None:
-    """Look for an earlier run where this one will write."""
+def check_output(run: Settings) -> None:
+    """Look for an earlier run where this one will write.
+
+    Raises:
+        ConfigError: there is one.
+    """
     paths = (os.path.join(run["output_dir"], n) for n in ("last_checkpoint", "metrics.json"))
     earlier = [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
     if run["OVERWRITE_OUTPUT"] and earlier and comm.is_main_process():

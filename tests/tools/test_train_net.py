@@ -22,6 +22,7 @@ from gn_detect.data.coco import register_coco_json
 pytestmark = pytest.mark.slow
 
 QUICK = ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
+OWN = ("--train-json", "a", "--train-images", "b")
 PHOTOS = ("train_net.py", "--config-file", QUICK)
 
 
@@ -141,7 +142,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="processes w
 def test_two_processes_without_cuda(coco_files, tmp_path):
     output = start_tool(
         *("train_net.py", "--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
-        *(*coco_files.arguments("train"), *coco_files.arguments("val"), *TINY),
+        *(*coco_files.arguments("train"), "--val-fraction", 0.34, *TINY),
         *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "run"),
         *("MODEL.DEVICE", "cuda"),
     ).stdout
@@ -149,6 +150,7 @@ def test_two_processes_without_cuda(coco_files, tmp_path):
     assert "Rank of current process: 0. World size: 2" in output
     assert "total_loss" in output
     assert metrics(tmp_path / "run")["iteration"] == 2
+    assert "bbox/AP" in metrics(tmp_path / "run")
     assert (tmp_path / "run/model_final.pth").is_file()
 
 
@@ -196,6 +198,23 @@ def test_evaluation_of_weights_of_fewer_classes_is_refused(coco_files, tmp_path)
     assert not (tmp_path / "run/inference").exists()
 
 
+def test_one_file_is_split_and_the_split_is_kept(coco_files, tmp_path):
+    arguments = [*PHOTOS, *coco_files.arguments(), "--val-fraction"]
+    options = [*TINY, "OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_ITER"]
+    first = run_tool(*arguments, 0.34, *options, 1).stdout
+    assert "train.json with 2 images, 2 objects and" in first and "custom_val: 1 images" in first
+    assert "bbox/AP" in metrics(tmp_path / "run")
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "run/split").iterdir()}
+    assert parts.keys() == {"train.json", "val.json"}
+    coco_files.content["images"][0]["id"] = 77  # would be split otherwise
+    coco_files.write()
+    assert "holds a run already" in refusal(*arguments, 0.6, *options, 2)
+    again = run_tool(*arguments, 0.6, "--resume", *options, 2).stdout
+    assert "is split as it was before" in again and "custom_val: 1 images" in again
+    for name, content in parts.items():
+        assert (tmp_path / "run/split" / name).read_bytes() == content
+
+
 def test_bad_key_is_one_sentence(coco_files, tmp_path):
     line = refusal(*PHOTOS, *coco_files.arguments(), "MODEL.NOTHING", "1")
     assert line == "error: the command line: Non-existent key: MODEL.NOTHING"
@@ -219,7 +238,19 @@ def test_undecodable_image_is_named_at_first_use(coco_files, tmp_path, workers):
     assert line.startswith("error: cannot use the image") and "2.png" in line
 
 
-def test_half_of_a_pair_of_arguments(coco_files):
-    result = train_net("--train-json", coco_files.json_file, check=False)
-    assert result.returncode == 2
-    assert "--train-json and --train-images go together" in result.stderr
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train-json", "a"], "--train-json and --train-images go together"),
+        (["--val-fraction", "0.2"], "splits --train-json: no --val-json, no --eval-only"),
+        ([*OWN, "--val-fraction", "0"], "--val-fraction is 0; it must be between 0 and 1"),
+        ([*OWN, "--val-fraction", "0.2", "--eval-only"], "no --val-json, no --eval-only"),
+        (
+            [*OWN, "--val-fraction", "0.2", "--val-json", "a", "--val-images", "b"],
+            "no --val-json, no --eval-only",
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message):
+    result = train_net(*arguments, check=False)
+    assert result.returncode == 2 and message in result.stderr
