@@ -1,4 +1,4 @@
-"""One COCO file split in two, for training and validation."""
+"""Training and validation data: one COCO file split in two, and pictures that are in both."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .coco_file import paused_gc
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "val")
+_COMPARED = 200  # pairs of pictures whose content is read
 
 
 def split_coco(
@@ -147,3 +148,40 @@ def _write(json_file: str, paths: list[str], validation: set) -> None:
             partial = f"{path}.{secrets.token_hex(4)}.partial"
             Path(partial).write_bytes(msgspec.json.encode(content | records))
             os.replace(partial, path)  # another machine may write the same
+
+
+def describe_overlap(train: tuple[str, str], val: tuple[str, str]) -> str:
+    """What is in two datasets that should have nothing in common, in a sentence; "" for nothing.
+
+    Pictures are the same by their path; and of those with the same name in other directories, a
+    sample of those of equal size by their content.
+
+    Args:
+        train, val: JSON file and directory of the images.
+    """
+    if os.path.realpath(train[0]) == os.path.realpath(val[0]):
+        return f"{val[0]} is both trained and evaluated on: its AP says nothing of other images"
+    theirs, ours = (_paths(*dataset) for dataset in (train, val))
+    known = set(theirs)
+    if same := [path for path in ours if path in known]:
+        return (
+            f"{len(same)} of the {len(ours)} images of {val[0]} are trained on, too ({train[0]}), "
+            f"the first: {same[0]}: the AP is too high"
+        )
+    by_name = {os.path.basename(path): path for path in theirs}
+    pairs = [(path, by_name.get(os.path.basename(path))) for path in ours]
+    pairs = pairs[:: len(pairs) // (10 * _COMPARED) + 1]  # a look at the size costs less
+    pairs = [(a, b) for a, b in pairs if b and os.path.isfile(a) and os.path.isfile(b)]
+    pairs = [(a, b) for a, b in pairs if os.path.getsize(a) == os.path.getsize(b)]
+    pairs = pairs[:: len(pairs) // _COMPARED + 1]
+    if same := [(a, b) for a, b in pairs if Path(a).read_bytes() == Path(b).read_bytes()]:
+        return (
+            f"{len(same)} of {len(pairs)} images of {val[0]} that were compared are trained on, "
+            f"too ({train[0]}), the first: {same[0][0]} is {same[0][1]}: the AP is too high"
+        )
+    return ""
+
+
+def _paths(json_file: str, image_root: str) -> list[str]:
+    root = os.path.realpath(image_root)
+    return [os.path.normpath(os.path.join(root, name)) for name in load_coco(json_file).file_names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 
@@ -15,6 +16,7 @@ from gn_detect.checkpoint import CheckpointError, WeightsError
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
+from gn_detect.data.splits import describe_overlap
 from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
@@ -236,4 +238,9 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
             continue
         summaries[name] = summary
         logger.info(f"{name}: {summary}")
+    files = {n: (m.json_file, m.image_root) for n in summaries for m in [MetadataCatalog.get(n)]}
+    for name, other in itertools.product(train, test):
+        if name in files and other in files:
+            if overlap := describe_overlap(files[name], files[other]):
+                logger.warning(overlap)
     return summaries

@@ -1,4 +1,4 @@
-"""One COCO file split in two."""
+"""One COCO file split in two, and two that have something in common."""
 
 import json
 import logging
@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from helpers import CocoFiles
 
 from gn_detect.data.coco import DataError, load_coco
-from gn_detect.data.splits import split_coco, validation_images
+from gn_detect.data.splits import describe_overlap, split_coco, validation_images
 
 
 def write(path, objects, names=None):
@@ -136,3 +137,26 @@ def test_one_picture_cannot_be_split(tmp_path):
     path = write(tmp_path / "a.json", [{0}, {1}], ["x.jpg", "./x.jpg"])
     with pytest.raises(DataError, match=re.escape(f"{path} has one picture, x.jpg")):
         split_coco(path, str(tmp_path / "split"), 0.2)
+
+
+def test_what_is_trained_and_evaluated_on(tmp_path):
+    a, b = CocoFiles(tmp_path / "a"), CocoFiles(tmp_path / "b")  # of the same pixels
+
+    def overlap():
+        return describe_overlap(*((str(x.json_file), str(x.image_root)) for x in (a, b)))
+
+    text = overlap()
+    assert "3 of 3 images" in text and f"the first: {b.image_root}/1.png is {a.image_root}" in text
+    for number in (1, 3):  # of the same size
+        path = b.image_root / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "1 of 3 images" in overlap() and "2.png is" in overlap()
+    (b.image_root / "2.png").write_bytes(b"another size")
+    assert overlap() == ""
+    b.image_root = a.image_root / "../images"
+    b.content["images"][1]["file_name"] = "./2.png"
+    b.content["images"] = b.content["images"][1:2]
+    b.write()
+    assert "1 of the 1 images" in overlap() and f"the first: {a.image_root}/2.png" in overlap()
+    b.json_file = a.json_file
+    assert "is both trained and evaluated on" in overlap()

@@ -103,6 +103,17 @@ def test_a_dataset_without_a_json(own_data):
     MetadataCatalog.remove("dicts")
 
 
+def test_what_is_both_trained_and_evaluated_on_is_said(own_data, coco_files, tmp_path, caplog):
+    register_coco_json("other", str(coco_files.json_file), str(coco_files.image_root))
+    prepare([*own_data, "DATASETS.TEST", ("other",)])
+    assert caplog.text.count("is both trained and evaluated on") == 1
+    caplog.clear()
+    (tmp_path / "weights.pth").touch()
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "weights.pth"))
+    prepare([*own_data, *weights], eval_only=True)
+    assert "trained and evaluated" not in caplog.text
+
+
 def test_mask_format_follows_the_data(own_data, coco_files):
     assert prepare([*own_data, *TINY]).INPUT.MASK_FORMAT == "polygon"
     coco_files.content["annotations"][0]["segmentation"] = SQUARE_RLE
