@@ -110,6 +110,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     guards.setdefault("WEIGHTS_INPUT", True)
     guards.setdefault("WEIGHTS_NORM", True)
     guards.setdefault("WEIGHTS_COVERAGE", True)
+    guards.setdefault("WEIGHTS_CLASSES", True)
     guards.setdefault("SINGLE_VALUE_GROUPS", True)
     guards.setdefault("LEARNING_RATE", True)
     guards.setdefault("FEW_IMAGES", True)

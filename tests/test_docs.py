@@ -150,6 +150,9 @@ def workplace(tmp_path_factory):
     for image in files.content["images"]:
         image["file_name"] = f"C:\\data\\{image['file_name'].upper()}"
     files.write()
+    files = CocoFiles(directory / "animals")
+    files.content["categories"].append({"id": 9, "name": "cow"})
+    files.write()
     return directory
 
 

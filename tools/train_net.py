@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.config import load_config
-from gn_detect.data.coco import register_coco_json
+from gn_detect.data.coco import output_names, register_coco_json
 from gn_detect.data.splits import split_coco
 from gn_detect.engine import Trainer, prepare_run, sentence
 from gn_detect.engine.prepare import check_output
@@ -94,8 +94,13 @@ def main(args, cfg):
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        guards = WeightGuards.from_config(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, guards=guards, evaluation=True)
+        checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            guards=WeightGuards.from_config(cfg),
+            names=output_names(cfg.DATASETS.TEST, cfg.MODEL.KEYPOINT_ON),
+            evaluation=True,
+        )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import torch
@@ -41,7 +41,8 @@ class Checkpointer(DetectionCheckpointer):
         model: also wrapped for distributed training.
         keep: how many periodic checkpoints to keep of this run and of what it resumes, 0 for all.
         config: of the run, as YAML, saved with the weights.
-        classes: names of the classes of the data, in order, saved with the weights.
+        names: of the ``"classes"`` and, where the model has them, the ``"keypoints"`` of the data,
+            in order, saved with the weights.
         evaluation: the model is only evaluated, so that all of it must be in the weights. Otherwise
             what is not starts afresh, with a warning.
     """
@@ -54,7 +55,7 @@ class Checkpointer(DetectionCheckpointer):
         guards: WeightGuards,
         keep: int = 0,
         config: str = "",
-        classes: Sequence[str] = (),
+        names: Mapping[str, Sequence[str]] | None = None,
         evaluation: bool = False,
         **checkpointables,
     ):
@@ -63,7 +64,7 @@ class Checkpointer(DetectionCheckpointer):
         self._keep = keep
         self._saved: list[str] = []  # periodic checkpoints of this run, oldest first
         self._config = config
-        self._classes = list(classes)
+        self._names = {kind: list(found) for kind, found in (names or {}).items()}
         self._evaluation = evaluation
 
     @property
@@ -85,7 +86,7 @@ class Checkpointer(DetectionCheckpointer):
             **kwargs,
             "origin": dataclasses.asdict(self.origin),
             "config": self._config,
-            "classes": self._classes,
+            **self._names,
         }
         basename = f"{name}.pth"
         # Fewer are to be kept than before, perhaps because there is no room for another one.
@@ -127,7 +128,7 @@ class Checkpointer(DetectionCheckpointer):
         last = os.path.basename(self.get_checkpoint_file()) if self.save_dir else ""
         if not self.save_to_disk or last != "model_final.pth":
             return
-        known = {"origin": dataclasses.asdict(self.origin), "classes": self._classes}
+        known = {"origin": dataclasses.asdict(self.origin), **self._names}
         content = to_safetensors(self.model.state_dict(), known, config=self._config)
         self._write("model_final.safetensors", lambda f: f.write(content))
 
@@ -155,7 +156,7 @@ class Checkpointer(DetectionCheckpointer):
         resumes = resumes and path == self.get_checkpoint_file()
         if resumes:
             coverage = cover(weights, self.model)
-            check_resumed(weights, coverage, path, self._classes, self._config)
+            check_resumed(weights, coverage, path, self._names, self._config)
         self.model.load_state_dict(self.check(weights, path).loaded, strict=False)
         if resumes:
             last = weights.rest.get("iteration", -1)
@@ -175,6 +176,9 @@ class Checkpointer(DetectionCheckpointer):
         coverage = cover(weights, self.model)
         try:
             self._guards.check(weights, coverage, self.model, name)
+            for kind, ours in self._names.items():
+                arguments = (weights, coverage, name, kind, ours, self._evaluation)
+                self._guards.check_outputs(*arguments)
         finally:
             count = len(weights.left_out)
             others = f" ({count} of no detector left out)" if count else ""
@@ -187,7 +191,7 @@ class Checkpointer(DetectionCheckpointer):
             )
         if not coverage.afresh:
             return coverage
-        lacking = f"{name} does not have, or not in the shape of this model: "
+        lacking = f"{name} does not give, or not in the shape of this model: "
         lacking += coverage.describe_afresh()
         theirs, ours = num_classes(weights.shapes), num_classes(coverage.shapes)
         if None not in (theirs, ours) and theirs != ours:

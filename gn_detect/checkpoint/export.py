@@ -16,6 +16,7 @@ from .convert import torchvision
 from .convert.weights import Weights
 from .coverage import BACKBONE, component_of
 from .origin import IMAGENET, Origin, same
+from .outputs import KINDS
 from .safe_load import WeightsError
 from .saving import to_safetensors, write_atomically
 
@@ -32,6 +33,7 @@ def write_weights(path: str, weights: Weights) -> None:
     known = {"origin": dataclasses.asdict(weights.origin)}
     if weights.partial:
         known["matching_heuristics"] = True
+    known |= {kind: names for kind in KINDS if (names := weights.names(kind))}
     if weights.batch_norms:  # which folded BN does not show, nor convolutions alone
         known["batch_norms"] = sorted(weights.batch_norms)
     _write(path, {"model": weights.state, **known}, weights.state, known)

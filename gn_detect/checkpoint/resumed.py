@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import yaml
 
@@ -16,20 +16,22 @@ logger = logging.getLogger(__name__)
 
 
 def check_resumed(
-    weights: Weights, coverage: Coverage, path: str, classes: Sequence[str], config: str
+    weights: Weights, coverage: Coverage, path: str, names: Mapping[str, list[str]], config: str
 ) -> None:
-    """Refuse to go on with another model or other classes; log which options have changed.
+    """Refuse to go on with another model, other classes or keypoints; log which options
+    have changed.
 
     Args:
         weights: of the checkpoint ``path``.
         coverage: of the run's model by them.
-        classes: names of the classes of the run's data, in order; empty if not known.
+        names: of the classes and the keypoints of the run's data (``outputs.KINDS``), in order;
+            empty if not known.
         config: of the run, as YAML.
 
     Raises:
         ConfigError: says what the checkpoint has, what the run has, and the way out.
     """
-    if differences := list(_differences(weights, coverage, list(classes))):
+    if differences := list(_differences(weights, coverage, names)):
         raise ConfigError(
             f"--resume: {path} is of another model than this run's: {'; '.join(differences)}. "
             f"To go on from its weights, start a new OUTPUT_DIR with MODEL.WEIGHTS {path} (in lazy "
@@ -47,14 +49,17 @@ def check_resumed(
             logger.warning(f"--resume: the options of this run hold: {', '.join(changed)}")
 
 
-def _differences(weights: Weights, coverage: Coverage, ours: list[str]) -> Iterator[str]:
-    theirs = weights.rest.get("classes")
-    if theirs and ours and theirs != ours:
-        yield (
-            f"it has {len(theirs)} classes ({', '.join(theirs)}), the data {len(ours)} "
-            f"({', '.join(ours)})"
-        )
-    elif not theirs:
+def _differences(
+    weights: Weights, coverage: Coverage, names: Mapping[str, list[str]]
+) -> Iterator[str]:
+    for kind, ours in names.items():
+        theirs = weights.names(kind)
+        if theirs and ours and theirs != ours:
+            yield (
+                f"it has {len(theirs)} {kind} ({', '.join(theirs)}), the data {len(ours)} "
+                f"({', '.join(ours)})"
+            )
+    if not weights.names("classes"):
         counts, here = num_classes(weights.shapes), num_classes(coverage.shapes)
         if counts != here:
             yield f"it has {counts} classes, the data {here}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
@@ -17,6 +18,7 @@ from gn_detect.settings import Settings
 from .convert.weights import Weights
 from .coverage import BACKBONE, Coverage
 from .origin import Origin, only, same
+from .outputs import describe_exchange, is_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,48 @@ class WeightGuards:
             )
         self._check_group_norms(weights.origin, modules, name)
         self._check_backbone(coverage, parameters, name)
+
+    def check_outputs(
+        self,
+        weights: Weights,
+        coverage: Coverage,
+        name: str,
+        kind: str,
+        ours: Sequence[str],
+        evaluation: bool,
+    ) -> None:
+        """Refuse to evaluate weights of as many other classes or keypoints as the data's, or of
+        these in another order. For training, their predictors are taken out of ``coverage`` in
+        place.
+
+        Args:
+            weights, coverage, name: of :meth:`check`.
+            kind: of ``outputs.KINDS``.
+            ours: names of those of the data, in order; empty if not known.
+
+        Raises:
+            ConfigError: names the first that differs, and the switch.
+        """
+        difference = describe_exchange(kind, weights.names(kind), ours)
+        if not difference or not self.run["WEIGHTS_CLASSES"]:
+            return
+        text = f"{name} was trained on other {kind} than the data's: {difference}"
+        if evaluation:
+            order = "of the ids " if kind == "classes" else ""
+            self._refuse(
+                "WEIGHTS_CLASSES",
+                f"{text}. The order is that {order}in 'categories': give the data the weights' "
+                f"names and order, or evaluate weights of these {kind}",
+                "if the names differ in spelling alone",
+            )
+        predictors = [parameter for parameter in coverage.loaded if is_predictor(parameter, kind)]
+        coverage.missing += predictors
+        for parameter in predictors:
+            del coverage.loaded[parameter]
+        logger.warning(
+            f"{text}: its predictors are left out; to keep them, set "
+            f"{self.run.keys['WEIGHTS_CLASSES']} False"
+        )
 
     def _check_group_norms(self, origin: Origin, modules: dict[str, nn.Module], name: str) -> None:
         group_norms = {n: m for n, m in modules.items() if isinstance(m, nn.GroupNorm)}

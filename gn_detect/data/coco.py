@@ -109,6 +109,23 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
 
+def output_names(datasets: Sequence[str], keypoints: bool) -> dict[str, list[str]]:
+    """The names of the ``"classes"`` and, for a model with ``keypoints``, the ``"keypoints"`` of
+    registered datasets, which have the same ones, in order; without those that they do not tell."""
+    if not datasets:
+        return {}
+    metadata = MetadataCatalog.get(datasets[0])
+    names = {"classes": metadata.get("thing_classes")}
+    if keypoints:
+        names["keypoints"] = metadata.get("keypoint_names")
+    in_coco_format = metadata.get("evaluator_type") in COCO_EVALUATORS
+    if None in names.values() and in_coco_format and metadata.get("json_file"):
+        data = load_coco(metadata.json_file)
+        found = {"classes": data.classes.values(), "keypoints": keypoint_names(data)}
+        names = {kind: known or found[kind] for kind, known in names.items()}
+    return {kind: list(known) for kind, known in names.items() if known}
+
+
 def read_canonical(*names: str, exact_names: bool = True) -> None:
     """Let what Detectron2 would read from a COCO JSON for these datasets come from
     :func:`load_coco`; datasets that a user's own function reads are left as they are.

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -19,6 +18,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.data.coco import output_names
 from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
@@ -59,14 +59,13 @@ def build_loop(
         check_gradients=check_gradients,
         remedy=remedy,
     )
-    names = dataset_names(run, "train")
     checkpointer = Checkpointer(
         model,
         run["output_dir"],
         guards=WeightGuards.from_config(run.cfg),
         keep=run["keep"] or 0,
         config=config,
-        classes=MetadataCatalog.get(names[0]).get("thing_classes", ()) if names else (),
+        names=output_names(dataset_names(run, "train"), run["keypoints"]),
     )
     logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
     return loop, checkpointer, Resume(run, loop, checkpointer)

@@ -251,7 +251,7 @@ def test_evaluation_needs_all_of_a_model(name, opts, their_opts, given, message,
     guards, model, weights = pair(name, opts, their_opts, given)
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         Checkpointer(model, guards=guards, evaluation=True).check(weights, "weights.pth")
-    assert str(error.value).startswith("weights.pth does not have, or not in the shape of this")
+    assert str(error.value).startswith("weights.pth does not give, or not in the shape of this")
     assert not [r for r in caplog.records if "afresh" in r.message]
     Checkpointer(model, guards=guards).check(weights, "weights.pth")
     (record,) = [r for r in caplog.records if "afresh" in r.message]

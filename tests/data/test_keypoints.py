@@ -12,7 +12,7 @@ from helpers import config
 from pycocotools.cocoeval import Params
 
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import DataError, check_coco_dataset, register_coco_json
+from gn_detect.data.coco import DataError, check_coco_dataset, output_names, register_coco_json
 from gn_detect.data.keypoints import OKS_SIGMA, flip_indices, flip_pairs, mirrored
 from gn_detect.data.loader import NamingDatasetMapper
 
@@ -40,7 +40,12 @@ def check(files, keypoints=True, **metadata):
 
 def test_names_skeleton_and_pairs_are_detectron2s_metadata(faces):
     assert check(faces).keypoints == NAMES
+    names = {"classes": ["dog", "cat"], "keypoints": NAMES}
+    assert output_names(("own",), keypoints=True) == names  # from the file
     DatasetCatalog.get("own")
+    assert output_names(("own",), keypoints=True) == names  # from the metadata
+    assert output_names(("own",), keypoints=False) == {"classes": ["dog", "cat"]}
+    assert output_names((), keypoints=True) == output_names(("none",), keypoints=True) == {}
     metadata = MetadataCatalog.get("own")
     assert metadata.keypoint_names == NAMES
     assert create_keypoint_hflip_indices("own") == [0, 2, 1]

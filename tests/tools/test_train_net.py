@@ -115,7 +115,7 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
 
 def test_keypoints_of_own_data_train_and_are_evaluated(coco_files, tmp_path):
     for annotation in coco_files.content["annotations"]:
-        annotation.update(keypoints=[8, 8, 2, 31, 31, 2], num_keypoints=2)
+        annotation["keypoints"] = [8, 8, 2, 31, 31, 2]
     for category in coco_files.content["categories"]:
         category["keypoints"] = ["top_left", "bottom_right"]
     coco_files.write()

@@ -117,7 +117,7 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         state[key.removeprefix(wrapper)] = value
     # Where metadata is that of safetensors, it has as JSON what is beside the model in a .pth.
     metadata = rest.get("metadata")
-    for key in ("origin", "matching_heuristics", "batch_norms", "classes"):
+    for key in ("origin", "matching_heuristics", "batch_norms", "classes", "keypoints"):
         if isinstance(metadata, Mapping) and f"gn_detect.{key}" in metadata:
             try:
                 rest[key] = json.loads(metadata[f"gn_detect.{key}"])

@@ -41,3 +41,9 @@ class Weights:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+
+    def names(self, kind: str) -> list[str]:
+        """Of the ``"classes"`` or the ``"keypoints"`` that they were trained on, in order; empty if
+        not known."""
+        names = self.rest.get(kind)
+        return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
