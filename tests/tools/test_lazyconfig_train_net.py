@@ -163,7 +163,7 @@ def test_errors_are_sentences(args, message, tmp_path, monkeypatch):
 
 
 def test_undecodable_image_is_named(own_config, coco_files, tmp_path):
-    (coco_files.image_root / "2.png").write_bytes(b"not an image")
+    coco_files.damage("2.png")
     options = ("train.max_iter=9", f"train.output_dir={tmp_path / 'run'}")
     line = refusal("lazyconfig_train_net.py", "--config-file", own_config, *options)
     assert line.startswith("error: cannot use the image") and "2.png" in line

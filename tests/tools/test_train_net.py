@@ -229,9 +229,7 @@ def test_groups_that_do_not_fit_are_one_sentence(coco_files, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_undecodable_image_is_named_at_first_use(coco_files, tmp_path, workers):
-    image = bytearray((coco_files.image_root / "2.png").read_bytes())
-    image[100:-100] = bytes(len(image) - 200)  # whole for all that the header and the end tell
-    (coco_files.image_root / "2.png").write_bytes(image)
+    coco_files.damage("2.png")
     options = [*TINY, "SOLVER.MAX_ITER", 9, "DATALOADER.NUM_WORKERS", workers]
     options += ["OUTPUT_DIR", tmp_path / "run"]
     line = refusal(*PHOTOS, *coco_files.arguments(), *options)
