@@ -6,6 +6,8 @@ of here adds up.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 import numpy as np
 from pycocotools import mask as mask_util
@@ -18,7 +20,11 @@ class _RLE(msgspec.Struct, gc=False):
     counts: str | list[int | float]
 
 
-_decode = msgspec.json.Decoder(list[list[float]] | _RLE | None).decode
+# pycocotools walks along polygons pixel by pixel: beyond any image, for hours or out of memory.
+_FAR = 100_000
+_Coordinate = Annotated[float, msgspec.Meta(ge=-_FAR, le=_FAR)]
+
+_decode = msgspec.json.Decoder(list[list[_Coordinate]] | _RLE | None).decode
 
 
 class MaskError(ValueError):
@@ -44,9 +50,10 @@ def decode_mask(text: msgspec.Raw, height: int, width: int) -> list[list[float]]
     try:
         mask = _decode(text)
     except (msgspec.ValidationError, RecursionError):
+        shown = short(bytes(text).decode("utf-8", "replace"))
         raise MaskError(
-            "has a segmentation that is neither a list of polygons x1, y1, x2, y2, ... nor an RLE "
-            f"with 'size' and 'counts': {short(bytes(text).decode('utf-8', 'replace'))}"
+            "has a segmentation that is neither a list of polygons x1, y1, x2, y2, ... (pixels, of "
+            f"{_FAR} at most) nor an RLE with 'size' and 'counts': {shown}"
         ) from None
     except UnicodeDecodeError:
         raise MaskError("has an RLE that is damaged; export the mask again") from None
