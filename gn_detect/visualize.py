@@ -4,26 +4,38 @@ Needs no model, GPU, display or OpenCV: `draw_predictions` reads the dataset and
 ``coco_instances_results.json`` of an evaluation, `draw_curves` the ``metrics.json`` of a training.
 """
 
-import contextlib
-import io
 import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
+import msgspec
 import numpy as np
 from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.structures.masks import polygons_to_bitmask
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from pycocotools.coco import COCO
+from pycocotools import mask as mask_util
 
-from gn_detect.data.coco import check_coco_json
+from gn_detect.data import DataError
+from gn_detect.data.coco import check_coco_json, load_coco
+from gn_detect.data.coco_check import check_masks
+from gn_detect.data.coco_results import read_results
 
 MANY = 30  # objects, above which only masks are drawn
 ALPHA = 0.45  # opacity of masks
 CROWD_COLOR = (0.6, 0.6, 0.6)
+
+
+class _Object(NamedTuple):
+    category: int  # position of its class
+    bbox: Any  # x, y, width, height
+    segmentation: Any  # polygons, a compressed RLE, or nothing
+    crowd: bool
+    score: float | None = None
 
 
 def draw_predictions(
@@ -51,30 +63,39 @@ def draw_predictions(
         The path of the picture.
 
     Raises:
-        ValueError: if a file cannot be read, or if results, dataset and images do not match.
+        ValueError (DataError): if a file cannot be read, or if results, dataset and images do not
+            match.
     """
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; it must be at least 1")
-    dataset_json = os.fspath(dataset_json)
-    check_coco_json(dataset_json, image_root, masks=False, training=False, evaluation=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # "creating index..."
-        coco = COCO(dataset_json)
-    predicted = defaultdict(list)
-    for result in _read_results(results_json, coco):
-        if result["score"] >= score_threshold:
-            predicted[result["image_id"]].append(result)
-    records = _choose(coco, num_images)
-    columns = 2 * min(2, len(records))
-    rows = -(-2 * len(records) // columns)
+    dataset_json, image_root = os.fspath(dataset_json), os.fspath(image_root)
+    needs = dict.fromkeys(("masks", "training", "evaluation", "box_format"), False)
+    check_coco_json(dataset_json, image_root, **needs)
+    data = load_coco(dataset_json)
+    check_masks(data, ~data.no_mask, scored=False)  # an object may have none
+    predicted = read_results(os.fspath(results_json), data, score_threshold)
+    chosen = _choose(np.bincount(data.image, minlength=len(data.image_ids)), num_images)
+    columns = 2 * min(2, len(chosen))
+    rows = -(-2 * len(chosen) // columns)
     figure = Figure((4.8 * columns, 4.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.set_axis_off()
+    classes, names = list(data.classes), list(data.classes.values())
     right_title = f"predictions ≥ {score_threshold:g}"
-    for record, left, right in zip(records, panels[::2], panels[1::2], strict=False):
-        image = _read_image(Path(image_root, record["file_name"]), record)
-        _draw_panel(left, "ground truth", image, coco.imgToAnns[record["id"]], coco)
-        _draw_panel(right, right_title, image, predicted[record["id"]], coco)
+    for number, left, right in zip(chosen, panels[::2], panels[1::2], strict=False):
+        height, width = int(data.heights[number]), int(data.widths[number])
+        image = _read_image(os.path.join(image_root, data.file_names[number]), height, width)
+        truth = [
+            _Object(data.category[i], data.bbox[i], data.segmentation(i), bool(data.crowd[i]))
+            for i in np.flatnonzero(data.image == number)
+        ]
+        _draw_panel(left, "ground truth", image, truth, names)
+        found = [
+            _Object(classes.index(r.category_id), r.bbox, r.segmentation, False, r.score)
+            for r in predicted[data.image_ids[number]]
+        ]
+        _draw_panel(right, right_title, image, found, names)
     return _save(figure, output)
 
 
@@ -99,14 +120,14 @@ def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], l
     curves = defaultdict(lambda: ([], []))
     for number, line in enumerate(lines, start=1):
         try:
-            scalars = json.loads(line)
-            iteration = scalars.pop("iteration")
-        except (ValueError, TypeError, KeyError, AttributeError):
+            scalars = msgspec.convert(json.loads(line), dict[str, float])
+            iteration = int(scalars.pop("iteration"))
+        except (ValueError, KeyError, OverflowError, RecursionError):
             if number == len(lines):
                 break
             raise ValueError(
-                f"{metrics_json}, line {number}, is not a JSON object with an 'iteration'; "
-                "delete that line to draw the others"
+                f"{metrics_json}, line {number}, is not a JSON object of numbers with an "
+                "'iteration'; delete that line to draw the others"
             ) from None
         for key, value in scalars.items():
             iterations, values = curves[key]
@@ -144,78 +165,59 @@ def _curves_figure(curves: dict[str, tuple[list[int], list[float]]]) -> Figure:
 
 def _read_text(path: str | os.PathLike) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); check the path") from None
 
 
-def _read_results(path: str | os.PathLike, coco: COCO) -> list[dict]:
-    try:
-        results = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not complete JSON ({error}); write it again") from None
-    keys = {"image_id", "category_id", "bbox", "score"}
-    if not isinstance(results, list) or not all(
-        isinstance(result, dict) and keys <= result.keys() for result in results
-    ):
-        raise ValueError(
-            f"{path} is not a list of COCO results, each with {', '.join(sorted(keys))}; "
-            "Detectron2's COCOEvaluator writes such a list to coco_instances_results.json"
-        )
-    for result in results:
-        for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-            if result[key] not in known:
-                raise ValueError(
-                    f"{path} has an object with {key} {result[key]}, which the dataset does not "
-                    "list; give the dataset that the results were computed on"
-                )
-    return results
+def _choose(counts: np.ndarray, num_images: int) -> list[int]:
+    """Images from the fewest objects to the most, then one without, or as needed.
+
+    Args:
+        counts: objects of each image.
+    """
+    order = np.argsort(counts, kind="stable")
+    empty, filled = np.split(order, [int((counts == 0).sum())])
+    number = min(len(filled), max(1, num_images - bool(len(empty))))
+    chosen = filled[np.linspace(0, len(filled) - 1, number).astype(int)]
+    return [*chosen.tolist(), *empty[: num_images - number].tolist()]
 
 
-def _choose(coco: COCO, num_images: int) -> list[dict]:
-    """Records from the fewest objects to the most, then one without, or as needed."""
-    records = sorted(coco.dataset["images"], key=lambda r: len(coco.imgToAnns[r["id"]]))
-    empty = [record for record in records if not coco.imgToAnns[record["id"]]]
-    filled = records[len(empty) :]
-    number = min(len(filled), max(1, num_images - bool(empty)))
-    chosen = [filled[int(i)] for i in np.linspace(0, len(filled) - 1, number)]
-    return chosen + empty[: num_images - number]
-
-
-def _read_image(path: Path, record: dict) -> np.ndarray:
+def _read_image(path: str, height: int, width: int) -> np.ndarray:
     """The image, (H, W, 3) uint8, turned as its EXIF data says, in the size that is stated."""
     try:
-        image = read_image(str(path), "RGB")
+        image = read_image(path, "RGB")
     except (OSError, SyntaxError) as error:  # Pillow's ways to say that a file is damaged
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace it") from None
-    check_image_size(record, image)
+        raise DataError(f"{path} cannot be read as an image ({error}); replace it") from None
+    check_image_size({"file_name": path, "height": height, "width": width}, image)
     return image
 
 
-def _draw_panel(axes: Axes, title: str, image: np.ndarray, objects: list[dict], coco: COCO) -> None:
+def _draw_panel(
+    axes: Axes, title: str, image: np.ndarray, objects: list[_Object], names: list[str]
+) -> None:
     """The image with masks, boxes and, if they are not too many, labels."""
-    count = sum(not item.get("iscrowd") for item in objects)
+    count = sum(not item.crowd for item in objects)
     axes.set_title(f"{title}: {count} object{'s' * (count != 1)}", loc="left")
     blend = image.astype(np.float32) / 255
     # Small objects go on top of large ones, and those on crowds.
-    for item in sorted(objects, key=lambda o: (not o.get("iscrowd"), -o["bbox"][2] * o["bbox"][3])):
-        crowd = item.get("iscrowd")
-        number = sorted(coco.cats).index(item["category_id"])
-        color = CROWD_COLOR if crowd else _color(number)
-        mask = _mask(item, coco)
-        if mask is not None:
-            blend[mask] = (1 - ALPHA) * blend[mask] + ALPHA * np.array(color)
-        if count > MANY and mask is not None:
-            continue
-        x, y, width, height = item["bbox"]
+    for item in sorted(objects, key=lambda o: (not o.crowd, -o.bbox[2] * o.bbox[3])):
+        color = CROWD_COLOR if item.crowd else _color(item.category)
+        if item.segmentation:
+            blend[mask := _mask(item.segmentation, *image.shape[:2])] *= 1 - ALPHA
+            blend[mask] += ALPHA * np.array(color)
+            if count > MANY:
+                continue
+        x, y, width, height = item.bbox
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color))
-        name = coco.cats[item["category_id"]]["name"] if len(coco.cats) > 1 else ""
-        score = f"{item['score']:.2f}" if "score" in item else ""
-        label = "crowd" if crowd else f"{name} {score}".strip()
+        name = names[item.category] if len(names) > 1 else ""
+        score = "" if item.score is None else f"{item.score:.2f}"
+        label = "crowd" if item.crowd else f"{name} {score}".strip()
         if label and count <= MANY:
             box = {"facecolor": color, "linewidth": 0, "pad": 0.5}
             above = "bottom" if y > image.shape[0] / 20 else "top"
-            axes.text(x, y, label, va=above, size=8, clip_on=True, bbox=box)
+            style = {"va": above, "size": 8, "clip_on": True, "bbox": box, "parse_math": False}
+            axes.text(x, y, label, **style)
     axes.imshow(blend)
 
 
@@ -224,21 +226,11 @@ def _color(number: int) -> tuple[float, float, float]:
     return matplotlib.colormaps["hsv"]((0.53 + 0.618034 * number) % 1)[:3]
 
 
-def _mask(item: dict, coco: COCO) -> np.ndarray | None:
-    """The mask of an annotation or a result, (H, W) bool."""
-    segmentation = item.get("segmentation")
-    if isinstance(segmentation, list):  # polygons; pycocotools takes those of four for boxes
-        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
-    if not segmentation:
-        return None
-    record = coco.imgs[item["image_id"]]
-    mask = coco.annToMask(item | {"segmentation": segmentation}).astype(bool)
-    if mask.shape != (record["height"], record["width"]):
-        raise ValueError(
-            f"an object has a mask of {list(mask.shape)} pixels on image {record['id']}, which has "
-            f"{[record['height'], record['width']]}; give the dataset that it was computed on"
-        )
-    return mask
+def _mask(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> np.ndarray:
+    """(H, W) bool."""
+    if isinstance(segmentation, dict):
+        return mask_util.decode(segmentation).astype(bool)
+    return polygons_to_bitmask([np.asarray(polygon) for polygon in segmentation], height, width)
 
 
 def _save(figure: Figure, output: str | os.PathLike) -> Path:

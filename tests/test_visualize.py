@@ -147,31 +147,40 @@ def test_exif_orientation(workspace):
 
 
 FOUND = item(1, 20, BOX, score=0.9)
-SMALLER = {"segmentation": encode(np.ones((5, 6)))}
+RLE = {"size": [HEIGHT, WIDTH], "counts": "! ~"}
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("dataset.json", None, "cannot read .*dataset.json"),  # and what check_coco_json finds
+        (
+            *("dataset.json", {"annotations": [item(1, 20, BOX, segmentation=RLE)]}),
+            r"dataset.json: annotation 1 \(image 1.png\) has an RLE with damaged counts",
+        ),
         ("1.png", None, "not in .*: 1.png"),
         ("1.png", "GIF", "1.png cannot be read as an image .*replace it"),
-        ("results.json", '[{"image_id": 1', "results.json is not complete JSON"),
-        ("results.json", None, "results.json cannot be read .*; check the path"),
-        ("results.json", "{}", "results.json is not a list of COCO results"),
-        ("results.json", '[{"image_id": 1}]', "results.json is not a list .*score"),
-        ("results.json", [FOUND | {"image_id": 7}], "results.json has an object with image_id 7"),
-        ("results.json", [FOUND | {"category_id": 9}], "results.json .* category_id 9"),
-        ("results.json", [FOUND | SMALLER], r"an object has a mask of \[5, 6\].*\[50, 60\]"),
+        ("results.json", None, "cannot read .*results.json"),  # and what read_results finds
+        ("results.json", [FOUND | {"segmentation": RLE}], "results.json: .* damaged counts"),
     ],
 )
 def test_errors_name_the_file(workspace, name, content, message):
     paths, path = workspace.write(), workspace.root / name
     path.unlink()
+    if isinstance(content, dict):
+        content = {**workspace.dataset, **content}
     if content is not None:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
         draw_predictions(*paths, "out.png")
+
+
+def test_a_name_of_a_class_is_no_formula(workspace):
+    workspace.dataset["categories"][0]["name"] = r"$\frac$"
+    workspace.results = [FOUND]
+    _, right = workspace.draw()
+    assert [text.get_text() for text in right.texts] == [r"$\frac$ 0.90"]
+    workspace.figures[-1].savefig(workspace.root / "out.png")
 
 
 def test_other_data_is_an_error(workspace):
@@ -203,7 +212,18 @@ def test_resumed_run_replaces_the_iterations_that_it_repeats(tmp_path):
     [
         (['{"iter'], "metrics.json holds no complete line"),
         (['{"iteration": 1, "lr": 1}', '{"it', '{"iteration": 2}'], "metrics.json, line 2,"),
-        (["[1]", '{"iteration": 2, "lr": 1}'], "metrics.json, line 1,.*'iteration'"),
+        *(
+            ([line, '{"iteration": 2, "lr": 1}'], "metrics.json, line 1,.*'iteration'")
+            for line in (
+                "[1]",
+                '{"iteration": "1"}',
+                '{"iteration": NaN}',
+                '{"iteration": 1e999}',
+                '{"iteration": 1, "lr": "0.1"}',
+                '{"iteration": 1, "lr": [1]}',
+                '{"iteration": 1, "lr": ' + "[" * 10**5,
+            )
+        ),
     ],
 )
 def test_unreadable_metrics_are_named(tmp_path, lines, words):

@@ -12,8 +12,8 @@ import gc
 import json
 import re
 import reprlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,6 +21,7 @@ from . import DataError
 
 NULL = msgspec.Raw(b"null")
 _Id = int | float | str
+T = TypeVar("T")
 
 
 class Category(msgspec.Struct, gc=False):
@@ -94,6 +95,23 @@ def decode_coco(json_file: str) -> CocoFile:
         DataError: the file cannot be read, is not JSON, or an item lacks a key or has one of
             another type; the message names the first of its kind, and counts them.
     """
+
+    def decode(content: bytes | memoryview) -> CocoFile:
+        try:
+            return _decode(content)
+        except msgspec.ValidationError:
+            raise DataError(f"{json_file}{_explain(content)}") from None
+
+    return decode_json(json_file, decode)
+
+
+def decode_json(json_file: str, decode: Callable[[bytes | memoryview], T]) -> T:
+    """What ``decode``, of msgspec, makes of the content of a file; numbers that are NaN or
+    infinite, which JSON does not have, are null.
+
+    Raises:
+        DataError: the file cannot be read, or is not JSON in UTF-8; and what ``decode`` raises.
+    """
     try:
         with open(json_file, "rb") as f:
             content: bytes | memoryview = f.read()
@@ -106,26 +124,18 @@ def decode_coco(json_file: str) -> CocoFile:
     with paused_gc():
         try:
             try:
-                return _decode_or_explain(content, json_file)
-            except msgspec.DecodeError:  # Python writes NaN, which is not JSON: null here
-                content = msgspec.json.encode(json.loads(str(content, "utf-8")))
-                return _decode_or_explain(content, json_file)
+                return decode(content)
+            except msgspec.DecodeError:  # Python writes NaN
+                return decode(msgspec.json.encode(json.loads(str(content, "utf-8"))))
         except DataError:
             raise
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             reason = f"is not text in UTF-8 ({error.reason}); save it as UTF-8"
         except ValueError as error:
             reason = f"is not valid JSON ({error}); is it truncated?"
         except RecursionError:
-            reason = "is not in COCO format: its lists are nested too deeply"
+            reason = "has lists that are nested too deeply"
     raise DataError(f"{json_file} {reason}")
-
-
-def _decode_or_explain(content: bytes | memoryview, json_file: str) -> CocoFile:
-    try:
-        return _decode(content)
-    except msgspec.ValidationError:
-        raise DataError(f"{json_file}{_explain(content)}") from None
 
 
 _decode = msgspec.json.Decoder(CocoFile).decode
