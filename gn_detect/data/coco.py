@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg, register_coco_instances
@@ -35,6 +36,12 @@ logger = logging.getLogger(__name__)
 # Datasets with instances in a COCO JSON, by the evaluator that Detectron2 declares for them.
 COCO_EVALUATORS = ("coco", "coco_panoptic_seg")
 
+_KEYS = {  # of YAML configs
+    "masks": "MODEL.MASK_ON",
+    "keypoints": "MODEL.KEYPOINT_ON",
+    "BOX_FORMAT": "GUARDS.BOX_FORMAT",
+    "FILE_NAMES": "GUARDS.FILE_NAMES",
+}
 _LARGE = 1 << 20  # bytes of JSON from which on reading its packed form is worth writing it
 _loaded: weakref.WeakValueDictionary[tuple, CocoData] = weakref.WeakValueDictionary()
 
@@ -171,7 +178,7 @@ def _register(
     DatasetCatalog.register(name, load)
 
 
-def check_coco_dataset(name: str, **needs: bool) -> CocoSummary | None:
+def check_coco_dataset(name: str, **needs: Any) -> CocoSummary | None:
     """Check a registered dataset, generating it first if it is a generated one.
 
     Args:
@@ -229,6 +236,7 @@ def check_coco_json(
     box_format: bool = True,
     exact_names: bool = True,
     bit_depth_range: Sequence[float] = (),
+    keys: Mapping[str, str] = _KEYS,
 ) -> CocoSummary:
     """Look through a COCO JSON and the headers of its images.
 
@@ -241,13 +249,16 @@ def check_coco_json(
         box_format: refuse boxes that seem to be in another format than COCO's.
         exact_names: see :func:`.paths.find_files`.
         bit_depth_range: see :func:`.images.value_range`.
+        keys: of the config, by their names in ``Settings.keys``, for messages.
 
     Raises:
         DataError: the file is missing, truncated or empty, an image is absent, or an annotation
             cannot be used; the message names the first such item.
     """
     data = load_coco(json_file)
-    files = find_files(json_file, image_root, data.file_names, exact=exact_names)
+    files = find_files(
+        *(json_file, image_root, data.file_names), exact=exact_names, key=keys["FILE_NAMES"]
+    )
     warnings = check_images(
         *(json_file, image_root, files, data.heights, data.widths), bit_depth_range=bit_depth_range
     )
@@ -262,13 +273,14 @@ def check_coco_json(
         )
     if masks:
         needed = ~data.crowd | evaluation
-        check_masks(data, needed, scored=evaluation)
+        check_masks(data, needed, scored=evaluation, key=keys["masks"])
     names = []
     if keypoints:
-        check_keypoints(data)
+        check_keypoints(data, keys["keypoints"])
         names = keypoint_names(data)
         warnings += keypoint_warnings(data)
-    warnings += [*data.mended, *check_objects(data, masks), *check_boxes(data, masks, box_format)]
+    warnings += [*data.mended, *check_objects(data, masks)]
+    warnings += check_boxes(data, masks, box_format, keys["BOX_FORMAT"])
     if training:
         warnings += check_classes(data)
     return CocoSummary(

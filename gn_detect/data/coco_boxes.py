@@ -19,12 +19,13 @@ _SHARE, _NAMED = 0.1, 0.9
 _TIGHT, _LOOSE = 0.8, 0.5
 
 
-def check_boxes(data: CocoData, masks: bool, guarded: bool = True) -> list[str]:
+def check_boxes(data: CocoData, masks: bool, guarded: bool, key: str) -> list[str]:
     """Compare the boxes of the objects with their images and their masks.
 
     Args:
         masks: the masks matter by themselves; if not, they only help to name the format.
         guarded: many that disagree are refused.
+        key: of the config, which lets them pass.
 
     Returns:
         warnings: of boxes that disagree, and of those that reach a few pixels beyond their image.
@@ -60,7 +61,7 @@ def check_boxes(data: CocoData, masks: bool, guarded: bool = True) -> list[str]:
         if guarded and bad.sum() > _SHARE * len(objects):
             raise DataError(
                 f"{data.json_file}: {text}; COCO boxes are x, y, width, height in pixels"
-                f"{seem and ', '}{seem} (GUARDS.BOX_FORMAT False lets them pass)"
+                f"{seem and ', '}{seem} ({key} False lets them pass)"
             )
         warnings.append(text)
     beyond = np.maximum(-boxes, boxes - size).max(axis=1, initial=0)

@@ -9,11 +9,14 @@ from .coco_data import CocoData
 from .coco_file import others
 
 
-def check_masks(data: CocoData, needed: np.ndarray, scored: bool) -> None:
+def check_masks(
+    data: CocoData, needed: np.ndarray, *, scored: bool, key: str = "MODEL.MASK_ON"
+) -> None:
     """
     Args:
         needed: annotations whose mask the run needs, (A,) bool.
         scored: pycocotools is to score against them.
+        key: of the config, which asks for masks.
 
     Raises:
         DataError: a mask cannot be used, or is absent.
@@ -21,27 +24,25 @@ def check_masks(data: CocoData, needed: np.ndarray, scored: bool) -> None:
     bad = [index for index in data.mask_errors if needed[index]]
     _refuse(data, bad, data.mask_errors)
     bad = np.flatnonzero(needed & data.no_mask)
-    _refuse(
-        data,
-        bad,
-        "has no segmentation; add it, or train boxes alone with MODEL.MASK_ON False (in lazy "
-        "configs use_instance_mask=False of the mapper)",
-    )
+    _refuse(data, bad, f"has no segmentation; add it, or train boxes alone with {key} False")
     if scored:
         bad = np.flatnonzero(needed & _no_polygon(data))
         _refuse(data, bad, "has only polygons of fewer than 3 points, which cannot be scored")
 
 
-def check_keypoints(data: CocoData) -> None:
+def check_keypoints(data: CocoData, key: str) -> None:
     """
+    Args:
+        key: of the config, which asks for keypoints.
+
     Raises:
         DataError: the keypoints of an annotation cannot be used, or there are none.
     """
     _refuse(data, list(data.keypoint_errors), data.keypoint_errors)
     if data.has_annotations and not (data.keypoints[:, 2::3] > 0).any():
         raise DataError(
-            f"{data.json_file} has no visible keypoints; add them to its annotations, or set "
-            "MODEL.KEYPOINT_ON False"
+            f"{data.json_file} has no visible keypoints; add them to its annotations, or set {key} "
+            "False"
         )
 
 

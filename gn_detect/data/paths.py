@@ -33,7 +33,14 @@ _RULES: dict[str, Callable[[str], str]] = {
 _FOLDERS = "folders in front may differ"
 
 
-def find_files(json_file: str, image_root: str, file_names: list[str], *, exact: bool) -> list[str]:
+def find_files(
+    json_file: str,
+    image_root: str,
+    file_names: list[str],
+    *,
+    exact: bool,
+    key: str = "GUARDS.FILE_NAMES",
+) -> list[str]:
     """The names of files as they are on disk, relative to ``image_root``.
 
     Args:
@@ -42,6 +49,7 @@ def find_files(json_file: str, image_root: str, file_names: list[str], *, exact:
         file_names: as the annotations have them; they may lead out of ``image_root``.
         exact: refuse a name without a file. If not, take the one file in or below ``image_root``
             that fits it by the rules of this module, and warn of it.
+        key: of the config, which says so.
 
     Raises:
         DataError: files are absent, and ``exact`` is True, or no other fits, or several do. The
@@ -88,9 +96,7 @@ def find_files(json_file: str, image_root: str, file_names: list[str], *, exact:
     first = fitting[absent[0]][0][0]
     message += f"{_shown(absent[0])}; they are found, {how} (the first: {_shown(first)})"
     if exact:
-        raise DataError(
-            f"{message}: correct the names, or take these files with GUARDS.FILE_NAMES False"
-        )
+        raise DataError(f"{message}: correct the names, or take these files with {key} False")
     logger.warning(f"{message}, and taken")
     return [fitting[name][0][0] if name in fitting else name for name in file_names]
 

@@ -227,6 +227,7 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
             box_format=run["BOX_FORMAT"],
             exact_names=run["FILE_NAMES"],
             bit_depth_range=run["bit_depth_range"] or (),
+            keys=run.keys,
             training=name in train,
             evaluation=name in test,
         )
