@@ -7,23 +7,24 @@ Needs no model, GPU, display or OpenCV: `draw_predictions` reads the dataset and
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import msgspec
 import numpy as np
-from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.structures.masks import polygons_to_bitmask
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from pycocotools import mask as mask_util
 
-from gn_detect.data import DataError
 from gn_detect.data.coco import check_coco_json, load_coco
 from gn_detect.data.coco_check import check_masks
 from gn_detect.data.coco_results import read_results
+from gn_detect.data.images import read_image
+from gn_detect.data.paths import find_files
 
 MANY = 30  # objects, above which only masks are drawn
 ALPHA = 0.45  # opacity of masks
@@ -46,6 +47,7 @@ def draw_predictions(
     *,
     num_images: int = 8,
     score_threshold: float = 0.5,
+    bit_depth_range: Sequence[float] = (),
 ) -> Path:
     """Draw ground truth and predictions side by side into one picture.
 
@@ -58,6 +60,7 @@ def draw_predictions(
         num_images: how many images at most. They range from the fewest objects to the most; one
             without objects is among them if the dataset has any.
         score_threshold: predictions below it are not drawn.
+        bit_depth_range: ``INPUT.BIT_DEPTH_RANGE`` of the training.
 
     Returns:
         The path of the picture.
@@ -69,9 +72,11 @@ def draw_predictions(
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; it must be at least 1")
     dataset_json, image_root = os.fspath(dataset_json), os.fspath(image_root)
-    needs = dict.fromkeys(("masks", "training", "evaluation", "box_format"), False)
-    check_coco_json(dataset_json, image_root, **needs)
+    needs = ("masks", "training", "evaluation", "box_format", "exact_names")
+    needs = dict.fromkeys(needs, False)
+    check_coco_json(dataset_json, image_root, bit_depth_range=bit_depth_range, **needs)
     data = load_coco(dataset_json)
+    files = find_files(dataset_json, image_root, data.file_names, exact=False)
     check_masks(data, ~data.no_mask, scored=False)  # an object may have none
     predicted = read_results(os.fspath(results_json), data, score_threshold)
     chosen = _choose(np.bincount(data.image, minlength=len(data.image_ids)), num_images)
@@ -84,8 +89,8 @@ def draw_predictions(
     classes, names = list(data.classes), list(data.classes.values())
     right_title = f"predictions ≥ {score_threshold:g}"
     for number, left, right in zip(chosen, panels[::2], panels[1::2], strict=False):
-        height, width = int(data.heights[number]), int(data.widths[number])
-        image = _read_image(os.path.join(image_root, data.file_names[number]), height, width)
+        path = os.path.join(image_root, files[number])
+        image = read_image(path, "RGB", bit_depth_range=bit_depth_range)
         truth = [
             _Object(data.category[i], data.bbox[i], data.segmentation(i), bool(data.crowd[i]))
             for i in np.flatnonzero(data.image == number)
@@ -181,16 +186,6 @@ def _choose(counts: np.ndarray, num_images: int) -> list[int]:
     number = min(len(filled), max(1, num_images - bool(len(empty))))
     chosen = filled[np.linspace(0, len(filled) - 1, number).astype(int)]
     return [*chosen.tolist(), *empty[: num_images - number].tolist()]
-
-
-def _read_image(path: str, height: int, width: int) -> np.ndarray:
-    """The image, (H, W, 3) uint8, turned as its EXIF data says, in the size that is stated."""
-    try:
-        image = read_image(path, "RGB")
-    except (OSError, SyntaxError) as error:  # Pillow's ways to say that a file is damaged
-        raise DataError(f"{path} cannot be read as an image ({error}); replace it") from None
-    check_image_size({"file_name": path, "height": height, "width": width}, image)
-    return image
 
 
 def _draw_panel(

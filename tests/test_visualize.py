@@ -146,6 +146,14 @@ def test_exif_orientation(workspace):
     check(right, "predictions ≥ 0.5: 1 object", ["cat 1.00"], (mask, visualize._color(1)))
 
 
+def test_more_than_8_bits_and_a_name_that_differs(workspace):
+    pixels = np.full((HEIGHT, WIDTH), GRAY * 4095 // 255, np.uint16)
+    Image.fromarray(pixels).save(workspace.root / "1.PNG")
+    (workspace.root / "1.png").unlink()
+    left, _ = workspace.draw(bit_depth_range=(0, 4095))
+    check(left, "ground truth: 0 objects", [])
+
+
 FOUND = item(1, 20, BOX, score=0.9)
 RLE = {"size": [HEIGHT, WIDTH], "counts": "! ~"}
 
@@ -159,7 +167,7 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": "! ~"}
             r"dataset.json: annotation 1 \(image 1.png\) has an RLE with damaged counts",
         ),
         ("1.png", None, "not in .*: 1.png"),
-        ("1.png", "GIF", "1.png cannot be read as an image .*replace it"),
+        ("1.png", "GIF", "1 image: no image that Pillow knows .*1.png.*; replace"),
         ("results.json", None, "cannot read .*results.json"),  # and what read_results finds
         ("results.json", [FOUND | {"segmentation": RLE}], "results.json: .* damaged counts"),
     ],
@@ -187,7 +195,7 @@ def test_other_data_is_an_error(workspace):
     with pytest.raises(ValueError, match="num_images is 0"):
         workspace.draw(num_images=0)
     Image.new("RGB", (6, 5)).save(workspace.root / "1.png")
-    with pytest.raises(ValueError, match=rf"1.png, got \(6, 5\), expect \({WIDTH}, {HEIGHT}\)"):
+    with pytest.raises(ValueError, match=rf"1.png is 6 x 5, declared {WIDTH} x {HEIGHT}"):
         workspace.draw()
 
 

@@ -26,6 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     predictions.add_argument(
         "--score-threshold", type=float, default=0.5, help="default: %(default)s"
     )
+    predictions.add_argument(
+        "--bit-depth-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        default=(),
+        help="INPUT.BIT_DEPTH_RANGE of the training",
+    )
     curves = parser.add_argument_group("curves")
     curves.add_argument("--metrics", help="metrics.json of a training")
     curves.add_argument("--curves", help="PNG to write")
@@ -49,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                     *for_predictions,
                     num_images=args.num_images,
                     score_threshold=args.score_threshold,
+                    bit_depth_range=args.bit_depth_range,
                 )
             )
         if args.metrics:
