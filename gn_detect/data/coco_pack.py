@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -137,7 +138,7 @@ def _sorted(json_file: str, thing: str, items: list) -> list:
 
 def _area(value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and 0 <= value < math.inf else math.nan
+    return float(value) if number and 0 <= value <= sys.float_info.max else math.nan
 
 
 def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:

@@ -124,6 +124,7 @@ def with_value(key, value):
         without("area"),
         with_value("area", None),
         with_value("area", "576"),
+        with_value("area", 10**400),
         without("iscrowd"),
         with_value("iscrowd", None),
         lambda annotations: [a.update(image_id=float(a["image_id"])) for a in annotations],
