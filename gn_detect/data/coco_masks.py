@@ -88,9 +88,11 @@ def _compressed(rle: _RLE, height: int, width: int) -> str:
             f"has an RLE of {total} pixels, its image has {height * width} ({height} x {width}); "
             "export the mask again"
         )
-    if text:
+    if text and 0 not in runs[1:]:
         return rle.counts
     compressed = mask_util.frPyObjects({"size": size, "counts": runs}, height, width)
+    if 0 in runs[1:]:  # with which pycocotools finds no overlap
+        compressed = mask_util.encode(mask_util.decode(compressed))
     return compressed["counts"].decode("ascii")
 
 

@@ -35,7 +35,9 @@ def test_masks_that_add_up():
     mask = np.zeros((8, 6), np.uint8)
     mask[2:5, 1:4] = 1
     compressed = mask_util.encode(np.asfortranarray(mask))["counts"].decode()
-    for counts in (compressed, runs_of(mask), [float(run) for run in runs_of(mask)]):
+    first, *rest = runs_of(mask)
+    split = mask_util.frPyObjects({"size": [8, 6], "counts": [0, 0, first, *rest]}, 8, 6)["counts"]
+    for counts in (compressed, [first, *rest], [float(first), 0, 0, *rest], split.decode()):
         assert decode({"size": [8, 6.0], "counts": counts}) == compressed
     triangle = [1, 1, 5, 1, 1, 5]
     assert decode([triangle, [1, 2, 3, 4]]) == [triangle]
