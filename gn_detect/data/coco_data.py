@@ -103,6 +103,18 @@ class CocoData:
             return {"size": size, "counts": self.rles[index]}
         return self._polygons[self._mask_ends[index] : self._mask_ends[index + 1]] or None
 
+    def areas(self) -> np.ndarray:
+        """Of the annotations in pixels, (A,) float64: where the file has none, of the mask, else of
+        the box."""
+        areas = self.area.copy()
+        for index in np.flatnonzero(np.isnan(areas)):
+            mask, image = self.segmentation(index), self.image[index]
+            if isinstance(mask, list):
+                size = self.heights[image], self.widths[image]
+                mask = mask_util.merge(mask_util.frPyObjects(mask, *size))
+            areas[index] = mask_util.area(mask) if mask else self.bbox[index, 2:].prod()
+        return areas
+
     def dicts(self, image_root: str, file_names: list[str] | None = None) -> list[dict]:
         """Detectron2's standard dataset dicts, as its ``load_coco_json`` returns them; an object
         whose polygons are all of fewer than 3 points keeps its box, with no polygon.
@@ -145,8 +157,7 @@ class CocoData:
 
     def ground_truth(self) -> dict:
         """The content of a COCO dataset for pycocotools: annotation ids from 1, of which 0 would
-        count as no match; ids of images and categories as in the file. Where the file has no area,
-        it is that of the mask in pixels, else of the box."""
+        count as no match; ids of images and categories as in the file."""
         images = [
             {"id": id_, "file_name": name, "height": int(height), "width": int(width)}
             for id_, name, height, width in zip(
@@ -162,13 +173,11 @@ class CocoData:
             return content
         visible = (self.keypoints[:, 2::3] > 0).sum(axis=1)
         content["annotations"] = annotations = []
-        for index, bbox in enumerate(self.bbox.tolist()):
+        rows = zip(self.bbox.tolist(), self.areas().tolist(), strict=True)
+        for index, (bbox, area) in enumerate(rows):
             image, mask = self.image[index], self.segmentation(index)
             if isinstance(mask, list):
                 mask = [polygon.tolist() for polygon in mask]
-            area = float(self.area[index])
-            if area != area:
-                area = mask_area(mask, images[image]) if mask else bbox[2] * bbox[3]
             item = {
                 "id": index + 1,
                 "image_id": self.image_ids[image],
@@ -206,10 +215,3 @@ class CocoData:
             rest[key] = {int(k): v for k, v in rest[key].items()}
         rest["unknown_images"] = tuple(rest["unknown_images"])
         return cls(**rest, **arrays)
-
-
-def mask_area(mask: list | dict, image: dict) -> float:
-    """The pixels of a mask of ``image``, a COCO record."""
-    if isinstance(mask, list):
-        mask = mask_util.merge(mask_util.frPyObjects(mask, image["height"], image["width"]))
-    return float(mask_util.area(mask))

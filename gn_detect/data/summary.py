@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .anchors import AnchorGrid
-from .coco_data import CocoData, mask_area
+from .coco_data import CocoData
 from .input_size import Resizing
 
 SIZES = ("small", "medium", "large")  # as COCO's AP has them,
@@ -182,7 +182,7 @@ def summarize(
     clipped = _clip(boxes, sizes[data.image])
     objects = np.flatnonzero(~data.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1))
     image, category = data.image[objects], data.category[objects]
-    areas = {"original": _areas(data, objects)}
+    areas = {"original": data.areas()[objects]}
     best_iou = None
     for use, resize in resizing.items():
         resized = resize(sizes)
@@ -219,17 +219,6 @@ def summarize(
 def _clip(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Boxes, cut at the edges of their images, as Detectron2's mapper cuts them."""
     return np.clip(boxes, 0, np.tile(sizes[:, ::-1], 2))
-
-
-def _areas(data: CocoData, objects: np.ndarray) -> np.ndarray:
-    """As the evaluation takes them: where the file has none, of the mask, else of the box."""
-    areas = data.area[objects]
-    for i in np.flatnonzero(np.isnan(areas)):
-        index = objects[i]
-        image, mask = data.image[index], data.segmentation(index)
-        size = {"height": int(data.heights[image]), "width": int(data.widths[image])}
-        areas[i] = mask_area(mask, size) if mask else data.bbox[index, 2:].prod()
-    return areas
 
 
 def _buckets(areas: np.ndarray) -> np.ndarray:
