@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -56,20 +56,26 @@ def check_recipe(
 
 def _model_without_weights(cfg: CfgNode | DictConfig) -> nn.Module:
     def build(device: str) -> nn.Module:
-        with torch.device(device):
-            if isinstance(cfg, DictConfig):
-                return instantiate_key(cfg, "model")
-            here = cfg.clone()
-            here.defrost()
-            here.MODEL.DEVICE = device
-            here.MODEL.GN.KERNEL = "torch"  # it does not run, so no kernel needs the device
-            return build_model(here)
+        if isinstance(cfg, DictConfig):
+            return instantiate_key(cfg, "model")
+        here = cfg.clone()
+        here.defrost()
+        here.MODEL.DEVICE = device
+        here.MODEL.GN.KERNEL = "torch"  # it does not run, so no kernel needs the device
+        return build_model(here)
 
+    return without_weights(build)
+
+
+def without_weights(build: Callable[[str], nn.Module]) -> nn.Module:
+    """What ``build`` returns for the device "meta", in no time and memory; for the CPU where a
+    component computes while it is built."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it is said when the model of the run is built
     try:
-        return build("meta")
-    except (NotImplementedError, RuntimeError):  # a component that computes while it is built
+        with torch.device("meta"):
+            return build("meta")
+    except (NotImplementedError, RuntimeError):
         return build("cpu")
     finally:
         logging.disable(disabled)
