@@ -16,11 +16,12 @@ from pathlib import Path
 import gn_detect  # noqa: F401  # registers the components that a config names
 from gn_detect.config import load_config
 from gn_detect.data.coco import check_coco_json, load_coco
-from gn_detect.data.summary import DataSummary, summarize
+from gn_detect.data.model_input import ModelInput
+from gn_detect.data.summary import summarize
 from gn_detect.data.summary_figure import draw_summary, html_page
 from gn_detect.engine import sentence
+from gn_detect.engine.describe_data import model_input
 from gn_detect.engine.lazy_config import load_lazy_config
-from gn_detect.engine.model_input import ModelInput
 from gn_detect.settings import Settings
 
 
@@ -42,30 +43,18 @@ def parse_args():
     return args
 
 
-def inspect(args) -> DataSummary:
-    model_input, masks, keypoints = ModelInput(), False, False
+def main(args) -> None:
+    logging.getLogger("gn_detect").setLevel(logging.ERROR)  # the summary has the warnings
+    given, uses = ModelInput(), {"masks": False, "keypoints": False}
     if args.config_file:
         load = load_lazy_config if args.config_file.endswith(".py") else load_config
         cfg = load(args.config_file, args.opts)
-        model_input, run = ModelInput.from_config(cfg), Settings(cfg)
-        masks, keypoints = bool(run["masks"]), bool(run["keypoints"])
+        given, uses = model_input(cfg), {name: bool(Settings(cfg)[name]) for name in uses}
     data = load_coco(args.json)
-    checked = check_coco_json(
-        args.json,
-        args.images,
-        masks=masks,
-        keypoints=keypoints,
-        training=data.has_annotations,
-        evaluation=False,
-        box_format=False,
-    )
-    return summarize(data, model_input.resizing, model_input.anchors, checked.warnings)
-
-
-def main(args) -> None:
-    logging.getLogger("gn_detect").setLevel(logging.ERROR)  # the summary has the warnings
-    summary = inspect(args)
-    print(summary)
+    checks = {"training": data.has_annotations, "evaluation": False, "box_format": False}
+    checked = check_coco_json(args.json, args.images, **uses, **checks)
+    summary = summarize(data, given, checked.warnings)
+    print(summary.text())
     if args.output or args.html:
         png = draw_summary(summary)
         for path, content in ((args.output, png), (args.html, html_page(summary, png).encode())):

@@ -21,10 +21,10 @@ from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
+from .describe_data import describe_data
 from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
-from .model_input import describe_data
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
