@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from urllib.parse import unquote, urlsplit
+from collections.abc import Callable, Iterable
+from urllib.parse import unquote
 
 from . import DataError
 
 logger = logging.getLogger(__name__)
 
 
-def _unescape(name: str) -> str:
-    try:
-        return unquote(urlsplit(name).path if "://" in name else name)
-    except ValueError:  # no URL
-        return name
-
-
-# What is done to a name of the annotations and to one on disk before they are compared; in this
-# order, so that more rules find more.
+# What is done to a name of the annotations and to one on disk before they are compared, from the
+# least to the most daring.
 _RULES: dict[str, Callable[[str], str]] = {
-    "URL escapes are decoded": _unescape,
+    "URL escapes are decoded": lambda name: unquote(re.sub(r"(?<=://)(.*?)[?#].*", r"\1", name)),
     "backslashes are read as slashes": lambda name: name.replace("\\", "/"),
     "accents are composed (NFC)": lambda name: unicodedata.normalize("NFC", name),
     "upper and lower case are the same": str.casefold,
+    "folders in front may differ": os.path.basename,
 }
-_FOLDERS = "folders in front may differ"
 
 
 def find_files(
@@ -44,8 +39,6 @@ def find_files(
     """The names of files as they are on disk, relative to ``image_root``.
 
     Args:
-        json_file: for messages.
-        image_root: directory of the images.
         file_names: as the annotations have them; they may lead out of ``image_root``.
         exact: refuse a name without a file. If not, take the one file in or below ``image_root``
             that fits it by the rules of this module, and warn of it.
@@ -57,52 +50,46 @@ def find_files(
     """
     if not os.path.isdir(image_root):
         raise DataError(f"the image directory {image_root} (for {json_file}) does not exist")
-    listings: dict[str, set[str]] = {}
-    absent = []
-    for name in file_names:
-        # One listing per directory: faster than a look at each of 118,000 files.
-        directory, base = os.path.split(os.path.join(image_root, name))
-        if directory not in listings:
-            listings[directory] = _listing(directory)
-        if base not in listings[directory]:
-            absent.append(name)
+    listing = functools.cache(_listing)  # faster than a look at each of 118,000 files
+    places = [os.path.split(os.path.join(image_root, name)) for name in file_names]
+    absent = [n for n, (d, base) in zip(file_names, places, strict=True) if base not in listing(d)]
     if not absent:
         return file_names
-    fitting = _fitting(image_root, set(absent))
-    claims = Counter(map(os.path.normpath, set(file_names) - set(absent)))
-    claims.update(files[0] for files, _ in fitting.values() if len(files) == 1)
     message = (
         f"{len(absent)} of the {len(file_names)} images listed in {json_file} are not in "
         f"{image_root}, the first: "
     )
-    for name in dict.fromkeys(absent):
-        files, rules = fitting.get(name, ([], ()))
-        if len(files) > 1:
-            why = f"several files fit it: {', '.join(map(_shown, files[:3]))}"
-        elif files and claims[files[0]] > 1:
-            why = f"{_shown(files[0])} fits it, but also another image"
-        else:
+    index = defaultdict(list)
+    for folder, _, files in os.walk(image_root):
+        for file in files:
+            file = os.path.relpath(os.path.join(folder, file), image_root)
+            for tail in _tails(file):
+                index[tail].append(file)
+    owners = {os.path.normpath(name): name for name in set(file_names).difference(absent)}
+    found, counts = {}, Counter()
+    for name, count in Counter(absent).items():
+        fits = defaultdict(list)
+        for file in next((index[tail] for tail in _tails(name) if tail in index), []):
+            fits[_needed(name, file)].append(file)
+        if not fits:
             continue
-        raise DataError(
-            f"{message}{_shown(name)}; if {' and '.join(rules)}, {why}; correct the names"
-        )
-    counts = Counter(fitting[name][1] for name in absent if name in fitting)
-    how = ", ".join(f"{count} if {' and '.join(rules)}" for rules, count in counts.items())
-    lost = [name for name in absent if name not in fitting]
-    if lost:
-        raise DataError(
-            f"{message}{_shown(lost[0])}" + (f"; others are found: {how}" if how else "")
-        )
-    first = fitting[absent[0]][0][0]
-    message += f"{_shown(absent[0])}; they are found, {how} (the first: {_shown(first)})"
+        needed, (file, *others) = min(fits.items())
+        rules = " and ".join(itertools.compress(_RULES, needed[::-1]))
+        owner = owners.setdefault(file, name)
+        if others or owner != name:
+            names, files = (sorted(map(repr, p)) for p in ({owner, name}, [file, *others]))
+            pairs = f"{' and '.join(names)} may be {' or '.join(files[:3])}"
+            raise DataError(f"{message}{name!r}; if {rules}, {pairs}; correct the names")
+        found[name] = file
+        counts[rules] += count
+    how = ", ".join(f"{count} if {rules}" for rules, count in counts.items())
+    if lost := [name for name in absent if name not in found]:
+        raise DataError(f"{message}{lost[0]!r}" + (how and f"; others are found: {how}"))
+    message += f"{absent[0]!r}; they are found, {how} (the first: {found[absent[0]]!r})"
     if exact:
         raise DataError(f"{message}: correct the names, or take these files with {key} False")
     logger.warning(f"{message}, and taken")
-    return [fitting[name][0][0] if name in fitting else name for name in file_names]
-
-
-def _shown(name: str) -> str:
-    return name if name and name.isprintable() else repr(name)
+    return [found.get(name, name) for name in file_names]
 
 
 def _listing(directory: str) -> set[str]:
@@ -114,49 +101,22 @@ def _listing(directory: str) -> set[str]:
         raise DataError(f"cannot list the directory {directory}: {error.strerror}") from None
 
 
-def _fitting(image_root: str, names: set[str]) -> dict[str, tuple[list[str], tuple[str, ...]]]:
-    """For each name the files in and below ``image_root`` that fit it, and the rules by which: the
-    least daring ones that single out a file, or else the first by which several fit."""
-    files = [
-        os.path.normpath(os.path.join(os.path.relpath(folder, image_root), name))
-        for folder, _, names_in_folder in os.walk(image_root)
-        for name in names_in_folder
-    ]
-    fitting = {}
-    effective = [r for r, apply in _RULES.items() if any(n != apply(n) for n in (*names, *files))]
-    combinations = [  # from the least to the most daring
-        rules + folders
-        for folders in ((), (_FOLDERS,))
-        for count in range(len(effective) + 1)
-        for rules in itertools.combinations(effective, count)
-    ]
-    # What the most daring ones do not find cannot be found.
-    left = {name for name, matches in _matches(names, files, combinations[-1]) if matches}
-    for rules in combinations:
-        if not left:
-            break
-        for name, matches in _matches(left, files, rules):
-            if len(matches) == 1 or (matches and name not in fitting):
-                fitting[name] = (matches, rules)
-        left -= {name for name, (matches, _) in fitting.items() if len(matches) == 1}
-    return fitting
+def _apply(rules: Iterable[str], name: str) -> str:
+    return functools.reduce(lambda changed, rule: _RULES[rule](changed), rules, name)
 
 
-def _matches(
-    names: set[str], files: list[str], rules: tuple[str, ...]
-) -> Iterator[tuple[str, list[str]]]:
-    """Each name, with the files that fit it by ``rules``."""
+def _tails(name: str) -> list[str]:
+    """A name by all rules but that of the folders, and the shorter tails of its path."""
+    parts = _apply([*_RULES][:-1], name).split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
 
-    def tails(name: str) -> list[tuple[str, ...]]:
-        """The parts of a path, and where folders in front may differ, the shorter tails of it."""
-        for rule in rules:
-            name = _RULES[rule](name) if rule in _RULES else name
-        parts = tuple(name.split("/"))
-        return [parts[i:] for i in range(len(parts))][: None if _FOLDERS in rules else 1]
 
-    index = defaultdict(list)
-    for file in files:
-        for tail in tails(file):
-            index[tail].append(file)
-    for name in names:
-        yield name, next((index[tail] for tail in tails(name) if tail in index), [])
+def _needed(name: str, file: str) -> tuple[bool, ...]:
+    """Which rules make a name that of a file, from the most to the least daring. Of two results the
+    smaller one is less daring."""
+    needed = list(_RULES)
+    for rule in reversed(_RULES):
+        fewer = [r for r in needed if r != rule]
+        if _apply(fewer, name) == _apply(fewer, file):
+            needed = fewer
+    return tuple(rule in needed for rule in reversed(_RULES))

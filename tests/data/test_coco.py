@@ -50,7 +50,7 @@ def test_files_that_are_absent_or_truncated(coco_files):
     for name in ("2.png", "3.png"):
         (coco_files.image_root / name).unlink()
     message = refusal(coco_files)
-    assert "2 of the 3 images" in message and message.endswith("the first: 2.png")
+    assert "2 of the 3 images" in message and message.endswith("the first: '2.png'")
     text = coco_files.json_file.read_text()
     coco_files.content = []
     assert "not in COCO format" in refusal(coco_files)
