@@ -14,15 +14,11 @@ def with_orientation(value: int) -> Image.Exif:
     return exif
 
 
-def write_png(path: Path, pixels: np.ndarray, orientation: int = 1) -> None:
-    """A PNG of 16 bits, (height, width, 1 or 3), with its EXIF orientation behind the pixels."""
-    height, width, channels = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    exif = with_orientation(orientation).tobytes()[6:]
-    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"eXIf": exif, b"IEND": b""}
-    data = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks.items()
-    )
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+def write_png(path: str | Path, pixels: np.ndarray, orientation: int = 1) -> None:
+    """A PNG of (height, width, 3) uint8 or uint16, with its EXIF orientation behind the pixels."""
+    rows = b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels)
+    size = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 8 * pixels.itemsize, 2, 0, 0, 0)
+    exif, data = with_orientation(orientation).tobytes()[6:], b"\x89PNG\r\n\x1a\n"
+    for body in (b"IHDR" + size, b"IDAT" + zlib.compress(rows), b"eXIf" + exif, b"IEND"):
+        data += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    Path(path).write_bytes(data)

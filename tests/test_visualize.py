@@ -167,7 +167,7 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": "! ~"}
             r"dataset.json: annotation 1 \(image 1.png\) has an RLE with damaged counts",
         ),
         ("1.png", None, "not in .*: '1.png'"),
-        ("1.png", "GIF", "1 image: no image that Pillow knows .*1.png.*; replace"),
+        ("1.png", "GIF", "1 image: unknown to Pillow.*1.png.*; correct or replace"),
         ("results.json", None, "cannot read .*results.json"),  # and what read_results finds
         ("results.json", [FOUND | {"segmentation": RLE}], "results.json: .* damaged counts"),
     ],

@@ -2,129 +2,106 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
-import struct
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
+from detectron2.utils.file_io import PathManager
+from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm.contrib.concurrent import thread_map
 
 from .cache import cache_file, write_cache
-from .images import (
-    DEEP_MODES,
-    MACHINE_ERRORS,
-    exif_orientation,
-    extremes,
-    is_deep_color,
-    turned_size,
-)
+from .images import MACHINE_ERRORS, deep_mode, extremes, naming
 
-logger = logging.getLogger(__name__)
-
-DEEP_COLOR = "16-bit color"  # in place of a mode
-
-_THREADS, _CHUNK = 16, 100  # a network drive answers slowly, but many at once; files of a task
-_MANY = 2000  # images, from which on the user may have to wait
 _decoding = threading.Semaphore(4)  # how many decoded images are in memory
 
 
 class Header(msgspec.Struct, array_like=True, omit_defaults=True):
-    """What is known of a file.
+    """What is known of a file; of one that cannot be used, ``problem`` and ``detail`` alone."""
 
-    Attributes:
-        num_bytes, mtime_ns: of the file; if they change, it is read again.
-        width, height: in pixels, after the EXIF orientation is applied.
-        orientation: EXIF's, 1 to 8.
-        mode: of Pillow, or ``DEEP_COLOR``, where there are more than 8 bits.
-        low, high: of its values, in that case.
-        problem, detail: why the file cannot be used; the rest is then not known.
-    """
-
-    num_bytes: int = 0
-    mtime_ns: int = 0
-    width: int = 0
+    width: int = 0  # pixels, after the EXIF orientation is applied
     height: int = 0
-    orientation: int = 1
-    mode: str = ""
-    low: float = 0
-    high: float = 0
+    orientation: int = 1  # EXIF's, 1 (as stored) to 8
+    mode: str = ""  # see images.deep_mode
+    low: int | float = 0  # extremes of the values, where there are more than 8 bits
+    high: int | float = 0
+    num_bytes: int = 0  # of the file; if one of these changes, it is read again
+    mtime_ns: int = 0
     problem: str = ""
     detail: str = ""
 
 
 def read_headers(image_root: str, names: list[str]) -> dict[str, Header]:
-    """Read the headers of files, or what an earlier run has kept of them.
-
-    All pixels are decoded where nothing else tells whether a file is complete, and where there are
-    more than 8 bits.
-
-    Args:
-        image_root: directory of the images.
-        names: of different files, relative to ``image_root``.
-
-    Returns:
-        name -> header. What is wrong with a file is said there.
+    """The headers of different files, by their names relative to ``image_root``, or what an earlier
+    run has kept of them. What is wrong with a file is said there. All pixels are decoded where
+    nothing else tells whether a file is complete, and where there are more than 8 bits.
 
     Raises:
-        OSError: the machine is short of memory, or of files that may be open at a time.
+        OSError, MemoryError: the machine is short of memory, or of files that may be open at once.
     """
     cached = cache_file("headers", image_root)
     try:
-        with open(cached, "rb") as f:
-            cache = msgspec.msgpack.decode(f.read(), type=dict[str, Header])
+        cache = msgspec.msgpack.decode(Path(cached).read_bytes(), type=dict[str, Header])
     except (OSError, msgspec.MsgspecError):  # none yet, or damaged
         cache = {}
-
-    def read(chunk: list[str]) -> list[Header]:
-        return [_read_header(os.path.join(image_root, name), cache.get(name)) for name in chunk]
-
-    headers = []
-    if len(names) > _MANY:
-        logger.info(f"reading the headers of {len(names)} images in {image_root}")
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(_THREADS) as pool,
-        # On a terminal, where it takes longer than a second.
-        tqdm(total=len(names), disable=True if len(names) <= _MANY else None, delay=1) as bar,
-    ):
+    chunks = [names[i : i + 100] for i in range(0, len(names), 100)]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one from each file; what matters is said for all
-        for chunk in pool.map(read, (names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK))):
-            headers += chunk
-            bar.update(len(chunk))
-    found = dict(zip(names, headers, strict=True))
-    fresh = {n: h for n, h in found.items() if not h.problem and h is not cache.get(n)}
-    if fresh:
-        content = msgspec.msgpack.encode(cache | fresh)
-        write_cache(cached, lambda path: Path(path).write_bytes(content))
+        headers = thread_map(
+            lambda chunk: [_read_header(os.path.join(image_root, n), cache.get(n)) for n in chunk],
+            chunks,
+            max_workers=16,  # a network drive answers slowly, but many at once
+            desc="headers of the images, in hundreds",
+            disable=None,  # on a terminal,
+            delay=1,  # where it takes longer than a second
+        )
+    found = dict(zip(names, (h for chunk in headers for h in chunk), strict=True))
+    if fresh := {n: h for n, h in found.items() if not h.problem and h is not cache.get(n)}:
+        write_cache(cached, lambda p: Path(p).write_bytes(msgspec.msgpack.encode(cache | fresh)))
     return found
+
+
+def image_size(file_name: str) -> tuple[int, int]:
+    """Width and height of an image as :func:`.images.read_image` gives it.
+
+    Raises:
+        DataError: the file is no image, or not complete.
+    """
+    with naming(file_name), PathManager.open(file_name, "rb") as f:
+        header = _decode(f)
+        if header.problem:
+            raise ValueError(f"{header.problem} {header.detail}")
+    return header.width, header.height
 
 
 def _read_header(path: str, cached: Header | None) -> Header:
     try:
         status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            return Header(problem="a directory")
-        if not stat.S_ISREG(status.st_mode):  # would be waited for, without end
-            return Header(problem="a pipe or a device")
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, without end
+            folder = stat.S_ISDIR(status.st_mode)
+            return Header(problem="a directory" if folder else "a pipe or a device")
         if not status.st_size:
             return Header(problem="an empty file")
         if cached and (cached.num_bytes, cached.mtime_ns) == (status.st_size, status.st_mtime_ns):
             return cached
         with open(path, "rb") as f:
             header = _decode(f)
-    except OSError as error:
-        if error.errno in MACHINE_ERRORS:
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        return Header(problem=f"more than {limit} pixels, which Pillow refuses (cut it into tiles)")
+    except Exception as error:  # a damaged file may raise anything
+        number = getattr(error, "errno", None)
+        if number in MACHINE_ERRORS or isinstance(error, MemoryError):
             raise
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             return Header(problem="a link to a file that does not exist")
-        return Header(problem=f"cannot be read ({error.strerror})")
+        if number:
+            return Header(problem=f"cannot be read ({error.strerror})")
+        return Header(problem="truncated or damaged", detail=f"{type(error).__name__}: {error}")
     header.num_bytes, header.mtime_ns = status.st_size, status.st_mtime_ns
     return header
 
@@ -136,37 +113,26 @@ def _decode(f: BinaryIO) -> Header:
         return Header(problem="a web page (it starts with '<')")
     f.seek(0)
     try:
-        with Image.open(f) as image:
-            # Pillow turns a TIFF as it is decoded, and deletes the orientation.
-            orientation = exif_orientation(image) if image.format == "TIFF" else 1
-            deep_color = is_deep_color(image)
-            if deep_color or image.mode in DEEP_MODES or not _is_complete(f, image):
-                with _decoding:
-                    image.load()
-            width, height = turned_size(image)
-            orientation = max(orientation, exif_orientation(image))
-            header = Header(width=width, height=height, orientation=orientation)
-            if image.mode in DEEP_MODES:
-                header.mode = image.mode
-                header.low, header.high = extremes(image)
-            elif deep_color:
-                header.mode = DEEP_COLOR
-                bands = image.convert("RGB").getextrema()
-                header.high = 256.0 * max(high + 1 for _, high in bands)
-            return header
-    except MemoryError:
-        raise
+        image = Image.open(f)
     except UnidentifiedImageError:
-        if start.startswith((b"\xff\xd8\xff", b"\x89PNG")):
-            return Header(problem="truncated or damaged")
-        return Header(problem="no image that Pillow knows", detail=f"starts with {start[:12]!r}")
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS
-        return Header(problem=f"more than {limit} pixels, which Pillow refuses (cut it into tiles)")
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        return Header(problem="truncated or damaged", detail=f"{type(error).__name__}: {error}")
+        return Header(problem="unknown to Pillow, or cut off", detail=f"starts with {start[:12]!r}")
+    # Pillow turns a TIFF as it is decoded, and deletes the orientation.
+    turned = _orientation(image) if image.format == "TIFF" else 1
+    mode = deep_mode(image)
+    if mode or not _is_complete(f, image):
+        with _decoding:
+            image.load()
+    orientation = _orientation(image)
+    size = image.size[::-1] if orientation >= 5 else image.size
+    return Header(*size, max(turned, orientation), mode, *(extremes(image, mode) if mode else ()))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:  # of the class Image, as that of PNG images decodes all pixels
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # as Detectron2 does
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _is_complete(f: BinaryIO, image: Image.Image) -> bool:
@@ -175,15 +141,8 @@ def _is_complete(f: BinaryIO, image: Image.Image) -> bool:
     if image.format in ("JPEG", "MPO"):
         f.seek(-2, os.SEEK_END)
         return f.read() == b"\xff\xd9"
-    if image.format == "PNG":
-        f.seek(8)
-        pixels = False
-        while len(chunk := f.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", chunk)
-            if kind == b"IEND":
-                return True
-            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                return False  # may hold an orientation, which Pillow finds after the pixels
-            pixels |= kind == b"IDAT"
-            f.seek(length + 4, os.SEEK_CUR)
-    return False
+    f.seek(0)
+    _, _, end = f.read().rpartition(b"IDAT") if image.format == "PNG" else (b"",) * 3
+    # What may hold an orientation, which Pillow finds behind the pixels as it decodes them.
+    turns = any(word in end for word in (b"eXIf", b"exif", b"adobe.xmp"))
+    return not turns and end.endswith(b"IEND\xaeB`\x82")

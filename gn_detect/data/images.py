@@ -10,30 +10,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image
+from PIL import Image
 
 from gn_detect.config import ConfigError
 
 from . import DataError
 
-# Modes of Pillow with more than 8 bits. It would clip them at 255, and 16-bit photos become white.
-DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+DEEP_COLOR = "16-bit color"  # in place of a mode: more channels than one, of 16 bits
 RANGE_KEY = "INPUT.BIT_DEPTH_RANGE (in lazy configs bit_depth_range of the mappers)"
-DEEP_COLOR_SENTENCE = (
-    f"{RANGE_KEY} does not act on colors of 16 bits, of which Pillow gives the upper 8 (value // "
-    "256); convert the images to 8 bits, or to one channel of 16 bits"
-)
-
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was opened
 
 
 @contextlib.contextmanager
 def naming(file_name: str, errors: type[Exception] | tuple = Exception) -> Iterator[None]:
-    """Raise what is wrong with an image as a DataError.
-
-    A damaged file may raise anything in Pillow (RuntimeError for AVIF, struct.error for TIFF).
-    What is not the fault of the image is raised as it is.
-    """
+    """Raise what is wrong with an image, which may be anything in Pillow, as a DataError; what is
+    not the fault of the image is raised as it is."""
     try:
         yield
     except (ConfigError, DataError, ImportError, MemoryError):
@@ -56,7 +47,6 @@ def read_image(
     Pillow applies it while it decodes them, and Detectron2 a second time.
 
     Args:
-        file_name: path of the image.
         format: ``"BGR"``, ``"YUV-BT.601"`` or a mode of Pillow; None for that of the file.
         bit_depth_range: see :func:`value_range`.
 
@@ -70,138 +60,98 @@ def read_image(
     """
     with naming(file_name), PathManager.open(file_name, "rb") as f:
         image = Image.open(f)
-        if is_deep_color(image) and not takes_deep_color(bit_depth_range):
-            raise DataError(f"{file_name}: {DEEP_COLOR_SENTENCE}")
+        mode = deep_mode(image)
         image.load()  # a TIFF is turned here, and then has no orientation any more
         image = _apply_exif_orientation(image)
-        if image.mode in DEEP_MODES:
-            image = _to_8_bits(image, file_name, bit_depth_range)
+        if mode and (defect := depth_defect(mode, *extremes(image, mode), bit_depth_range)):
+            raise DataError(f"{file_name} has {defect}")
+        if mode not in ("", DEEP_COLOR):
+            lowest, highest = value_range(mode, bit_depth_range)
+            # float32 holds 16 bits exactly, but not 32.
+            dtype = np.float64 if mode == "I" else np.float32
+            values = np.subtract(np.asarray(image), lowest, dtype=dtype)
+            values *= 255 / (highest - lowest)
+            image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
         return convert_PIL_to_numpy(image, format)
 
 
-def read_labels(file_name: str) -> np.ndarray:
-    """Semantic labels as Detectron2 reads them, (height, width) uint8.
+def read_labels(
+    file_name: str, dtype: type = np.uint8, count: int = 255, ignored: int = 255
+) -> np.ndarray:
+    """The semantic labels of an image, (height, width) ``dtype``: the values of the file, and so of
+    a palette the indices, of which Detectron2 trains on the brightness.
 
     Raises:
-        DataError: the file cannot be decoded, or has labels that Detectron2 would clip: above 255,
-            with which it marks pixels that are ignored, or below 0.
+        DataError: the file cannot be decoded, or has other labels than 0 to ``count`` - 1 and
+            ``ignored``.
     """
-    with naming(file_name), PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-        low, high = extremes(image) if image.mode in DEEP_MODES else (0, 0)
-        if not 0 <= low <= high <= 255:
-            raise DataError(
-                f"{file_name} has semantic labels of {shown_range(low, high)}; they must be 0 to "
-                "255, of which 255 is ignored"
-            )
-        return read_image(file_name, "L", bit_depth_range=(0, 255)).squeeze(2)
+    with naming(file_name), PathManager.open(file_name, "rb") as f:
+        labels = np.asarray(Image.open(f))
+    unknown = labels[~np.isin(labels, [*range(count), ignored])]
+    if labels.ndim != 2 or unknown.size:
+        found = f"the label {unknown[0]}" if labels.ndim == 2 else "colors"
+        raise DataError(
+            f"{file_name} has {found}; labels are one channel of 0 to {count - 1}, the classes, "
+            f"and {ignored} where there is none"
+        )
+    return labels.astype(dtype)
 
 
 def check_image_format(image_format: str | None) -> None:
-    """
-    Raises:
-        ConfigError: it does not give images of 8 bits and of channels, as the augmentations and
-            models need them; "YUV-BT.601" of :func:`read_image` does not.
-    """
-    try:
-        pixel = convert_PIL_to_numpy(Image.new("RGB", (1, 1)), image_format)
-        usable = pixel.ndim == 3 and pixel.dtype == np.uint8
-    except (KeyError, TypeError, ValueError):  # no mode of Pillow
-        usable = False
-    if not usable:
+    """Raise a ConfigError unless it gives channels of 8 bits, which augmentations and models need;
+    the "YUV-BT.601" of :func:`read_image` does not."""
+    formats = ("BGR", "RGB", "L", "HSV", "YCbCr", "CMYK", "RGBA")
+    if image_format not in (None, *formats):
         raise ConfigError(
             f"INPUT.FORMAT (in lazy configs image_format of the mappers) is {image_format!r}; it "
-            "must be BGR, RGB, L, or another mode of Pillow that has channels of 8 bits"
+            f"must be one of {', '.join(formats)}"
         )
 
 
-def image_size(file_name: str) -> tuple[int, int]:
-    """Width and height of an image as :func:`read_image` gives it, from its header where possible.
-
-    Raises:
-        DataError: the file is no image.
-    """
-    with naming(file_name), PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-        if image.format in ("PNG", "TIFF"):  # may say how to turn it behind the pixels, or turn it
-            image.load()
-        return turned_size(image)
+def deep_mode(image: Image.Image) -> str:
+    """The mode of an image, not decoded yet, with more than 8 bits, ``DEEP_COLOR`` for several
+    channels; "" with 8 bits. Pillow gives the upper 8 of colors, and would clip the others at 255:
+    16-bit photos become white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return image.mode
+    return DEEP_COLOR if image.format in ("PNG", "TIFF") and ";16" in str(image.tile) else ""
 
 
-def exif_orientation(image: Image.Image) -> int:
-    """1 (as stored) to 8, of what has been read of the file; 1 where it has none, or a bad one."""
-    try:  # of the class Image, as that of PNG images decodes all pixels
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # as Detectron2 does
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-def turned_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image after its EXIF orientation is applied."""
-    return image.size[::-1] if exif_orientation(image) >= 5 else image.size
-
-
-def is_deep_color(image: Image.Image) -> bool:
-    """An image that is not decoded yet has 16 bits in each of several channels (PNG, TIFF). Pillow
-    can give the upper 8 of them only."""
-    return image.mode not in DEEP_MODES and ";16" in str([tile[3] for tile in image.tile])
-
-
-def takes_deep_color(bit_depth_range: Sequence[float]) -> bool:
-    """Whether the range is the one that Pillow takes of 16 bits in each of several channels."""
-    return value_range("I", bit_depth_range) == (0, 65535)
+def extremes(image: Image.Image, mode: str) -> tuple[float, float]:
+    """The lowest and the highest value of a decoded image of :func:`deep_mode`; NaN if one is."""
+    values, scale = np.asarray(image), 256 if mode == DEEP_COLOR else 1
+    return values.min().item() * scale, values.max().item() * scale
 
 
 def value_range(mode: str, bit_depth_range: Sequence[float]) -> tuple[float, float]:
-    """The values of an image that become 0 and 255.
-
-    Args:
-        mode: one of ``DEEP_MODES``.
-        bit_depth_range: lowest and highest value; if it is empty, those of the type: 0 and 1 of
-            floats (``"F"``), else 0 and 65535, as Pillow opens some 16-bit files as ``"I"``.
+    """The values of an image of :func:`deep_mode` that become 0 and 255: ``bit_depth_range``, or if
+    it is empty, 0 and 1 of floats (``"F"``), else 0 and 65535, as Pillow opens some 16-bit files as
+    ``"I"``.
 
     Raises:
         ConfigError: ``bit_depth_range`` is neither empty nor two numbers that increase.
     """
-    if not bit_depth_range:
-        return (0, 1) if mode == "F" else (0, 65535)
-    try:
-        lowest, highest = map(float, bit_depth_range)
-    except (TypeError, ValueError):
-        lowest = highest = math.nan
-    if not -math.inf < lowest < highest < math.inf:
-        raise ConfigError(
-            f"{RANGE_KEY} is {bit_depth_range!r}; it must be the lowest and the highest value of "
-            "the images, or empty for the range of their type"
+    with contextlib.suppress(TypeError, ValueError):
+        lowest, highest = bit_depth_range or (0, 1 if mode == "F" else 65535)
+        if -math.inf < lowest < highest < math.inf:
+            return lowest, highest
+    raise ConfigError(
+        f"{RANGE_KEY} is {bit_depth_range!r}; it must be the lowest and the highest value of the "
+        "images, or empty for the range of their type"
+    )
+
+
+def depth_defect(mode: str, low: float, high: float, bit_depth_range: Sequence[float]) -> str:
+    """What keeps values of ``low`` to ``high`` from being scaled to 8 bits; "" for nothing."""
+    scaled = value_range(mode, bit_depth_range)
+    if mode == DEEP_COLOR and scaled != (0, 65535):
+        return (
+            f"colors of 16 bits, of which Pillow gives the upper 8, whatever {RANGE_KEY} is "
+            "(convert the images to 8 bits, or to one channel of 16)"
         )
-    return lowest, highest
-
-
-def extremes(image: Image.Image) -> tuple[float, float]:
-    """The lowest and the highest value of an image of ``DEEP_MODES``; both NaN if one is NaN."""
-    values = np.asarray(image)
-    return float(values.min()), float(values.max())
-
-
-def shown_range(low: float, high: float) -> str:
-    """``(low, high)`` as it can be typed, to the last digit."""
-    low, high = (int(value) if value == value // 1 else value for value in (low, high))
-    return f"({low}, {high})"
-
-
-def _to_8_bits(image: Image.Image, file_name: str, bit_depth_range: Sequence[float]) -> Image.Image:
-    """Scale an image of ``DEEP_MODES`` to ``"L"``, to the nearest of 256 values."""
-    lowest, highest = value_range(image.mode, bit_depth_range)
-    low, high = extremes(image)
-    if not math.isfinite(low + high):
-        raise DataError(f"{file_name} has values that are NaN or infinite; replace them")
-    if not lowest <= low <= high <= highest:
-        raise DataError(
-            f"{file_name} has values of {shown_range(low, high)}, beyond "
-            f"{shown_range(lowest, highest)}, which is scaled to 8 bits; set {RANGE_KEY} to the "
-            "range of all images"
+    if not scaled[0] <= low <= high <= scaled[1]:
+        return (
+            f"values of {low, high}, beyond {scaled}, which is scaled to 8 bits (replace them, or "
+            f"set {RANGE_KEY} to the range of all images)"
         )
-    # float32 holds 16 bits exactly, but not 32.
-    dtype = np.float64 if image.mode == "I" else np.float32
-    values = np.subtract(np.asarray(image), lowest, dtype=dtype)
-    values *= 255 / (highest - lowest)
-    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    return ""

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gn_detect.config import ConfigError
 
 from .coco import read_canonical
+from .headers import image_size
 from .images import (
     check_image_format,
-    image_size,
     naming,
     read_image,
     read_labels,

@@ -8,7 +8,6 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -21,10 +20,10 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
 from gn_detect.config import ConfigError
 from gn_detect.data import DataError
+from gn_detect.data.images import read_labels
 
 from .scoring import CocoEvaluator, choose_coco_eval
 
@@ -49,32 +48,9 @@ def _coco(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
 def _semantic(name: str, output_dir: str, options: dict) -> DatasetEvaluator:
     metadata = MetadataCatalog.get(name)
     load = functools.partial(
-        _load_labels, count=len(metadata.stuff_classes), ignored=metadata.ignore_label
+        read_labels, count=len(metadata.stuff_classes), ignored=metadata.ignore_label
     )
     return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=load)
-
-
-def _load_labels(file_name: str, dtype: type, count: int, ignored: int) -> np.ndarray:
-    """The labels of an image, (height, width). Detectron2's own function asks for them without a
-    copy, which NumPy 2 refuses where it has to make one.
-
-    Raises:
-        DataError: the file cannot be read, or has other labels than 0 to ``count`` - 1 and
-            ``ignored``.
-    """
-    try:
-        with PathManager.open(file_name, "rb") as f:
-            labels = np.array(Image.open(f), dtype=dtype)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the labels {file_name} ({error}); replace it") from error
-    unknown = labels[(labels != ignored) & ((labels < 0) | (labels >= count))]
-    if labels.ndim != 2 or unknown.size:
-        found = f"the label {unknown[0]}" if labels.ndim == 2 else "colours"
-        raise DataError(
-            f"{file_name} has {found}; labels are one channel of 0 to {count - 1}, the classes, "
-            f"and {ignored} where there is none"
-        )
-    return labels
 
 
 _PANOPTICAPI = {"panopticapi": "git+https://github.com/cocodataset/panopticapi.git"}

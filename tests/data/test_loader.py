@@ -238,7 +238,7 @@ def test_a_photo_of_8_bits_is_mapped_as_detectron2_maps_it(photo, tmp_path, is_t
     assert_same(*results)
     assert photo.keys() == before.keys() and photo["annotations"] == before["annotations"]
     Image.fromarray(labels.astype(np.uint16) + 250).save(tmp_path / "labels.png")
-    with pytest.raises(DataError, match=r"labels\.png has semantic labels of \(250, 303\)"):
+    with pytest.raises(DataError, match=r"labels\.png has the label 277; .* 0 to 254, "):
         mapper()(photo)
 
 
@@ -264,7 +264,7 @@ def test_a_photo_of_16_bits_is_trained_and_evaluated_on_as_its_8_bits(
 
 
 def test_a_mapper_refuses_what_it_could_not_read():
-    with pytest.raises(ConfigError, match="INPUT.FORMAT .* 'YUV-BT.601'; it must be BGR"):
+    with pytest.raises(ConfigError, match="INPUT.FORMAT .* 'YUV-BT.601'; it must be one of BGR"):
         mapper("INPUT.FORMAT", "YUV-BT.601")
     with pytest.raises(ConfigError, match="INPUT.BIT_DEPTH_RANGE .* the lowest and the highest"):
         NamingDatasetMapper(

@@ -195,7 +195,7 @@ def test_semantic_segmentation(tmp_path):
     with pytest.raises(DataError, match=r"a.png has the label 2; labels are .* of 0 to 1, .* 255"):
         evaluate(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
     (tmp_path / "a.png").write_text("<html>")
-    with pytest.raises(DataError, match=r"cannot read the labels .*a.png"):
+    with pytest.raises(DataError, match=r"cannot use the image .*a.png"):
         evaluate(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
     DatasetCatalog.remove("own_sem_seg")
     MetadataCatalog.remove("own_sem_seg")

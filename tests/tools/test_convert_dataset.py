@@ -265,7 +265,7 @@ BROKEN = [
     (yolo, "labels/a.txt", f"\n1{BOX[1:]}", "line 2 has the class 1, which is none of 0, 3; "),
     (yolo, "labels/a.txt", b"\xff\xfe0", "a.txt cannot be read as text in UTF-8"),
     (yolo, "images/b.png", "", "share one label file"),
-    (yolo, "images/a.png", "<html>", "a.png cannot be read as an image"),
+    (yolo, "images/a.png", "<html>", "cannot use the image .*a.png"),
     (yolo, "data.yaml", "names: [cat, no]", r"data.yaml .*bool.*names\[1\].*quote"),
     (yolo, "data.yaml", "{names: [a], kpt_shape: [3, 2]}", "data.yaml .*no keypoints"),
     (yolo, "data.yaml", "{names: [a], train: a, val: b}", "has the splits train, val; .*--split"),

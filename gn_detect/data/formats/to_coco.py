@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as mask_util
 
 from gn_detect.data import DataError
+from gn_detect.data.headers import image_size
 
 Size = tuple[int, int]  # width, height
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -61,7 +61,7 @@ def to_coco(
         labels = {image: label for image, label in labels.items() if label.stem in stems}
         files = {label for label in files if label.stem in stems}
     with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(_image_size, labels))
+        sizes = list(pool.map(image_size, map(str, labels)))
     images, annotations, found = [], [], []
     for id_, ((path, label_file), size) in enumerate(zip(labels.items(), sizes, strict=True), 1):
         name = path.relative_to(root).as_posix()
@@ -146,15 +146,6 @@ def _annotation(item: LabeledObject, size: Size, notes: Notes) -> dict | None:
     if np.abs(points - points.clip(0, size)).max() > 1:
         notes.add("objects that reach beyond their image, clipped", item.where)
     return annotation | {"area": area}
-
-
-def _image_size(path: Path) -> Size:
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientation
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # Pillow raises what its decoders do
-        raise DataError(f"{path} cannot be read as an image ({error}); replace it") from None
 
 
 def check_image(label_file: Path, name: str, stated: tuple[float, float], size: Size) -> None:
