@@ -17,6 +17,7 @@ from tqdm.contrib.concurrent import thread_map
 from .cache import cache_file, write_cache
 from .images import MACHINE_ERRORS, deep_mode, extremes, naming
 
+_TAIL = 1 << 16  # bytes at the end of a file, in which what is behind the pixels lies
 _decoding = threading.Semaphore(4)  # how many decoded images are in memory
 
 
@@ -141,8 +142,10 @@ def _is_complete(f: BinaryIO, image: Image.Image) -> bool:
     if image.format in ("JPEG", "MPO"):
         f.seek(-2, os.SEEK_END)
         return f.read() == b"\xff\xd9"
-    f.seek(0)
-    _, _, end = f.read().rpartition(b"IDAT") if image.format == "PNG" else (b"",) * 3
+    if image.format != "PNG":
+        return False
+    f.seek(max(0, f.seek(0, os.SEEK_END) - _TAIL))
+    _, _, end = f.read().rpartition(b"IDAT")
     # What may hold an orientation, which Pillow finds behind the pixels as it decodes them.
     turns = any(word in end for word in (b"eXIf", b"exif", b"adobe.xmp"))
     return not turns and end.endswith(b"IEND\xaeB`\x82")
