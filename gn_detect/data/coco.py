@@ -262,39 +262,27 @@ def check_coco_json(
     warnings = check_images(
         *(json_file, image_root, files, data.heights, data.widths), bit_depth_range=bit_depth_range
     )
-    if not data.has_annotations:
+    if data.has_annotations:
+        if masks:
+            needed = ~data.crowd | evaluation
+            check_masks(data, needed, scored=evaluation, key=keys["masks"])
+        if keypoints:
+            check_keypoints(data, keys["keypoints"])
+            warnings += keypoint_warnings(data)
+        warnings += [*data.mended, *check_objects(data, masks)]
+        warnings += check_boxes(data, masks, box_format, keys["BOX_FORMAT"])
         if training:
-            raise DataError(f"{json_file} is not in COCO format: it has no list 'annotations'")
-        return CocoSummary(
-            data.classes,
-            len(data.image_ids),
-            keypoints=keypoint_names(data) if keypoints else [],
-            warnings=_log(json_file, warnings),
-        )
-    if masks:
-        needed = ~data.crowd | evaluation
-        check_masks(data, needed, scored=evaluation, key=keys["masks"])
-    names = []
-    if keypoints:
-        check_keypoints(data, keys["keypoints"])
-        names = keypoint_names(data)
-        warnings += keypoint_warnings(data)
-    warnings += [*data.mended, *check_objects(data, masks)]
-    warnings += check_boxes(data, masks, box_format, keys["BOX_FORMAT"])
-    if training:
-        warnings += check_classes(data)
+            warnings += check_classes(data)
+    elif training:
+        raise DataError(f"{json_file} is not in COCO format: it has no list 'annotations'")
+    for warning in warnings:
+        logger.warning(f"{json_file}: {warning}")
     return CocoSummary(
         classes=data.classes,
         num_images=len(data.image_ids),
         num_annotations=len(data.image) + data.unknown_images[0],
         num_crowds=int(data.crowd.sum()),
         has_rle=any(not data.crowd[i] for i in data.rles),
-        keypoints=names,
-        warnings=_log(json_file, warnings),
+        keypoints=keypoint_names(data) if keypoints else [],
+        warnings=warnings,
     )
-
-
-def _log(json_file: str, warnings: list[str]) -> list[str]:
-    for warning in warnings:
-        logger.warning(f"{json_file}: {warning}")
-    return warnings

@@ -39,7 +39,7 @@ def check_keypoints(data: CocoData, key: str) -> None:
         DataError: the keypoints of an annotation cannot be used, or there are none.
     """
     _refuse(data, list(data.keypoint_errors), data.keypoint_errors)
-    if data.has_annotations and not (data.keypoints[:, 2::3] > 0).any():
+    if not (data.keypoints[:, 2::3] > 0).any():
         raise DataError(
             f"{data.json_file} has no visible keypoints; add them to its annotations, or set {key} "
             "False"
