@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import msgspec
 
@@ -19,21 +18,17 @@ class Result(msgspec.Struct, gc=False):
     Attributes:
         image_id, category_id: as in the dataset.
         bbox: x, y, width, height in pixels.
-        segmentation: JSON; from :func:`read_results`, polygons, a compressed RLE, or nothing.
+        segmentation: JSON; from :func:`read_results`, polygons, a compressed RLE, or None.
     """
 
     image_id: int | float | str
     category_id: int | float | str
     bbox: tuple[float, float, float, float]
     score: float
-    segmentation: Any = None
-
-
-class _Encoded(Result, gc=False):
     segmentation: msgspec.Raw = NULL
 
 
-_decode = msgspec.json.Decoder(list[_Encoded]).decode
+_decode = msgspec.json.Decoder(list[Result]).decode
 
 
 def read_results(
@@ -52,7 +47,7 @@ def read_results(
         DataError: the file cannot be read, or a result is of another dataset.
     """
 
-    def decode(content: bytes | memoryview) -> list[_Encoded]:
+    def decode(content: bytes | memoryview) -> list[Result]:
         try:
             return _decode(content)
         except msgspec.ValidationError as error:
