@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -15,7 +14,7 @@ import numpy as np
 from . import DataError
 from .coco import load_coco
 from .coco_data import CocoData
-from .coco_file import paused_gc
+from .coco_file import decode_json, paused_gc
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +131,9 @@ def _mend(part: np.ndarray, has: np.ndarray, total: np.ndarray) -> None:
 def _write(json_file: str, paths: list[str], validation: set) -> None:
     """Write the records of the images ``validation`` (ids) to the second path, others to the
     first."""
-    text = Path(json_file).read_bytes()
+    content = decode_json(json_file, msgspec.json.decode)
+    os.makedirs(os.path.dirname(paths[0]), exist_ok=True)
     with paused_gc():
-        try:
-            content = msgspec.json.decode(text)
-        except msgspec.DecodeError:  # of NaN, or a mark of the encoding
-            content = json.loads(text)
-        os.makedirs(os.path.dirname(paths[0]), exist_ok=True)
         for path, wanted in zip(paths, (False, True), strict=True):
             records = {
                 key: [r for r in content[key] if (r[id_] in validation) == wanted]
