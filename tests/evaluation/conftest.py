@@ -1,8 +1,8 @@
-import copy
 import json
 
 import pytest
 from detectron2.data import DatasetCatalog
+from evaluation.generated import scores_of
 
 from gn_detect.data.coco import register_coco_json
 from gn_detect.evaluation import build_evaluator
@@ -16,16 +16,11 @@ def evaluate(tmp_path, capsys):
     def run(content, found, **options):
         (tmp_path / "generated.json").write_text(json.dumps(content))
         register_coco_json("generated", str(tmp_path / "generated.json"), str(tmp_path))
-        inputs = DatasetCatalog.get("generated")
+        images = DatasetCatalog.get("generated")
         evaluator = build_evaluator("generated", str(tmp_path / "inference"), **options)
-        evaluator.reset()
-        for image, instances in zip(inputs, copy.deepcopy(found), strict=True):
-            evaluator.process([image], [{"instances": instances}])
         capsys.readouterr()
-        return evaluator.evaluate(), table(capsys.readouterr().out)
+        results = scores_of(evaluator, images, [{"instances": f} for f in found])
+        printed = capsys.readouterr().out.splitlines()
+        return results, [line for line in printed if line.startswith(" Average")]
 
     return run
-
-
-def table(printed: str) -> list[str]:
-    return [line for line in printed.splitlines() if line.startswith(" Average")]

@@ -1,5 +1,7 @@
-"""Ground truth and detections at random: crowds, ties of scores, classes without objects, images
-without either."""
+"""Ground truth and detections at random, and their scores: crowds, ties of scores, classes without
+objects, images without either."""
+
+import copy
 
 import numpy as np
 import torch
@@ -124,3 +126,10 @@ def results(content, found: list[Instances], task: str) -> list[dict]:
                 record["keypoints"] = points.flatten().tolist()
             records.append(record)
     return records
+
+
+def scores_of(evaluator, images, outputs):
+    """The results of ``evaluator`` for ``outputs``, which Detectron2's may change."""
+    evaluator.reset()
+    evaluator.process(images, copy.deepcopy(list(outputs)))
+    return evaluator.evaluate()

@@ -19,6 +19,7 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 from detectron2.structures import Boxes, Instances
+from evaluation.generated import scores_of
 from PIL import Image
 
 import gn_detect
@@ -51,20 +52,13 @@ def detections(classes, scores):
         yield {"instances": found}
 
 
-def evaluate(evaluator, images, outputs):
-    evaluator.reset()
-    for image, output in zip(images, outputs, strict=True):
-        evaluator.process([image], [output])
-    return evaluator.evaluate()
-
-
 @pytest.mark.parametrize(
     "classes, ap",
     [([0, 1, 0], {"AP": 100, "AP-dog": 100, "AP-cat": 100}), ([0, 0, 0], {"AP": 50, "AP-cat": 0})],
 )
 def test_boxes_masks_and_keypoints(images, tmp_path, classes, ap):
     evaluator = build_evaluator("own", str(tmp_path), kpt_oks_sigmas=(0.1, 0.1))
-    results = evaluate(evaluator, images, detections(classes, [0.9, 0.5, 0.8]))
+    results = scores_of(evaluator, images, detections(classes, [0.9, 0.5, 0.8]))
     assert results.keys() == {"bbox", "segm", "keypoints"}
     for task in results.values():
         assert {key: task[key] for key in ap} == pytest.approx(ap)
@@ -73,7 +67,7 @@ def test_boxes_masks_and_keypoints(images, tmp_path, classes, ap):
 
 def test_no_predictions(images, tmp_path):
     nothing = [{"instances": Instances((64, 64), scores=torch.zeros(0))} for _ in images]
-    results = evaluate(build_evaluator("own", str(tmp_path)), images, nothing)
+    results = scores_of(build_evaluator("own", str(tmp_path)), images, nothing)
     assert math.isnan(results["bbox"]["AP"])
 
 
@@ -172,7 +166,7 @@ def test_pascal_voc(voc, tmp_path):
         found = Instances((100, 100), pred_boxes=Boxes(boxes))
         found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
         outputs.append({"instances": found})
-    results = evaluate(build_evaluator("own_voc", str(tmp_path)), voc, outputs)
+    results = scores_of(build_evaluator("own_voc", str(tmp_path)), voc, outputs)
     assert results == {"bbox": {"AP": 50, "AP50": 50, "AP75": 50}}
 
 
@@ -190,13 +184,13 @@ def test_semantic_segmentation(tmp_path):
     scores[1, :20] = 1
     scores[0, 20:] = 1
     images = DatasetCatalog.get("own_sem_seg")
-    results = evaluate(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
+    results = scores_of(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
     Image.fromarray(labels + 1).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a.png has the label 2; labels are .* of 0 to 1, .* 255"):
-        evaluate(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
+        scores_of(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
     (tmp_path / "a.png").write_text("<html>")
     with pytest.raises(DataError, match=r"cannot use the image .*a.png"):
-        evaluate(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
+        scores_of(build_evaluator("own_sem_seg", root), images, [{"sem_seg": scores}])
     DatasetCatalog.remove("own_sem_seg")
     MetadataCatalog.remove("own_sem_seg")
     ground, both = 19 * 40, 20 * 20
@@ -279,7 +273,7 @@ def test_panoptic_segmentation(panoptic_images, tmp_path, build):
         ]
         output["instances"].remove("pred_keypoints")
         outputs.append({**output, "sem_seg": sem_seg, "panoptic_seg": (ids, segments)})
-    results = evaluate(build(str(tmp_path / "run")), panoptic_images, outputs)
+    results = scores_of(build(str(tmp_path / "run")), panoptic_images, outputs)
     assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
     things, half, sky = 24 * 24, 24 * 12, 64 * 63 - 24 * 24
     assert results["sem_seg"]["IoU-things"] == pytest.approx(100 * half / things)

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import _LOG_COUNTER
-from evaluation.generated import detections, ground_truth, results
+from evaluation.generated import detections, ground_truth, results, scores_of
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -131,10 +131,8 @@ def test_the_limit_of_detections(evaluate, coco_eval):
     found = detections(content, most=40)
     unlimited, _ = evaluate(content, found)
     evaluator = scoring.CocoEvaluator("generated", max_dets_per_image=11, coco_eval=coco_eval)
-    evaluator.reset()
-    images = DatasetCatalog.get("generated")
-    evaluator.process(images, [{"instances": f} for f in copy.deepcopy(found)])
-    ours = evaluator.evaluate()["bbox"]["AP"]
+    outputs = [{"instances": f} for f in found]
+    ours = scores_of(evaluator, DatasetCatalog.get("generated"), outputs)["bbox"]["AP"]
     expected = reference(content, found, "bbox", max_dets=11).eval["precision"][..., 0, -1]
     assert ours == pytest.approx(100 * expected[expected > -1].mean(), abs=1e-12)
     assert ours != unlimited["bbox"]["AP"]
@@ -165,10 +163,8 @@ def test_both_packages_agree_on_real_photos(shared_data, tmp_path, capsys, data)
         found.append({"instances": result})
     for coco_eval in BACKENDS:
         evaluator = build_evaluator("real", str(tmp_path), coco_eval=coco_eval)
-        evaluator.reset()
-        evaluator.process(images, found)
         capsys.readouterr()
-        scored.append(evaluator.evaluate())
+        scored.append(scores_of(evaluator, images, found))
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] and tables[0].count("Average") == 24
     for task in ("bbox", "segm"):  # each class, too
@@ -229,9 +225,7 @@ def test_a_dataset_without_a_json(evaluate, tmp_path):
         MetadataCatalog.get("dicts").set(evaluator_type="coco", thing_classes=names)
         for _ in range(2):
             evaluator = build_evaluator("dicts", str(tmp_path))
-            evaluator.reset()
-            evaluator.process(images, [{"instances": f} for f in copy.deepcopy(found)])
-            scored.append(evaluator.evaluate())
+            scored.append(scores_of(evaluator, images, [{"instances": f} for f in found]))
         DatasetCatalog.remove("dicts")
         MetadataCatalog.remove("dicts")
     ours, *others = scored
@@ -249,11 +243,11 @@ def test_proposals_as_detectron2(evaluate, tmp_path):
         proposals.objectness_logits = torch.arange(len(proposals), dtype=torch.float32)
         outputs.append({"proposals": proposals})
     theirs = COCOEvaluator("generated", output_dir=str(tmp_path / "theirs"), use_fast_impl=False)
-    scored = []
-    for evaluator in (theirs, build_evaluator("generated", str(tmp_path / "ours"))):
-        evaluator.reset()
-        evaluator.process(DatasetCatalog.get("generated"), outputs)
-        scored.append(dict(evaluator.evaluate()))
+    ours, images = (
+        build_evaluator("generated", str(tmp_path / "ours")),
+        DatasetCatalog.get("generated"),
+    )
+    scored = [dict(scores_of(evaluator, images, outputs)) for evaluator in (theirs, ours)]
     assert repr(scored[0]) == repr(scored[1]) and scored[0]["box_proposals"]["AR@100"] > 1
     files = [(tmp_path / name / "box_proposals.pkl").read_bytes() for name in ("theirs", "ours")]
     assert files[0] == files[1]
@@ -271,7 +265,5 @@ def test_predictions_of_something_else(evaluate):
     ):
         instances = next(f for f in found if len(f))[:1]
         instances.pred_classes[0] = label
-        evaluator.reset()
-        evaluator.process([{"image_id": image}], [{"instances": instances}])
         with pytest.raises(error, match=message):
-            evaluator.evaluate()
+            scores_of(evaluator, [{"image_id": image}], [{"instances": instances}])
