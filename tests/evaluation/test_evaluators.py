@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_sem_seg, register_pascal_voc
+from detectron2.data.datasets import load_sem_seg
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -133,40 +133,30 @@ def test_the_evaluation_that_detectron2_chooses(described, tmp_path, monkeypatch
     assert type(build_evaluator(f"of_{kind}", str(tmp_path))) is evaluator
 
 
-@pytest.fixture
-def voc(tmp_path):
-    """Two images in Pascal VOC's layout: a dog and a cat, and a dog."""
+def test_pascal_voc(tmp_path):
+    """Two images in its layout. All that is found is right, but the cat is not found."""
     boxes = {"a": {"dog": (11, 11, 40, 40), "cat": (51, 51, 60, 80)}, "b": {"dog": (1, 1, 30, 90)}}
-    for directory in ("Annotations", "ImageSets/Main", "JPEGImages"):
+    for directory in ("Annotations", "ImageSets/Main"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "ImageSets/Main/val.txt").write_text("\n".join(boxes))
+    outputs = []
     for name, objects in boxes.items():
-        Image.new("RGB", (100, 100)).save(tmp_path / f"JPEGImages/{name}.jpg")
         described = "".join(
             f"<object><name>{kind}</name><pose>Left</pose><truncated>0</truncated>"
             f"<difficult>0</difficult><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
             f"<ymax>{y1}</ymax></bndbox></object>"
             for kind, (x0, y0, x1, y1) in objects.items()
         )
-        size = "<size><width>100</width><height>100</height></size>"
-        xml = f"<annotation>{size}{described}</annotation>"
-        (tmp_path / f"Annotations/{name}.xml").write_text(xml)
-    register_pascal_voc("own_voc", str(tmp_path), "val", 2012, ["dog", "cat"])
-    MetadataCatalog.get("own_voc").evaluator_type = "pascal_voc"
-    yield DatasetCatalog.get("own_voc")
-    DatasetCatalog.remove("own_voc")
-    MetadataCatalog.remove("own_voc")
-
-
-def test_pascal_voc(voc, tmp_path):
-    """All that is found is right, but the cat is not found."""
-    outputs = []
-    for image in voc:
-        boxes = [a["bbox"] for a in image["annotations"] if a["category_id"] == 0]
-        found = Instances((100, 100), pred_boxes=Boxes(boxes))
+        (tmp_path / f"Annotations/{name}.xml").write_text(f"<annotation>{described}</annotation>")
+        x0, y0, x1, y1 = objects["dog"]  # counted from 1, with the last pixel within
+        found = Instances((100, 100), pred_boxes=Boxes([[x0 - 1, y0 - 1, x1, y1]]))
         found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
         outputs.append({"instances": found})
-    results = scores_of(build_evaluator("own_voc", str(tmp_path)), voc, outputs)
+    metadata = MetadataCatalog.get("own_voc").set(evaluator_type="pascal_voc", year=2012)
+    metadata.set(dirname=str(tmp_path), split="val", thing_classes=["dog", "cat"])
+    images = [{"image_id": name} for name in boxes]
+    results = scores_of(build_evaluator("own_voc", str(tmp_path)), images, outputs)
+    MetadataCatalog.remove("own_voc")
     assert results == {"bbox": {"AP": 50, "AP50": 50, "AP75": 50}}
 
 
