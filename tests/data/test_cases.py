@@ -275,18 +275,3 @@ def test_row_20_most_objects_are_crowds(good, coco_files, tmp_path):
         tool, *arguments = found[step]
         warning = "2 of 3 annotations have iscrowd 1 and are not trained on; if they are objects"
         assert warning in run_tool(tool, *arguments).stdout, step
-
-
-def test_row_11_keypoints_of_own_data(good, coco_files, tmp_path):
-    for category in coco_files.content["categories"]:
-        category["keypoints"] = ["top", "bottom"]
-    each("keypoints", [8, 8, 2, 31, 31, 2])(coco_files.content)
-    coco_files.write()
-    tool, *arguments = steps(good, coco_files, tmp_path, coco_files)["train"]
-    shown = run_tool(
-        *(tool, *arguments, "MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"),
-        *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2, "INPUT.RANDOM_FLIP", "none"),
-        *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)"),
-        *("TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"),
-    ).stdout
-    assert "copypaste: Task: keypoints" in shown

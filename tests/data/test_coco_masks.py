@@ -64,6 +64,9 @@ WHOLE = mask_util.encode(np.ones((8, 6), np.uint8, order="F"))["counts"].decode(
         ({"size": [8, 6], "counts": None}, "neither a list of polygons"),
         ([[[1, 1], [5, 1], [1, 5]]], "neither a list of polygons"),
         ([1, 1, 5, 1, 1, 5], "neither a list of polygons"),
+        ([[1, 1, 5, 1, 1, None]], "neither a list of polygons"),  # as NaN is read
+        ({"counts": [48]}, "neither a list of polygons"),
+        ("mask.png", "neither a list of polygons"),
         ([[1, 1, 1e6, 1, 1, 5]], "(pixels, of 100000 at most)"),
         ([[1, 1], [5, 1], [1, 5]], "a list of 3 points as its segmentation; write them as one"),
         ([[1, 1, 5, 1, 1, 5], [1, 1, 5, 1, 1, 5, 7]], "a polygon of 7 numbers; x and y come in"),

@@ -54,16 +54,9 @@ def test_results_by_image(coco_files):
         ([{**FOUND, "image_id": 9}], "has an object with the image_id 9 (a number), which"),
         ([{**FOUND, "image_id": "1"}], "the image_id '1' (text), which"),
         ([{**FOUND, "category_id": 7.5}], "the category_id 7.5 (a number), which"),
-        *(
-            ([{**FOUND, "segmentation": mask}], f"results.json: an object of image 1 {sentence}")
-            for mask, sentence in (
-                ({"size": [5, 6], "counts": [30]}, "has an RLE of [5, 6] pixels, but its image"),
-                ({"size": [64, 64], "counts": "! ~"}, "has an RLE with damaged counts"),
-                ({"size": [64, 64], "counts": None}, "has a segmentation that is neither"),
-                ([[1, 2, 3, 4, 5]], "has a polygon of 5 numbers"),
-                ([[1, 1, 1e9, 1, 1, 9]], "has a segmentation that is neither"),
-                ("mask.png", "has a segmentation that is neither"),
-            )
+        (
+            [{**FOUND, "segmentation": [[1, 2, 3, 4, 5]]}],
+            "results.json: an object of image 1 has a polygon of 5 numbers",
         ),
     ],
 )

@@ -73,7 +73,7 @@ def metrics(output) -> dict[int, dict]:
     return out
 
 
-def test_trains_resumes_and_evaluates(own_config, coco_files, tmp_path):
+def test_trains_resumes_and_evaluates(own_config, tmp_path):
     run = tmp_path / "run"
     first = train_net("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
     assert "Starting training from iteration 0" in first.stdout
@@ -107,10 +107,10 @@ def test_trains_resumes_and_evaluates(own_config, coco_files, tmp_path):
     assert {3, 4} <= set(resumed)
     assert resumed[3]["lr"] == pytest.approx(cfg.optimizer.lr * multiplier(3 / 5))
 
-    evaluation = ("--eval-only", "--config-file", own_config)
-    evaluation += (f"train.output_dir={tmp_path / 'eval'}",)
-    evaluation += (f"train.init_checkpoint={run / 'model_final.pth'}",)
-    output = train_net(*evaluation).stdout
+    output = train_net(
+        *("--eval-only", "--config-file", own_config, f"train.output_dir={tmp_path / 'eval'}"),
+        f"train.init_checkpoint={run / 'model_final.pth'}",
+    ).stdout
     (values, _) = [
         line.split(": ")[-1].split(",")
         for line in output.splitlines()
@@ -122,11 +122,6 @@ def test_trains_resumes_and_evaluates(own_config, coco_files, tmp_path):
     ]
     results = "inference/coco_instances_results.json"
     assert (run / results).read_bytes() == (tmp_path / "eval" / results).read_bytes()
-    cat, dog = coco_files.content["categories"]
-    cat["name"], dog["name"] = dog["name"], cat["name"]
-    coco_files.write()
-    message = refusal("lazyconfig_train_net.py", *evaluation)
-    assert "class 1 of 2 is 'dog' in the weights, 'cat' in the data" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
