@@ -7,6 +7,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from helpers import ROOT
+from image_files import with_orientation
 from PIL import Image
 
 from gn_detect import visualize
@@ -137,9 +138,8 @@ def test_images_range_from_few_objects_to_many_with_one_empty(workspace):
 
 
 def test_exif_orientation(workspace):
-    image, exif = Image.new("RGB", (HEIGHT, WIDTH), (GRAY,) * 3), Image.Exif()
-    exif[0x0112] = 6  # to be turned
-    image.save(workspace.root / "1.png", exif=exif)
+    image = Image.new("RGB", (HEIGHT, WIDTH), (GRAY,) * 3)
+    image.save(workspace.root / "1.png", exif=with_orientation(6))  # to be turned
     mask = rectangle(*BOX)
     workspace.results = [item(1, 20, BOX, score=1, segmentation=encode(mask))]
     _, right = workspace.draw()

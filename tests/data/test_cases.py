@@ -9,6 +9,7 @@ import torch
 from dataset_commands import exactly_the_truth, steps, train_both
 from detectron2.modeling import GeneralizedRCNN
 from helpers import refusal, run_tool
+from image_files import with_orientation
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -143,9 +144,7 @@ def test_row_18_encodings(good, coco_files, tmp_path, codec, name):
 
 
 def turned(path, orientation=6):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", (64, 48)).save(path, "JPEG", exif=exif)
+    Image.new("RGB", (64, 48)).save(path, "JPEG", exif=with_orientation(orientation))
 
 
 DAMAGED = {

@@ -16,6 +16,7 @@ import pytest
 from helpers import SQUARE_RLE, CocoFiles, config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_files import with_orientation
 from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
@@ -176,8 +177,7 @@ def damaged_images(draw):
         mode = draw(st.sampled_from(["L", "1", "P", "RGBA", "I;16", "I", "F", "CMYK", "LA"]))
         return lambda path: Image.new(mode, size).save(path, "TIFF")
     if kind == 2:
-        exif = Image.Exif()
-        exif[0x0112] = draw(st.integers(0, 9))
+        exif = with_orientation(draw(st.integers(0, 9)))
         return lambda path: Image.new("RGB", (64, 64)).save(path, "JPEG", exif=exif)
     if kind == 3:
         return lambda path: (path.unlink(), path.mkdir())

@@ -13,7 +13,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
 from helpers import config
-from PIL import ExifTags, Image
+from image_files import with_orientation
+from PIL import Image
 from pycocotools import mask as mask_util
 
 from gn_detect.config import ConfigError
@@ -95,10 +96,9 @@ def test_every_sampler_of_detectron2_is_continued(own, kind):
 
 @pytest.mark.parametrize("orientation", [1, 4, 5, 8])
 def test_the_header_tells_the_orientation_of_an_image_without_a_size(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
     for size in SIZES:
-        Image.new("RGB", size).save(tmp_path / "photo.jpg", exif=exif)
+        image = Image.new("RGB", size)
+        image.save(tmp_path / "photo.jpg", exif=with_orientation(orientation))
         height, width, _ = read_image(str(tmp_path / "photo.jpg"), "BGR").shape
         assert _orientation({"file_name": str(tmp_path / "photo.jpg")}) == int(width > height)
 

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from helpers import CONFIGS, TINY
 
 from gn_detect import get_config_file
@@ -99,9 +100,7 @@ def test_what_contradicts_the_data_is_refused(register, opts, message):
 
 def test_coco_has_tolerances_of_its_own(register, caplog):
     caplog.set_level(logging.INFO, "gn_detect")
-    names = "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
-    names += "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee "
-    names = [*names.split(), "left_ankle", "right_ankle"]
+    names = list(COCO_PERSON_KEYPOINT_NAMES)
     assert not prepare(register("own", names)).TEST.KEYPOINT_OKS_SIGMAS
     assert prepare(register("own", names[::-1])).TEST.KEYPOINT_OKS_SIGMAS == [0.067] * 17
 

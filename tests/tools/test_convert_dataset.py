@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from helpers import SHARED_DATA, refusal, run_tool
+from image_files import with_orientation
 from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
@@ -165,9 +166,7 @@ def test_yolo_lines(tmp_path):
     """A confidence, a class id as float, an edge beyond the image, no size; a turned photo, whose
     labels are those of the photo as it is shown, as Detectron2 reads it."""
     yolo(tmp_path, "\ufeff3.0 0.5 0.5 0.5 0.5 0.9\r\n0 0.9 0.5 0.5 0.5\r\n0 1 1 0 0")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", SIZE).save(tmp_path / "images/b.jpg", exif=exif)
+    Image.new("RGB", SIZE).save(tmp_path / "images/b.jpg", exif=with_orientation(6))
     content, lost = convert("yolo", tmp_path, tmp_path / "images", masks=False)
     assert [(i["width"], i["height"]) for i in content["images"]] == [SIZE, SIZE[::-1]]
     expected = [("7", [16, 12, 32, 24], None), ("cat", [41.6, 12, 22.4, 24], None)]
