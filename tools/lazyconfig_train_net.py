@@ -12,12 +12,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import gn_detect  # noqa: F401  # registers the generated dataset
-from gn_detect.checkpoint import Checkpointer, WeightGuards
-from gn_detect.data.coco import output_names
 from gn_detect.engine import prepare_run, sentence
 from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
 from gn_detect.engine.lazy_config import load_lazy_config
-from gn_detect.engine.prepare import check_num_gpus, dataset_names
+from gn_detect.engine.prepare import check_num_gpus
+from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
 
@@ -35,15 +34,7 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:
         model = build_lazy_model(cfg)
-        run = Settings(cfg)
-        checkpointer = Checkpointer(
-            model,
-            cfg.train.output_dir,
-            guards=WeightGuards.from_config(cfg),
-            names=output_names(dataset_names(run, "test"), run["keypoints"]),
-            evaluation=True,
-        )
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        load_to_evaluate(Settings(cfg), model, args.resume)
         return do_test(cfg, model)
     return do_train(cfg, resume=args.resume)
 

@@ -13,12 +13,12 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.config import load_config
-from gn_detect.data.coco import output_names, register_coco_json
+from gn_detect.data.coco import register_coco_json
 from gn_detect.data.splits import split_coco
 from gn_detect.engine import Trainer, prepare_run, sentence
 from gn_detect.engine.prepare import check_output
+from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
 
@@ -94,14 +94,7 @@ def main(args, cfg):
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            guards=WeightGuards.from_config(cfg),
-            names=output_names(cfg.DATASETS.TEST, cfg.MODEL.KEYPOINT_ON),
-            evaluation=True,
-        )
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        load_to_evaluate(Settings(cfg), model, args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -71,6 +71,19 @@ def build_loop(
     return loop, checkpointer, Resume(run, loop, checkpointer)
 
 
+def load_to_evaluate(run: Settings, model: nn.Module, resume: bool = False) -> None:
+    """Load the weights of ``run`` into ``model``, which is only evaluated and needs all of them; to
+    ``resume``, those of the last checkpoint. Raises what :meth:`.Checkpointer.load` does."""
+    checkpointer = Checkpointer(
+        model,
+        run["output_dir"],
+        guards=WeightGuards.from_config(run.cfg),
+        names=output_names(dataset_names(run, "test"), run["keypoints"]),
+        evaluation=True,
+    )
+    checkpointer.resume_or_load(run["weights"], resume=resume)
+
+
 class Trainer(DefaultTrainer):
     """Train, evaluate and resume a detector from a config.
 
