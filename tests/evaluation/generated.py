@@ -5,6 +5,7 @@ import copy
 
 import numpy as np
 import torch
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
@@ -105,27 +106,15 @@ def detections(content, seed=1, most=17) -> list[Instances]:
 
 def results(content, found: list[Instances], task: str) -> list[dict]:
     """The detections in COCO's format of results, for the reference."""
-    records = []
-    for image, instances in zip(content["images"], found, strict=True):
-        for i in range(len(instances)):
-            x0, y0, x1, y1 = instances.pred_boxes.tensor[i].numpy()  # float32, as Detectron2
-            box = [x0, y0, x1 - x0, y1 - y0]
-            record = {
-                "image_id": image["id"],
-                "category_id": 10 * (int(instances.pred_classes[i]) + 1),
-                "score": float(instances.scores[i]),
-            }
-            if task == "segm":
-                mask = np.asfortranarray(instances.pred_masks[i].numpy().astype(np.uint8))
-                record["segmentation"] = mask_util.encode(mask)
-            else:
-                record["bbox"] = list(map(float, box))
-            if task == "keypoints":
-                points = instances.pred_keypoints[i].clone()
-                points[:, :2] -= 0.5
-                record["keypoints"] = points.flatten().tolist()
-            records.append(record)
-    return records
+    fields = {"bbox": ["bbox"], "segm": ["segmentation"], "keypoints": ["bbox", "keypoints"]}[task]
+    return [
+        {
+            **{key: result[key] for key in ("image_id", "score", *fields)},
+            "category_id": 10 * (result["category_id"] + 1),
+        }
+        for image, instances in zip(content["images"], copy.deepcopy(found), strict=True)
+        for result in instances_to_coco_json(instances, image["id"])
+    ]
 
 
 def scores_of(evaluator, images, outputs):
