@@ -25,7 +25,7 @@ from detectron2.utils.collect_env import collect_env_info
 from tabulate import tabulate
 
 from gn_detect.benchmark import detectors, kernels, questions
-from gn_detect.engine import sentence
+from gn_detect.engine import errors_as_sentences
 from gn_detect.engine.train_loop import AMP_DTYPES
 
 QUESTIONS = {
@@ -116,17 +116,12 @@ def main(argv: list[str] | None = None) -> None:
         path.with_suffix(".md").touch()  # before hours of measuring
     except OSError as error:
         sys.exit(f"error: --output {args.output}: {error.strerror}; give a directory to write in")
-    try:
+    with errors_as_sentences():
         for rows, results in questions.answer(QUESTIONS[args.question], settings, varied, **how):
             # After each combination, so that what is measured is not lost.
             text = json.dumps(content | {"results": results}, indent=1, default=str)
             path.with_suffix(".json").write_text(text)
             path.with_suffix(".md").write_text(f"`{content['command']}`\n\n{markdown(rows)}\n")
-    except Exception as error:
-        message = sentence(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {message}")
     # Single layers are many, and in the file.
     print(markdown([row for row in rows if row.get("layer", "all") == "all"]))
     print("Wrote", path.with_suffix(".md"), path.with_suffix(".json"))

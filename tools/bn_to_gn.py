@@ -9,14 +9,13 @@ result is a start for training (MODEL.WEIGHTS of tools/train_net.py): see docs/b
 """
 
 import argparse
-import sys
 
 from tabulate import tabulate
 
 from gn_detect.checkpoint import Weights
 from gn_detect.checkpoint.export import check_output, write_weights
 from gn_detect.config import load_config
-from gn_detect.engine import sentence
+from gn_detect.engine import errors_as_sentences
 from gn_detect.engine.bn_to_gn import METHODS, convert, read_images
 
 
@@ -38,17 +37,12 @@ def parse_args(argv):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with errors_as_sentences():
         check_output(args.output)
         cfg = load_config(args.config_file, args.opts)
         images = read_images(args.images, args.num_images, cfg)
         result = convert(cfg, args.weights, images, args.method)
         write_weights(args.output, Weights("Detectron2", result.weights, False, result.origin))
-    except Exception as error:
-        message = sentence(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {message}")
     used, held_out = result.num_images
     size = "x".join(map(str, images[0].shape[1:]))
     print(

@@ -10,7 +10,6 @@ same checks as in training, and OUT has the full names of the model.
 
 import argparse
 import dataclasses
-import sys
 
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
@@ -23,7 +22,7 @@ from gn_detect.checkpoint.export import (
     write_weights,
 )
 from gn_detect.config import load_config
-from gn_detect.engine import sentence
+from gn_detect.engine import errors_as_sentences
 from gn_detect.engine.follow_data import outputs_from_weights
 
 
@@ -84,10 +83,5 @@ def main(args):
 if __name__ == "__main__":
     args = parse_args()
     setup_logger(name="gn_detect")
-    try:
+    with errors_as_sentences():
         main(args)
-    except Exception as error:
-        message = sentence(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {message}")

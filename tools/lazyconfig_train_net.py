@@ -5,14 +5,12 @@ Takes Detectron2's own arguments; at the end, overrides of the form train.max_it
 CUDA it runs on the CPU, in --num-gpus processes.
 """
 
-import sys
-
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import gn_detect  # noqa: F401  # registers the generated dataset
-from gn_detect.engine import prepare_run, sentence
+from gn_detect.engine import errors_as_sentences, prepare_run
 from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
 from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.engine.prepare import check_num_gpus
@@ -41,7 +39,7 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    try:
+    with errors_as_sentences():
         check_num_gpus(args.num_gpus)
         launch(
             main,
@@ -51,8 +49,3 @@ if __name__ == "__main__":
             dist_url=args.dist_url,
             args=(args,),
         )
-    except Exception as error:
-        message = sentence(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {message}")

@@ -7,7 +7,6 @@ Without CUDA it runs on the CPU, in --num-gpus processes.
 """
 
 import os
-import sys
 
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
@@ -16,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 from gn_detect.data.splits import split_coco
-from gn_detect.engine import Trainer, prepare_run, sentence
+from gn_detect.engine import Trainer, errors_as_sentences, prepare_run
 from gn_detect.engine.prepare import check_output
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
@@ -103,7 +102,7 @@ def main(args, cfg):
 
 if __name__ == "__main__":
     args = parse_args()
-    try:
+    with errors_as_sentences():
         launch(
             main,
             args.num_gpus,
@@ -112,8 +111,3 @@ if __name__ == "__main__":
             dist_url=args.dist_url,
             args=(args, setup(args)),
         )
-    except Exception as error:
-        message = sentence(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {message}")

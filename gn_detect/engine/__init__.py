@@ -1,4 +1,4 @@
-from .prepare import prepare_run, sentence
+from .prepare import errors_as_sentences, prepare_run, sentence
 from .trainer import Trainer
 
-__all__ = ["Trainer", "prepare_run", "sentence"]
+__all__ = ["Trainer", "errors_as_sentences", "prepare_run", "sentence"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+import sys
+from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -49,6 +52,17 @@ def sentence(error: Exception) -> str | None:
         if found and " " not in module:
             return message
     return " ".join(line.strip() for line in lines) if isinstance(error, EXPECTED_ERRORS) else None
+
+
+@contextlib.contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """Within it, one of ``EXPECTED_ERRORS`` ends the process with its sentence."""
+    try:
+        yield
+    except Exception as error:
+        if (message := sentence(error)) is None:
+            raise
+        sys.exit(f"error: {message}")
 
 
 def shorten_expected_error(record: logging.LogRecord) -> bool:
