@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # What Detectron2's own trainer, mapper and checkpointer do not read.
 _KEYS_OF_OUR_TRAINER = (
     *("INPUT.LSJ.ENABLED", "SOLVER.IMS_PER_GPU", "SOLVER.ACCUMULATE_STEPS"),
-    *("SOLVER.CHECKPOINT_KEEP", "SOLVER.AMP.DTYPE"),
+    *("SOLVER.CHECKPOINT_KEEP", "SOLVER.AMP.DTYPE", "INPUT.BIT_DEPTH_RANGE"),
+    *("INPUT.KEYPOINT_FLIP_PAIRS", "TEST.COCO_EVAL"),
 )
 _defaults: CfgNode | None = None  # of the process in which setup_environment has run
 

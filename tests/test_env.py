@@ -47,6 +47,7 @@ if __name__ == "__main__":
 """
 GN = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_3x.yaml"
 IGNORED = "INPUT.LSJ.ENABLED True, SOLVER.IMS_PER_GPU 4, SOLVER.ACCUMULATE_STEPS 2"
+IGNORED += ", TEST.COCO_EVAL fast"
 
 
 def run_hooked(*args, cwd) -> subprocess.CompletedProcess:
@@ -73,6 +74,7 @@ def test_stock_script_trains_our_config(coco_files, tmp_path):
         *("MODEL.ROI_HEADS.NUM_CLASSES", 2),
         *("SOLVER.MAX_ITER", 2, "MODEL.GN.NUM_GROUPS", 8, "OUTPUT_DIR", tmp_path / "output"),
         *("INPUT.LSJ.ENABLED", True, "SOLVER.IMS_PER_GPU", 4, "SOLVER.ACCUMULATE_STEPS", 2),
+        *("TEST.COCO_EVAL", "fast"),
         cwd=tmp_path,
     )
     assert "GroupNorm(8, " in result.stdout
