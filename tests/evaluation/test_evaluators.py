@@ -32,9 +32,6 @@ from gn_detect.evaluation import build_evaluator, check_evaluator
 @pytest.fixture
 def images(coco_files):
     """Registered as "own": three images of 64 x 64 pixels of a dog, a cat and a dog."""
-    for annotation in coco_files.content["annotations"]:
-        annotation.update(keypoints=[10, 12, 2, 20, 22, 2], num_keypoints=2)
-    coco_files.write()
     register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
     return DatasetCatalog.get("own")
 
@@ -46,23 +43,8 @@ def detections(classes, scores):
         found.pred_boxes = Boxes([[8, 8, 32, 32]])
         found.pred_masks = torch.zeros(1, 64, 64, dtype=torch.bool)
         found.pred_masks[:, 8:32, 8:32] = True
-        # COCO's integers are the upper left corners of pixels, Detectron2's points their centers.
-        found.pred_keypoints = torch.tensor([[[10.5, 12.5, 1], [20.5, 22.5, 1]]])
         found.scores, found.pred_classes = torch.tensor([score]), torch.tensor([category])
         yield {"instances": found}
-
-
-@pytest.mark.parametrize(
-    "classes, ap",
-    [([0, 1, 0], {"AP": 100, "AP-dog": 100, "AP-cat": 100}), ([0, 0, 0], {"AP": 50, "AP-cat": 0})],
-)
-def test_boxes_masks_and_keypoints(images, tmp_path, classes, ap):
-    evaluator = build_evaluator("own", str(tmp_path), kpt_oks_sigmas=(0.1, 0.1))
-    results = scores_of(evaluator, images, detections(classes, [0.9, 0.5, 0.8]))
-    assert results.keys() == {"bbox", "segm", "keypoints"}
-    for task in results.values():
-        assert {key: task[key] for key in ap} == pytest.approx(ap)
-    assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == 3
 
 
 def test_no_predictions(images, tmp_path):
@@ -261,7 +243,6 @@ def test_panoptic_segmentation(panoptic_images, tmp_path, build):
             {"id": 1, "isthing": True, "category_id": 0},
             {"id": 2, "isthing": False, "category_id": 1},
         ]
-        output["instances"].remove("pred_keypoints")
         outputs.append({**output, "sem_seg": sem_seg, "panoptic_seg": (ids, segments)})
     results = scores_of(build(str(tmp_path / "run")), panoptic_images, outputs)
     assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
