@@ -6,7 +6,6 @@ import numpy as np
 
 from . import DataError
 from .coco_data import CocoData
-from .coco_file import others
 
 
 def check_masks(
@@ -22,12 +21,14 @@ def check_masks(
         DataError: a mask cannot be used, or is absent.
     """
     bad = [index for index in data.mask_errors if needed[index]]
-    _refuse(data, bad, data.mask_errors)
+    data.refuse(bad, data.mask_errors.get)
     bad = np.flatnonzero(needed & data.no_mask)
-    _refuse(data, bad, f"has no segmentation; add it, or train boxes alone with {key} False")
+    how = f"has no segmentation; add it, or train boxes alone with {key} False"
+    data.refuse(bad, lambda _: how)
     if scored:
         bad = np.flatnonzero(needed & _no_polygon(data))
-        _refuse(data, bad, "has only polygons of fewer than 3 points, which cannot be scored")
+        how = "has only polygons of fewer than 3 points, which cannot be scored"
+        data.refuse(bad, lambda _: how)
 
 
 def check_keypoints(data: CocoData, key: str) -> None:
@@ -38,7 +39,7 @@ def check_keypoints(data: CocoData, key: str) -> None:
     Raises:
         DataError: the keypoints of an annotation cannot be used, or there are none.
     """
-    _refuse(data, list(data.keypoint_errors), data.keypoint_errors)
+    data.refuse(list(data.keypoint_errors), data.keypoint_errors.get)
     if not (data.keypoints[:, 2::3] > 0).any():
         raise DataError(
             f"{data.json_file} has no visible keypoints; add them to its annotations, or set {key} "
@@ -124,10 +125,3 @@ def _no_polygon(data: CocoData) -> np.ndarray:
     empty = ~data.no_mask & (np.diff(data.mask_ends, prepend=0) == 0)
     empty[[*data.rles, *data.mask_errors]] = False
     return empty
-
-
-def _refuse(data: CocoData, bad: np.ndarray | list[int], why: str | dict[int, str]) -> None:
-    if len(bad):
-        text = why if isinstance(why, str) else why[bad[0]]
-        more = others(len(bad) - 1, "annotations")
-        raise DataError(f"{data.json_file}: {data.where(bad[0])} {text}{more}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,7 +20,8 @@ from pycocotools import mask as mask_util
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from .coco_file import Category, paused_gc
+from . import DataError
+from .coco_file import Category, others, paused_gc
 
 _FORM = "1"  # of packed files
 Mask = list[np.ndarray] | dict[str, Any] | None
@@ -84,6 +86,15 @@ class CocoData:
         """Annotation ``index``, in the words of a message."""
         image = self.file_names[self.image[index]]
         return f"annotation {self.annotation_ids[index]!r} (image {image})"
+
+    def refuse(self, bad: Sequence[int], why: Callable[[int], str]) -> None:
+        """
+        Raises:
+            DataError: there are ``bad`` annotations; says ``why`` of the first, counts the others.
+        """
+        if len(bad):
+            more = others(len(bad) - 1, "annotations")
+            raise DataError(f"{self.json_file}: {self.where(bad[0])} {why(bad[0])}{more}")
 
     @functools.cached_property
     def _polygons(self) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ import math
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -31,22 +30,15 @@ def read_coco(json_file: str) -> CocoData:
 
 
 def _pack(json_file: str, content: CocoFile) -> CocoData:
-    def refuse(bad: list[int], things: str, sentence: Callable[[int], str]) -> None:
-        if bad:
-            raise DataError(f"{json_file}: {sentence(bad[0])}{others(len(bad) - 1, things)}")
-
     images = _sorted(json_file, "image", content.images)
     categories = _sorted(json_file, "category", content.categories)
     for side in ("height", "width"):
-        sizes = [whole(getattr(image, side)) for image in images]
-        refuse(
-            [i for i, size in enumerate(sizes) if not size or size < 0],
-            "images",
-            lambda i, side=side: (
-                f"image {images[i].id!r} ({images[i].file_name}) has the {side} "
-                f"{shown(getattr(images[i], side))}; it must be a whole number of pixels"
-            ),
-        )
+        if bad := [i for i in images if (whole(getattr(i, side)) or 0) <= 0]:
+            raise DataError(
+                f"{json_file}: image {bad[0].id!r} ({bad[0].file_name}) has the {side} "
+                f"{shown(getattr(bad[0], side))}; it must be a whole number of pixels"
+                f"{others(len(bad) - 1, 'images')}"
+            )
     heights, widths = ([int(getattr(i, side)) for i in images] for side in ("height", "width"))
     file_names = [image.file_name for image in images]
 
@@ -61,36 +53,10 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
         annotations = [a for a, image in zip(annotations, known, strict=True) if image >= 0]
     image = [position for position in known if position >= 0]
 
-    def where(index: int) -> str:
-        return f"annotation {annotations[index].id!r} (image {file_names[image[index]]})"
-
     classes = {category.id: position for position, category in enumerate(categories)}
     category = [classes.get(whole(a.category_id), -1) for a in annotations]
-    declared = ", ".join(map(repr, list(classes)[:10])) + (", ..." if len(classes) > 10 else "")
-    refuse(
-        [i for i, position in enumerate(category) if position < 0],
-        "annotations",
-        lambda i: (
-            f"{where(i)} has the category_id {shown(annotations[i].category_id)}, which "
-            f"'categories' does not declare (it declares {declared})"
-        ),
-    )
-    refuse(
-        [i for i, a in enumerate(annotations) if a.iscrowd not in (0, 1, None)],
-        "annotations",
-        lambda i: f"{where(i)} has the iscrowd {shown(annotations[i].iscrowd)}; it must be 0 or 1",
-    )
-    refuse(
-        [i for i, a in enumerate(annotations) if a.ignore],
-        "annotations",
-        lambda i: (
-            f"{where(i)} has 'ignore', which Detectron2 does not support; use 'iscrowd', or "
-            "delete it"
-        ),
-    )
     area = np.array([_area(a.area) for a in annotations], np.float64)
-    masks = _pack_masks(annotations, image, heights, widths)
-    return CocoData(
+    data = CocoData(
         json_file=json_file,
         categories=categories,
         image_ids=[i.id for i in images],
@@ -106,9 +72,26 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
         crowd=np.array([bool(a.iscrowd) for a in annotations], bool),
         unknown_images=(unknown, first_unknown),
         mended=_mended(annotations, area),
-        **masks,
+        **_pack_masks(annotations, image, heights, widths),
         **_pack_keypoints(annotations),
     )
+    declared = ", ".join(map(repr, list(classes)[:10])) + (", ..." if len(classes) > 10 else "")
+    data.refuse(
+        [i for i, position in enumerate(category) if position < 0],
+        lambda i: (
+            f"has the category_id {shown(annotations[i].category_id)}, which 'categories' does not "
+            f"declare (it declares {declared})"
+        ),
+    )
+    data.refuse(
+        [i for i, a in enumerate(annotations) if a.iscrowd not in (0, 1, None)],
+        lambda i: f"has the iscrowd {shown(annotations[i].iscrowd)}; it must be 0 or 1",
+    )
+    data.refuse(
+        [i for i, a in enumerate(annotations) if a.ignore],
+        lambda i: "has 'ignore', which Detectron2 does not support; use 'iscrowd', or delete it",
+    )
+    return data
 
 
 def _sorted(json_file: str, thing: str, items: list) -> list:

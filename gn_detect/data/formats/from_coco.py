@@ -64,8 +64,7 @@ def _voc(objects: Objects, name: str, size: list[int], names: list[str]) -> byte
 
 
 def _objects(data: CocoData, notes: Notes) -> list[Objects]:
-    for index, error in data.mask_errors.items():
-        raise DataError(f"{data.json_file}: {data.where(index)} {error}")
+    data.refuse(list(data.mask_errors), data.mask_errors.get)
     if data.unknown_images[0]:
         count, first = data.unknown_images
         notes["annotations of unknown images, left out"] = [first] * count
