@@ -154,6 +154,9 @@ def test_degenerate_annotations_are_counted_and_dropped(coco_files, caplog):
 
 
 def test_others_of_the_kind_are_counted(coco_files):
+    for annotation in coco_files.content["annotations"]:
+        annotation["ignore"] = 1
+    assert "delete it (and 2 other annotations)" in refusal(coco_files)
     for image in coco_files.content["images"]:
         image["width"] = "64"
     assert "it must be a whole number of pixels (and 2 other images)" in refusal(coco_files)
