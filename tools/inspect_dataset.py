@@ -10,16 +10,15 @@ them.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import gn_detect  # noqa: F401  # registers the components that a config names
-from gn_detect.config import load_config
+from gn_detect.config import ConfigError, load_config
 from gn_detect.data.coco import check_coco_json, load_coco
 from gn_detect.data.model_input import ModelInput
 from gn_detect.data.summary import summarize
 from gn_detect.data.summary_figure import draw_summary, html_page
-from gn_detect.engine import sentence
+from gn_detect.engine import errors_as_sentences
 from gn_detect.engine.describe_data import model_input
 from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.settings import Settings
@@ -49,7 +48,10 @@ def main(args) -> None:
     if args.config_file:
         load = load_lazy_config if args.config_file.endswith(".py") else load_config
         cfg = load(args.config_file, args.opts)
-        given, uses = model_input(cfg), {name: bool(Settings(cfg)[name]) for name in uses}
+        run, given = Settings(cfg), model_input(cfg)
+        uses = {name: bool(run[name]) for name in uses}
+        uses |= {"exact_names": run["FILE_NAMES"], "bit_depth_range": run["bit_depth_range"] or ()}
+        uses["keys"] = run.keys
     data = load_coco(args.json)
     checks = {"training": data.has_annotations, "evaluation": False, "box_format": False}
     checked = check_coco_json(args.json, args.images, **uses, **checks)
@@ -59,18 +61,18 @@ def main(args) -> None:
         png = draw_summary(summary)
         for path, content in ((args.output, png), (args.html, html_page(summary, png).encode())):
             if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-                print(f"written: {path}")
+                write(path, content)
+
+
+def write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences():
         main(parse_args())
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}")
-    except Exception as error:
-        message = sentence(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {message}")
