@@ -12,9 +12,9 @@ from pycocotools import mask as mask_util
 from . import DataError
 from .coco_data import CocoData
 
-# A share of the boxes that disagree, above which it is no slip of a few, but another format; and
-# the share that a format must fit to be named.
-_SHARE, _NAMED = 0.1, 0.9
+# A share of the boxes that disagree, above which it is no slip of a few, but another format; how
+# many may always be a slip; and the share that a format must fit to be named.
+_SHARE, _FEW, _NAMED = 0.1, 2, 0.9
 # IoU of a box with that of its mask: what a format must reach to be named, and any box.
 _TIGHT, _LOOSE = 0.8, 0.5
 
@@ -45,6 +45,9 @@ def check_boxes(data: CocoData, masks: bool, guarded: bool, key: str) -> list[st
         seem = _seeming_format(bbox, extents, size, masks)
     if not seem:  # nothing but boxes that are drawn loosely, for the most part
         bad = ~(inside & _agree(boxes, extents, _LOOSE)) if masks else ~inside
+    # Around its mask and within the image, a box is drawn loosely, or around hidden parts, too.
+    wrong = bad if seem else bad & ~(inside & _holds(boxes, extents))
+    refused = wrong.sum() > max(_SHARE * len(objects), _FEW) or (wrong.any() and wrong.all())
     warnings = []
     if bad.any():
         first = np.flatnonzero(bad)[0]
@@ -58,7 +61,7 @@ def check_boxes(data: CocoData, masks: bool, guarded: bool, key: str) -> list[st
         )
         if not np.isnan(extents[first]).any():
             text += f" and a mask from x1, y1 to x2, y2 = {mask}"
-        if guarded and bad.sum() > _SHARE * len(objects):
+        if guarded and refused:
             raise DataError(
                 f"{data.json_file}: {text}; COCO boxes are x, y, width, height in pixels"
                 f"{seem and ', '}{seem} ({key} False lets them pass)"
@@ -139,6 +142,12 @@ def _inside(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
     slack = 2 + 0.02 * size
     positive = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     return positive & (boxes >= -slack).all(axis=1) & (boxes <= size + slack).all(axis=1)
+
+
+def _holds(boxes: np.ndarray, extents: np.ndarray) -> np.ndarray:
+    """Boxes that hold the whole of their masks, but for 2 pixels."""
+    outer = np.array([1, 1, -1, -1]) * (boxes - extents)
+    return (outer <= 2).all(axis=1)  # NaN does not
 
 
 def _agree(boxes: np.ndarray, extents: np.ndarray, iou: float) -> np.ndarray:

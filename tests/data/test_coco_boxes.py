@@ -100,3 +100,19 @@ def test_single_boxes_are_warned_of(objects):
     assert boxes.startswith("the boxes of 1 of 20 objects reach beyond their image or disagree")
     assert "annotation 1 (image 1.png) with the bbox [70, 40, 90, 90]" in boxes
     assert beyond == "boxes that reach beyond their image are clipped in training (1, by 1 pixels)"
+
+
+def test_boxes_that_hold_their_masks_are_warned_of(objects):
+    """Drawn loosely, or around hidden parts (amodal): no format explains them."""
+    for annotation in objects.content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [octagon(x, y, w, 0.3 * h)]
+    assert check(objects).warnings[0].startswith("the boxes of 20 of 20 objects")
+    objects.content["annotations"][3:] = []
+    for i, annotation in enumerate(objects.content["annotations"]):
+        annotation["bbox"], annotation["segmentation"] = [5, 5 + i, 9, 9], [octagon(40, 40, 9, 9)]
+    with pytest.raises(DataError, match="3 of 3 objects"):
+        check(objects)
+    for annotation in objects.content["annotations"][1:]:
+        annotation["segmentation"] = [octagon(*annotation["bbox"])]
+    assert check(objects).warnings[0].startswith("the boxes of 1 of 3 objects")
