@@ -121,7 +121,7 @@ def _sorted(json_file: str, thing: str, items: list) -> list:
 
 def _area(value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and 0 <= value <= sys.float_info.max else math.nan
+    return float(value) if number and 0 < value <= sys.float_info.max else math.nan
 
 
 def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:
@@ -131,7 +131,9 @@ def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:
             len(annotations) - len(ids)
         ),
         "an iscrowd of null is taken as 0": sum(a.iscrowd is None for a in annotations),
-        "an area that is no number is taken from the mask, or the box": int(np.isnan(area).sum()),
+        "an area that is no number above 0 is taken from the mask, or the box": (
+            int(np.isnan(area).sum())
+        ),
     }
     return [f"{text} ({count} annotations)" for text, count in kinds.items() if count]
 

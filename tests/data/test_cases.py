@@ -191,7 +191,7 @@ def test_row_14_half_turn_is_said(good, wide_files, tmp_path):
 
 
 IDS = "ids that are absent, 0, no whole number, or not unique are renumbered"
-AREA = "an area that is no number is taken from the mask, or the box (3 annotations)"
+AREA = "an area that is no number above 0 is taken from the mask, or the box (3 annotations)"
 MENDED = {
     "04": (put(0, *FIRST, "id"), f"{IDS} (1 annotations)"),
     "04 twice": (each("id", 5), f"{IDS} (2 annotations)"),
@@ -199,6 +199,7 @@ MENDED = {
     "06 float": (each("id", lambda id_: id_ + 0.5), f"{IDS} (3 annotations)"),
     "07 null": (each("area", None), AREA),
     "07 text": (each("area", "576"), AREA),
+    "07 zero": (each("area", 0), AREA),
     "09": (each("iscrowd", None), "an iscrowd of null is taken as 0 (3 annotations)"),
     "18 BOM": (lambda content: content.update(info="é"), ""),
 }

@@ -98,7 +98,7 @@ def rename(content):
     [
         put("id", lambda i: i),  # 0 is no match to pycocotools
         *(put("id", value) for value in (lambda i: f"6f1c-{i}", 5, lambda i: i + 0.5, "absent")),
-        *(put("area", value) for value in ("absent", None, "12", 10**400)),
+        *(put("area", value) for value in ("absent", None, "12", 0, 10**400)),
         lambda content: [a.update(image_id=float(a["image_id"])) for a in content["annotations"]],
         rename,
     ],
