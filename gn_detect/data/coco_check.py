@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
+
 import numpy as np
 
 from . import DataError
@@ -84,6 +86,17 @@ def check_objects(data: CocoData, masks: bool) -> list[str]:
         )
     if nowhere:
         warnings.append(f"of {count + unknown} annotations {nowhere}: left out")
+    boxes = np.column_stack([data.image, data.category, data.bbox])
+    if repeated := _again(row.tobytes() for row in boxes):
+        warnings.append(
+            f"{len(repeated)} annotations have the image, class and box of another one, the first: "
+            f"{data.where(repeated[0])}; no detection fits both"
+        )
+    if repeated := _again(data.file_names):
+        warnings.append(
+            f"{len(repeated)} images are listed again with another id, the first: "
+            f"{data.file_names[repeated[0]]}; the objects of one entry are background to the other"
+        )
     if crowds > count / 2:
         warnings.append(
             f"{crowds} of {count} annotations have iscrowd 1 and are not trained on; if they are "
@@ -118,6 +131,12 @@ def check_classes(data: CocoData) -> list[str]:
         for kind, found in kinds.items()
         if found
     ]
+
+
+def _again(items: Iterable[Hashable]) -> list[int]:
+    """The positions of items that came before."""
+    known = set()
+    return [i for i, item in enumerate(items) if item in known or known.add(item)]
 
 
 def _no_polygon(data: CocoData) -> np.ndarray:

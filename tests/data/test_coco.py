@@ -153,6 +153,17 @@ def test_degenerate_annotations_are_counted_and_dropped(coco_files, caplog):
     assert "no annotation of an object" in refusal(coco_files, evaluation=False)
 
 
+def test_what_is_listed_twice_is_counted(coco_files):
+    images, annotations = (coco_files.content[key] for key in ("images", "annotations"))
+    images.append({**images[0], "id": 9})
+    annotations.append({**annotations[1], "id": 99, "segmentation": [[9, 9, 30, 9, 30, 30]]})
+    coco_files.write()
+    objects, again = check(coco_files).warnings
+    assert objects.startswith("1 annotations have the image, class and box of another one, the ")
+    assert "first: annotation 99 (image 2.png)" in objects
+    assert again.startswith("1 images are listed again with another id, the first: 1.png")
+
+
 def test_others_of_the_kind_are_counted(coco_files):
     for annotation in coco_files.content["annotations"]:
         annotation["ignore"] = 1
