@@ -6,14 +6,12 @@ CUDA it runs on the CPU, in --num-gpus processes.
 """
 
 from detectron2.engine import default_argument_parser, default_setup, launch
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 import gn_detect  # noqa: F401  # registers the generated dataset
 from gn_detect.engine import errors_as_sentences, prepare_run
 from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
 from gn_detect.engine.lazy_config import load_lazy_config
-from gn_detect.engine.prepare import check_num_gpus
+from gn_detect.engine.prepare import check_num_gpus, start_log
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
@@ -21,7 +19,7 @@ from gn_detect.settings import Settings
 def main(args):
     # Loaded in each process: a lazy config is code, and may register its data.
     cfg = load_lazy_config(args.config_file, args.opts)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="gn_detect")
+    start_log(cfg)
     prepare_run(
         cfg,
         num_gpus=args.num_gpus,

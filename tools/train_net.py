@@ -9,14 +9,12 @@ Without CUDA it runs on the CPU, in --num-gpus processes.
 import os
 
 from detectron2.engine import default_argument_parser, default_setup, launch
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 from gn_detect.data.splits import split_coco
 from gn_detect.engine import Trainer, errors_as_sentences, prepare_run
-from gn_detect.engine.prepare import check_output
+from gn_detect.engine.prepare import check_output, start_log
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
@@ -71,7 +69,7 @@ def register_data(args):
 def setup(args):
     """Build the config, and refuse what cannot work before anything is started."""
     cfg = load_config(args.config_file, args.opts)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=0, name="gn_detect")
+    start_log(cfg)
     if args.val_fraction:
         split_data(args, cfg)
     for key, value in register_data(args).items():
@@ -89,7 +87,7 @@ def setup(args):
 
 def main(args, cfg):
     register_data(args)  # again: this may be another process
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_detect")
+    start_log(cfg)
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)

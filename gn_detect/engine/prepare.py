@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from gn_detect.checkpoint import CheckpointError, WeightsError
@@ -71,6 +72,22 @@ def shorten_expected_error(record: logging.LogRecord) -> bool:
     if isinstance(error, (CheckpointError, DataError, FloatingPointError)):
         record.msg, record.exc_info = f"{record.msg} {sentence(error)}", None
     return True
+
+
+def start_log(cfg: CfgNode | DictConfig) -> None:
+    """Log what gn_detect says, on the terminal and in the output directory.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    run = Settings(cfg)
+    try:
+        setup_logger(run["output_dir"], distributed_rank=comm.get_rank(), name="gn_detect")
+    except OSError as error:
+        raise ConfigError(
+            f"{run.keys['output_dir']} is {run['output_dir']}, where nothing can be written "
+            f"({error.strerror}); name another directory"
+        ) from None
 
 
 def prepare_run(

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from helpers import SQUARE_RLE, TINY
+from helpers import SQUARE_RLE, TINY, refusal
 
 from gn_detect import get_config_file
 from gn_detect.checkpoint import CheckpointError
@@ -216,3 +216,17 @@ def test_the_output_of_an_earlier_run_is_not_overwritten(own_data, tmp_path, nam
     (output / "model_final.pth").touch()
     prepare(opts, resume=True)
     prepare([*opts, "MODEL.WEIGHTS", str(output / "model_final.pth")], eval_only=True)
+
+
+def test_an_output_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "run")
+    for tool, name, *options in (
+        ("train_net.py", "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", "OUTPUT_DIR", output),
+        (
+            *("lazyconfig_train_net.py", "lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py"),
+            f"train.output_dir={output}",
+        ),
+    ):
+        message = refusal(tool, "--config-file", get_config_file(name), *options)
+        assert f"is {output}, where nothing can be written (Not a directory)" in message
