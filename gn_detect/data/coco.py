@@ -100,7 +100,7 @@ def _read_packed(json_file: str, size: int, time: int) -> CocoData:
         try:
             if (data := CocoData.load(packed, stamp)) is not None:
                 return data
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:  # ValueError: of msgspec
             logger.warning(f"{packed} cannot be read ({error}): {json_file} is read again")
     data = read_coco(json_file)
     write_cache(packed, lambda path: data.save(path, stamp))

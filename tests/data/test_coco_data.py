@@ -69,11 +69,11 @@ def test_packed_form_is_the_same(mixed, tmp_path, monkeypatch):
     parsed = []
     read = coco.read_coco
     monkeypatch.setattr(coco, "read_coco", lambda name: parsed.append(name) or read(name))
-    for damage, times in ((None, 1), (None, 1), (b"x", 2), (None, 2)):
+    for damage, times in ((None, 1), (None, 1), (0, 2), (None, 2), (-50, 3)):
         coco._loaded.clear()
-        if damage:
+        if damage is not None:
             (packed,) = (tmp_path / "cache/gn_detect/coco").iterdir()
-            packed.write_bytes(damage)
+            packed.write_bytes(packed.read_bytes()[:damage] + b"x" * -damage)
         assert plain(load_coco(str(mixed.json_file)).dicts("root")) == plain(data.dicts("root"))
         assert len(parsed) == times
     mixed.content["categories"][0]["name"] = "lynx"
