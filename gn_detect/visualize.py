@@ -204,7 +204,9 @@ def _draw_panel(
             if count > MANY:
                 continue
         x, y, width, height = item.bbox
-        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color))
+        far = 2 * max(image.shape)  # beyond which Matplotlib loses count
+        x, y, right, bottom = np.clip([x, y, x + width, y + height], -far, far)
+        axes.add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, edgecolor=color))
         name = names[item.category] if len(names) > 1 else ""
         score = "" if item.score is None else f"{item.score:.2f}"
         label = "crowd" if item.crowd else f"{name} {score}".strip()

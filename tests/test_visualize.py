@@ -191,6 +191,14 @@ def test_a_name_of_a_class_is_no_formula(workspace):
     workspace.figures[-1].savefig(workspace.root / "out.png")
 
 
+def test_boxes_far_outside(workspace):
+    boxes = [(1e30, 1, 5, 5), (-1e308, 1, 5, 5), (1, 1, 1e308, 1e308)]
+    workspace.dataset["annotations"] = [item(1, 19, box) for box in boxes]
+    workspace.results = [item(1, 19, box, score=0.9) for box in boxes]
+    workspace.draw()
+    workspace.figures[-1].savefig(workspace.root / "out.png")
+
+
 def test_other_data_is_an_error(workspace):
     with pytest.raises(ValueError, match="num_images is 0"):
         workspace.draw(num_images=0)
