@@ -59,6 +59,11 @@ def check_objects(data: CocoData, masks: bool) -> list[str]:
     """
     count, crowds = len(data.image), int(data.crowd.sum())
     unknown, first = data.unknown_images
+    if not count + unknown:
+        raise DataError(
+            f"{data.json_file} has an empty list of annotations: nothing to train on, or to score; "
+            "to predict alone, delete the list"
+        )
     no_box = data.bbox[:, 2:].min(axis=1, initial=np.inf) <= 0
     no_polygon = _no_polygon(data) if masks else np.zeros(count, bool)
     kinds = [
@@ -76,7 +81,7 @@ def check_objects(data: CocoData, masks: bool) -> list[str]:
         reasons = "; ".join(filter(None, (crowd, nowhere, degenerate)))
         raise DataError(
             f"{data.json_file} holds no annotation of an object that could be used: of its "
-            f"{count + unknown} annotations {reasons or 'none is there'}"
+            f"{count + unknown} annotations {reasons}"
         )
     warnings = []
     if degenerate:

@@ -118,6 +118,8 @@ def test_test_sets_have_no_annotations(coco_files):
     del coco_files.content["annotations"]
     assert "no list 'annotations'" in refusal(coco_files)
     assert str(check(coco_files, training=False)) == "3 images, 0 annotations"
+    coco_files.content["annotations"] = []
+    assert "an empty list of annotations" in refusal(coco_files, training=False)
 
 
 def test_crowd_regions_are_counted_and_not_trained_on(coco_files):
