@@ -160,10 +160,12 @@ def _register(
 ) -> None:
     def load() -> list[dict]:
         data, metadata = load_coco(json_file), MetadataCatalog.get(name)
-        metadata.set(
-            thing_classes=list(data.classes.values()),
-            thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(data.classes)},
-        )
+        order = {id_: i for i, id_ in enumerate(data.classes)}
+        classes = list(data.classes.values())
+        try:
+            metadata.set(thing_classes=classes, thing_dataset_id_to_contiguous_id=order)
+        except AssertionError:  # of Detectron2, for another value
+            raise DataError(f"{json_file}: its categories were changed; start again") from None
         with contextlib.suppress(DataError):  # for a model with keypoints, they have been checked
             keypoints = keypoint_metadata(data).items()
             metadata.set(**{k: v for k, v in keypoints if metadata.get(k) is None})

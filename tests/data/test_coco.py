@@ -44,6 +44,15 @@ def test_classes_are_those_that_detectron2_loads(coco_files):
     assert check_coco_dataset("own", **ALL) == summary
 
 
+def test_categories_that_change_during_a_run(coco_files):
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    DatasetCatalog.get("own")
+    coco_files.content["categories"][0]["name"] = "another"
+    coco_files.write()
+    with pytest.raises(DataError, match="json: its categories were changed"):
+        DatasetCatalog.get("own")
+
+
 def test_files_that_are_absent_or_truncated(coco_files):
     with pytest.raises(DataError, match="image directory nowhere .* does not exist"):
         check_coco_json(str(coco_files.json_file), "nowhere", **ALL)
