@@ -40,8 +40,8 @@ def decode_mask(text: msgspec.Raw, height: int, width: int) -> list[list[float]]
         height, width: of its image, in pixels.
 
     Returns:
-        polygons, each x1, y1, x2, y2, ... in pixels, of 3 points at least (empty where all are of
-        fewer); the counts of a compressed RLE; or None for no mask at all.
+        polygons, each x1, y1, x2, y2, ... in pixels, also of fewer than 3 points; the counts of a
+        compressed RLE; or None for no mask at all.
 
     Raises:
         MaskError: it is of another kind, its numbers do not pair, or its runs are not those of the
@@ -69,7 +69,7 @@ def decode_mask(text: msgspec.Raw, height: int, width: int) -> list[list[float]]
         )
     if odd := [n for n in lengths if n % 2]:
         raise MaskError(f"has a polygon of {odd[0]} numbers; x and y come in pairs")
-    return mask if min(lengths) >= 6 else [polygon for polygon in mask if len(polygon) >= 6]
+    return mask
 
 
 def _compressed(rle: _RLE, height: int, width: int) -> str:

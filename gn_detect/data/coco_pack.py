@@ -56,6 +56,7 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
     classes = {category.id: position for position, category in enumerate(categories)}
     category = [classes.get(whole(a.category_id), -1) for a in annotations]
     area = np.array([_area(a.area) for a in annotations], np.float64)
+    masks, short = _pack_masks(annotations, image, heights, widths)
     data = CocoData(
         json_file=json_file,
         categories=categories,
@@ -71,8 +72,8 @@ def _pack(json_file: str, content: CocoFile) -> CocoData:
         area=area,
         crowd=np.array([bool(a.iscrowd) for a in annotations], bool),
         unknown_images=(unknown, first_unknown),
-        mended=_mended(annotations, area),
-        **_pack_masks(annotations, image, heights, widths),
+        mended=_mended(annotations, area, short),
+        **masks,
         **_pack_keypoints(annotations),
     )
     declared = ", ".join(map(repr, list(classes)[:10])) + (", ..." if len(classes) > 10 else "")
@@ -124,7 +125,7 @@ def _area(value: Any) -> float:
     return float(value) if number and 0 < value <= sys.float_info.max else math.nan
 
 
-def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:
+def _mended(annotations: list[Annotation], area: np.ndarray, short: int) -> list[str]:
     ids = {a.id for a in annotations if type(a.id) is int and a.id > 0}
     kinds = {
         "ids that are absent, 0, no whole number, or not unique are renumbered": (
@@ -135,14 +136,18 @@ def _mended(annotations: list[Annotation], area: np.ndarray) -> list[str]:
             int(np.isnan(area).sum())
         ),
     }
-    return [f"{text} ({count} annotations)" for text, count in kinds.items() if count]
+    mended = [f"{text} ({count} annotations)" for text, count in kinds.items() if count]
+    if short:
+        mended.append(f"polygons of fewer than 3 points are left out ({short})")
+    return mended
 
 
 def _pack_masks(
     annotations: list[Annotation], images: list[int], heights: list[int], widths: list[int]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], int]:
+    """The fields of the masks, and how many polygons of fewer than 3 points are left out."""
     coordinates, polygon_ends, mask_ends = array("d"), array("q"), array("q")
-    rles, errors, no_mask = {}, {}, np.zeros(len(annotations), bool)
+    rles, errors, no_mask, short = {}, {}, np.zeros(len(annotations), bool), 0
     for index, (annotation, image) in enumerate(zip(annotations, images, strict=True)):
         try:
             mask = decode_mask(annotation.segmentation, heights[image], widths[image])
@@ -154,6 +159,9 @@ def _pack_masks(
             rles[index] = mask
         else:
             for polygon in mask:
+                if len(polygon) < 6:
+                    short += 1
+                    continue
                 coordinates.extend(polygon)
                 polygon_ends.append(len(coordinates))
         mask_ends.append(len(polygon_ends))
@@ -164,7 +172,7 @@ def _pack_masks(
         "rles": rles,
         "mask_errors": errors,
         "no_mask": no_mask,
-    }
+    }, short
 
 
 _decode_keypoints = msgspec.json.Decoder(list[float] | None).decode

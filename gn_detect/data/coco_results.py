@@ -79,6 +79,7 @@ def read_results(
                 raise DataError(
                     f"{results_json}: an object of image {result.image_id!r} {error}"
                 ) from None
-            result.segmentation = {"size": size, "counts": mask} if isinstance(mask, str) else mask
+            rle = {"size": size, "counts": mask} if isinstance(mask, str) else None
+            result.segmentation = rle or [p for p in mask or () if len(p) >= 6]
             found[result.image_id].append(result)
     return found

@@ -152,7 +152,8 @@ def test_degenerate_annotations_are_counted_and_dropped(coco_files, caplog):
     coco_files.write()
     with caplog.at_level(logging.WARNING, "gn_detect"):
         check(coco_files, evaluation=False)
-    (record,) = caplog.records
+    short, record = caplog.records
+    assert short.message.endswith("polygons of fewer than 3 points are left out (2)")
     for part in (
         "annotations.json: degenerate annotations; as training data they are dropped",
         "1 with a box of zero area, the first: annotation 10 (image 1.png)",
