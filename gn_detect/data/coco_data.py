@@ -152,16 +152,19 @@ class CocoData:
                 strict=True,
             )
         ]
+        # Indices of pixels in the file, positions of their centres here.
+        keypoints = self.keypoints + np.resize([0.5, 0.5, 0], self.keypoints.shape[1])
         columns = [self.image, self.category, self.bbox, self.crowd.astype(int), self.no_mask]
-        if self.keypoints.size:  # indices of pixels in the file, positions of their centres here
-            columns.append(self.keypoints + np.resize([0.5, 0.5, 0], self.keypoints.shape[1]))
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        for index, (image, category, bbox, crowd, no_mask, *keypoints) in enumerate(rows):
+        rows = zip(*(column.tolist() for column in (*columns, keypoints)), strict=True)
+        polygons, ends, rles = self._polygons, self._mask_ends, self.rles
+        for index, (image, category, bbox, crowd, no_mask, points) in enumerate(rows):
             item = {"iscrowd": crowd, "bbox": bbox, "category_id": category}
-            if not no_mask:
-                item["segmentation"] = self.segmentation(index) or []
-            if keypoints:
-                (item["keypoints"],) = keypoints
+            if index in rles:
+                item["segmentation"] = self.segmentation(index)
+            elif not no_mask:
+                item["segmentation"] = polygons[ends[index] : ends[index + 1]]
+            if points:
+                item["keypoints"] = points
             item["bbox_mode"] = BoxMode.XYWH_ABS
             images[image]["annotations"].append(item)
         return images

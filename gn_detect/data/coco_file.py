@@ -151,6 +151,9 @@ def paused_gc() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # so that they are old, and not looked through next
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -24,9 +24,8 @@ def read_coco(json_file: str) -> CocoData:
         DataError: it cannot be read, or holds what has no place in that form. Errors of masks and
             keypoints, which not every run needs, are kept in the result.
     """
-    content = decode_coco(json_file)
     with paused_gc():
-        return _pack(json_file, content)
+        return _pack(json_file, decode_coco(json_file))
 
 
 def _pack(json_file: str, content: CocoFile) -> CocoData:
@@ -162,7 +161,7 @@ def _pack_masks(
                 if len(polygon) < 6:
                     short += 1
                     continue
-                coordinates.extend(polygon)
+                coordinates.fromlist(polygon)
                 polygon_ends.append(len(coordinates))
         mask_ends.append(len(polygon_ends))
     return {
