@@ -76,7 +76,7 @@ def draw_predictions(
     needs = dict.fromkeys(needs, False)
     check_coco_json(dataset_json, image_root, bit_depth_range=bit_depth_range, **needs)
     data = load_coco(dataset_json)
-    files = find_files(dataset_json, image_root, data.file_names, exact=False)
+    files, _ = find_files(dataset_json, image_root, data.file_names, exact=False)
     check_masks(data, ~data.no_mask, scored=False)  # an object may have none
     predicted = read_results(os.fspath(results_json), data, score_threshold)
     chosen = _choose(np.bincount(data.image, minlength=len(data.image_ids)), num_images)

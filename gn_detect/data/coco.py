@@ -171,7 +171,7 @@ def _register(
             metadata.set(**{k: v for k, v in keypoints if metadata.get(k) is None})
         names = data.file_names
         if not exact_names:
-            names = find_files(json_file, image_root, names, exact=False)
+            names, _ = find_files(json_file, image_root, names, exact=False)  # the check has warned
         dicts = data.dicts(image_root, names)
         if not sem_seg_root:
             return dicts
@@ -258,10 +258,10 @@ def check_coco_json(
             cannot be used; the message names the first such item.
     """
     data = load_coco(json_file)
-    files = find_files(
+    files, warnings = find_files(
         *(json_file, image_root, data.file_names), exact=exact_names, key=keys["FILE_NAMES"]
     )
-    warnings = check_images(
+    warnings += check_images(
         *(json_file, image_root, files, data.heights, data.widths), bit_depth_range=bit_depth_range
     )
     if data.has_annotations:

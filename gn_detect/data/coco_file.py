@@ -228,7 +228,7 @@ def shown(value: Any) -> str:
 
 
 def others(count: int, things: str) -> str:
-    """ " (and 7 other annotations)", to follow the first one; "" for none."""
+    """What follows the first of its kind: (and 7 other annotations); "" for none."""
     if not count:
         return ""
     if count == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import os
 import re
 import unicodedata
@@ -13,9 +12,6 @@ from collections.abc import Callable, Iterable
 from urllib.parse import unquote
 
 from . import DataError
-
-logger = logging.getLogger(__name__)
-
 
 # What is done to a name of the annotations and to one on disk before they are compared, from the
 # least to the most daring.
@@ -35,13 +31,14 @@ def find_files(
     *,
     exact: bool,
     key: str = "GUARDS.FILE_NAMES",
-) -> list[str]:
-    """The names of files as they are on disk, relative to ``image_root``.
+) -> tuple[list[str], list[str]]:
+    """The names of files as they are on disk, relative to ``image_root``; and a warning where they
+    are others.
 
     Args:
         file_names: as the annotations have them; they may lead out of ``image_root``.
         exact: refuse a name without a file. If not, take the one file in or below ``image_root``
-            that fits it by the rules of this module, and warn of it.
+            that fits it by the rules of this module.
         key: of the config, which says so.
 
     Raises:
@@ -54,7 +51,7 @@ def find_files(
     places = [os.path.split(os.path.join(image_root, name)) for name in file_names]
     absent = [n for n, (d, base) in zip(file_names, places, strict=True) if base not in listing(d)]
     if not absent:
-        return file_names
+        return file_names, []
     message = (
         f"{len(absent)} of the {len(file_names)} images listed in {json_file} are not in "
         f"{image_root}, the first: "
@@ -88,8 +85,7 @@ def find_files(
     message += f"{absent[0]!r}; they are found, {how} (the first: {found[absent[0]]!r})"
     if exact:
         raise DataError(f"{message}: correct the names, or take these files with {key} False")
-    logger.warning(f"{message}, and taken")
-    return [found.get(name, name) for name in file_names]
+    return [found.get(name, name) for name in file_names], [f"{message}, and taken"]
 
 
 def _listing(directory: str) -> set[str]:

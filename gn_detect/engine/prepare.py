@@ -265,7 +265,8 @@ def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
         # A lazy config may have an evaluator of its own.
         known = MetadataCatalog.get(name).get("evaluator_type") in EVALUATORS
         if name in test and (of_yaml or known):
-            check_evaluator(name, run["coco_eval"] or "auto")
+            key = run.keys.get("coco_eval", "an evaluator's coco_eval")
+            check_evaluator(name, run["coco_eval"] or "auto", key)
         if summary is None:
             continue
         summaries[name] = summary

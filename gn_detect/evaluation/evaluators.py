@@ -80,8 +80,14 @@ EVALUATORS = {
 _PATHS = ("json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "gt_dir", "dirname")
 
 
-def check_evaluator(dataset_name: str, coco_eval: str = "auto") -> None:
+def check_evaluator(
+    dataset_name: str, coco_eval: str = "auto", key: str = "TEST.COCO_EVAL"
+) -> None:
     """
+    Args:
+        dataset_name: a registered dataset.
+        coco_eval, key: of :func:`.scoring.choose_coco_eval`.
+
     Raises:
         ConfigError: the evaluation of the dataset is of no kind in ``EVALUATORS``, or needs what is
             not installed.
@@ -101,14 +107,13 @@ def check_evaluator(dataset_name: str, coco_eval: str = "auto") -> None:
                 f"the evaluation of {dataset_name} ({kind}) needs {module}, which is not "
                 f"installed: pip install {source}"
             )
-    for key in _PATHS:
-        path = metadata.get(key)
+    for path in map(metadata.get, _PATHS):
         if path and not PathManager.exists(path):
             raise DataError(
                 f"the evaluation of {dataset_name} ({kind}) needs {path}, which does not exist; "
                 "Detectron2's own datasets are below the directory DETECTRON2_DATASETS"
             )
-    choose_coco_eval(coco_eval)
+    choose_coco_eval(coco_eval, key)
 
 
 def build_evaluator(

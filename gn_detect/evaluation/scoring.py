@@ -35,17 +35,18 @@ COCO_EVALS = ("auto", "fast", "pycocotools")
 _FIELDS = {"segm": "segmentation", "keypoints": "keypoints"}  # of a task, beside the box
 
 
-def choose_coco_eval(choice: str) -> tuple[type, type]:
+def choose_coco_eval(choice: str, key: str = "TEST.COCO_EVAL") -> tuple[type, type]:
     """The classes of a dataset and of its evaluation.
 
     Args:
         choice: one of ``COCO_EVALS``; "auto" is "fast" where faster-coco-eval is installed.
+        key: of the config, for messages.
 
     Raises:
         ConfigError: there is no such choice, or it is not installed.
     """
     if choice not in COCO_EVALS:
-        raise ConfigError(f"TEST.COCO_EVAL is {choice!r}; known: {', '.join(COCO_EVALS)}")
+        raise ConfigError(f"{key} is {choice!r}; known: {', '.join(COCO_EVALS)}")
     if choice == "pycocotools":
         return COCO, COCOevalMaxDets
     try:
@@ -54,7 +55,7 @@ def choose_coco_eval(choice: str) -> tuple[type, type]:
         if choice == "auto":
             return COCO, COCOevalMaxDets
         raise ConfigError(
-            f"TEST.COCO_EVAL is 'fast', but faster-coco-eval cannot be imported ({error}): pip "
+            f"{key} is 'fast', but faster-coco-eval cannot be imported ({error}): pip "
             "install faster-coco-eval, or set it to auto"
         ) from None
 

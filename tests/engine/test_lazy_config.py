@@ -266,3 +266,9 @@ def test_the_derived_schedule_is_that_of_yaml_configs(name, per_gpu, steps, proc
         scheduler.last_epoch = iteration
         rate = cfg.optimizer.lr * multiplier(iteration / solver.MAX_ITER)
         assert [rate] == pytest.approx(scheduler.get_lr(), rel=0.03)  # iterations are rounded
+
+
+def test_what_scores_is_named_by_its_own_key(lazy_data):
+    cfg = lazy_data("dataloader.evaluator.coco_eval=c")
+    with pytest.raises(ConfigError, match="^dataloader.evaluator.coco_eval is 'c'; known: auto"):
+        prepare_run(cfg)
