@@ -165,6 +165,13 @@ def test_degenerate_annotations_are_counted_and_dropped(coco_files, caplog):
     assert "no annotation of an object" in refusal(coco_files, evaluation=False)
 
 
+def test_files_of_another_name_are_said(coco_files):
+    coco_files.content["images"][0]["file_name"] = "1.PNG"
+    coco_files.write()
+    (warning,) = check(coco_files, exact_names=False).warnings
+    assert "the first: '1.PNG'" in warning and warning.endswith("and taken")
+
+
 def test_what_is_listed_twice_is_counted(coco_files):
     images, annotations = (coco_files.content[key] for key in ("images", "annotations"))
     images.append({**images[0], "id": 9})
