@@ -78,4 +78,6 @@ def as_cuda_graph(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    # A graph keeps the memory of what it makes, not the tensors that it reads: `run` has them.
+    graph.run = run
     return graph.replay

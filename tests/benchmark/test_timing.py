@@ -1,3 +1,5 @@
+import gc
+import weakref
 from unittest.mock import MagicMock
 
 import pytest
@@ -36,6 +38,19 @@ def test_a_graph_is_recorded_warm_and_replayed(cuda):
     assert cuda.names() == ["Stream", "current_stream", *warm, *recorded]
     replay()
     assert cuda.names()[-1] == "CUDAGraph().replay"
+
+
+def test_a_graph_keeps_what_it_reads(cuda):
+    cuda.CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
+
+    def make():
+        x = torch.ones(1)
+        return as_cuda_graph(lambda: x + 1), weakref.ref(x)
+
+    replay, x = make()
+    gc.collect()
+    assert x() is not None
+    replay()
 
 
 def test_variants_run_in_turn_and_warmup_is_dropped():
