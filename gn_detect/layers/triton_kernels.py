@@ -20,11 +20,14 @@ expression, rounding included, that made y, or read from y where a residual was 
 import contextlib
 import functools
 import math
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import triton_device as device
 
@@ -69,7 +72,7 @@ class Plan(NamedTuple):
     @property
     def pair_lanes(self) -> int:
         """A power of 2 >= ``pairs``; 32 at least, as each one is another compilation."""
-        return max(32, triton.next_power_of_2(self.pairs))
+        return max(32, 1 << (self.pairs - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -238,57 +241,105 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
         return y
     if residual is not None:
         residual = residual.contiguous(memory_format=_layout(x))
-    how, n, c, g, hwv, tile = _launch(x, mean)
+    how, n, c, g, hwv, tile = _described(x, mean)
     with _current(x):
         if how.resident:
-            device.resident[(n * triton.cdiv(g, how.groups),)](
+            _launch(
+                device.resident, n * triton.cdiv(g, how.groups), how.warps,
                 x, residual, weight, bias, y, mean, rstd, eps, hwv, g, known, relu, c // g, *tile,
-                num_warps=how.warps,
             )  # fmt: skip
             return y
         rows, sizes, part = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block), None
         if not known:
             part = _floats(x, n * g, 2 * how.pairs + 1)
-            device.statistics[(rows * how.splits,)](
+            _launch(
+                device.statistics, rows * how.splits, how.warps,
                 x, part, *sizes, how.splits, how.pairs, how.split_iters, *tile,
-                num_warps=how.warps,
             )  # fmt: skip
-        device.apply[(rows * how.chunks,)](
+        _launch(
+            device.apply, rows * how.chunks, how.warps,
             x, residual, weight, bias, y, part, mean, rstd, eps, *sizes, how.chunks, how.pairs,
-            how.chunk_iters, relu, *tile, how.pair_lanes, num_warps=how.warps,
+            how.chunk_iters, relu, *tile, how.pair_lanes,
         )  # fmt: skip
     return y
 
 
 def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
     """Fills dz and dx; returns the sums of dz and dz * xhat (anything, 2, C), if wanted."""
-    how, n, c, g, hwv, tile = _launch(x, mean)
+    how, n, c, g, hwv, tile = _described(x, mean)
     sums = _floats(x, n * how.splits, 2, c) if wants_sums else None
     if how.resident:
-        device.resident_gradient[(n * triton.cdiv(g, how.groups),)](
+        _launch(
+            device.resident_gradient, n * triton.cdiv(g, how.groups), how.warps,
             dy, x, y, weight, bias, mean, rstd, dz, sums, dx, hwv, g, relu, c // g, *tile,
-            num_warps=how.warps,
         )  # fmt: skip
         return sums
     rows, sizes = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block)
     part = None if dx is None else _floats(x, n * g, 2 * how.pairs + 1)
     # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
     shrink = 2 if how.pixels > 1 else 1
-    device.gradient_sums[(rows * how.splits,)](
+    _launch(
+        device.gradient_sums, rows * how.splits, how.warps,
         dy, x, y, weight, bias, mean, rstd, dz, part, sums, *sizes, how.splits, how.pairs,
-        how.split_iters * shrink, relu, *tile[:-1], how.pixels // shrink, num_warps=how.warps,
+        how.split_iters * shrink, relu, *tile[:-1], how.pixels // shrink,
     )  # fmt: skip
     if dx is not None:
         if dz is not None and dz.dtype == dy.dtype:
             dy, y, relu = dz, None, False  # one tensor to read instead of two
-        device.gradient[(rows * how.chunks,)](
+        _launch(
+            device.gradient, rows * how.chunks, how.warps,
             dy, x, y, weight, bias, mean, rstd, part, dx, *sizes, how.chunks, how.pairs,
-            how.chunk_iters, relu, *tile, how.pair_lanes, num_warps=how.warps,
+            how.chunk_iters, relu, *tile, how.pair_lanes,
         )  # fmt: skip
     return sums
 
 
-def _launch(x: Tensor, mean: Tensor) -> tuple[Plan, int, int, int, int, tuple]:
+def _launch(kernel, programs: int, warps: int, *arguments) -> None:
+    """Launches a kernel.
+
+    Triton looks at each argument of each launch, to find what it compiled for its like. That takes
+    longer than many a kernel runs, so here it is done once for all tensors of the same dtypes, and
+    sizes that the kernel is not compiled for count for nothing.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # the interpreter
+        kernel[(programs,)](*arguments, num_warps=warps)
+        return
+    pointers, numbers = _parameters(kernel.__name__)
+    key, addresses = [kernel.__name__, arguments[0].get_device(), warps, numbers(arguments)], 0
+    for tensor in arguments[:pointers]:
+        if tensor is None:
+            key.append(None)
+        else:
+            key.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    key, aligned = tuple(key), addresses % 16 == 0
+    compiled = _compiled.get(key)
+    if compiled is not None and aligned:
+        compiled[(programs, 1, 1)](*arguments)
+        return
+    compiled = kernel[(programs,)](*arguments, num_warps=warps)
+    if aligned and isinstance(compiled, CompiledKernel):
+        _compiled[key] = compiled
+
+
+_compiled: dict[tuple, CompiledKernel] = {}
+
+
+@functools.cache
+def _parameters(name: str) -> tuple[int, Callable[[tuple], tuple]]:
+    """How many parameters of a kernel are tensors, the first ones; and what gives of its arguments
+    the numbers that it is compiled for."""
+    kernel = getattr(device, name)
+    pointers = min(kernel.arg_names.index(n) for n in ("eps", "HWV") if n in kernel.arg_names)
+    numbers = [
+        i
+        for i, parameter in enumerate(kernel.arg_names)
+        if i >= pointers and parameter not in (*kernel.do_not_specialize, "eps")
+    ]
+    return pointers, operator.itemgetter(*numbers)
+
+
+def _described(x: Tensor, mean: Tensor) -> tuple[Plan, int, int, int, int, tuple]:
     """The plan, N, C, G, HWV, and what describes tiles to all kernels."""
     (n, c, h, w), g, nhwc = x.shape, mean.shape[1], not x.is_contiguous()
     how = plan(nhwc, n, c, g, h * w, _processors(x.device))
@@ -305,7 +356,9 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _current(x: Tensor):
     """Triton launches on the current device: makes it that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 @functools.lru_cache

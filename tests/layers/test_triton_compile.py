@@ -3,8 +3,10 @@
 800 x 1344, 2 images."""
 
 import collections
+import importlib.util
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,3 +184,77 @@ def test_unusual_layers_compile(launches, layout, groups, shape, dtypes, with_af
     assert len(found) in (2, 4)
     for launch in found:
         launch.compile(90)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched on a GPU that need not be there, by a copy of the device code: the machine
+    code, programs and arguments."""
+    found = []
+
+    def launcher(source, metadata):
+        return lambda x, y, z, stream, function, packed, what, enter, leave, *arguments: (
+            found.append((function, (x, y, z), arguments))
+        )
+
+    utils = SimpleNamespace(  # None: no module, to be unloaded in the end
+        load_binary=lambda name, binary, *_: (None, (name, binary), 0, 0, 1024),
+        get_device_properties=lambda _: {"max_shared_mem": 2**17},
+    )
+    driver = SimpleNamespace(
+        utils=utils,
+        launcher_cls=launcher,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    spec = importlib.util.spec_from_file_location("launched", kernels.device.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(kernels, "device", module)
+    monkeypatch.setattr(kernels, "_compiled", {})
+    return found
+
+
+@pytest.mark.parametrize("resident", [8192, 0], ids=["resident", "split"])
+def test_what_was_compiled_is_launched_again(launched, monkeypatch, resident):
+    monkeypatch.setattr(kernels, "RESIDENT", resident)
+    monkeypatch.setattr(kernels, "plan", kernels.plan.__wrapped__)
+
+    def run(shape, dtype=torch.float32, layout=NHWC, offset=0, residual=None, affine=True):
+        count = torch.Size(shape).numel()
+        x = torch.empty(count + offset, dtype=dtype)[offset:]
+        n, c, h, w = shape
+        x = x.view(n, h, w, c).permute(0, 3, 1, 2) if layout is NHWC else x.view(shape)
+        weight = torch.empty(c) if affine else None
+        start = len(launched)
+        add = None if residual is None else x.to(residual)
+        y, mean, rstd = kernels.forward(x, 2, weight, weight, 1e-5, add, True)
+        if offset == 0:
+            kernels.apply(x, mean, rstd, weight, weight, True)
+        kernels.backward(x, x, y, mean, rstd, weight, weight, True, residual)
+        return [
+            (function, programs, [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments])
+            for function, programs, arguments in launched[start:]
+        ]
+
+    base = {"shape": (2, 32, 4, 6)}
+    cases = [
+        base,
+        {"shape": (1, 32, 3, 7)},
+        {"shape": (2, 6, 4, 6)},
+        base | {"dtype": torch.bfloat16},
+        base | {"offset": 1},
+        base | {"residual": torch.float16},
+        base | {"affine": False},
+        base | {"layout": NCHW},
+    ]
+    first = [run(**case) for case in cases]
+    kept = dict(kernels._compiled)
+    again = [run(**case) for case in cases]
+    assert kept and kernels._compiled == kept
+    monkeypatch.setattr(
+        kernels, "_launch", lambda kernel, n, warps, *a: kernel[(n,)](*a, num_warps=warps)
+    )
+    assert first == again == [run(**case) for case in cases]
