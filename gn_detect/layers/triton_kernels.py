@@ -82,10 +82,9 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
     d, pixels = c // g, triton.next_power_of_2(hw)
     dp, gp = triton.next_power_of_2(d), triton.next_power_of_2(g)
     if dp * pixels <= RESIDENT:
-        if nhwc:  # runs of 64 channels if they fit, so that whole cache lines are read
-            groups = min(gp, max(1, 64 // dp), max(1, 4096 // (dp * pixels)))
-        else:
-            groups = min(gp, max(1, 2048 // (dp * pixels)))
+        groups = min(gp, max(1, 2048 // (dp * pixels)))
+        if nhwc:  # runs of 64 channels are whole cache lines
+            groups = min(groups, max(1, 64 // dp))
         warps = _warps(groups * dp * pixels)
         return Plan(True, vec, groups * d, groups, 1, dp, pixels, warps)
     if nhwc:
@@ -101,13 +100,12 @@ def plan(nhwc: bool, n: int, c: int, g: int, hw: int, processors: int) -> Plan:
         most = 512 if groups == 1 else max(128, 2048 // groups)
     else:
         groups, block, most = 1, 1, 512
-        pixels = min(pixels, 2048)
+        pixels = min(pixels, 1024)
     lanes = triton.next_power_of_2(block)
     rows, tiles = n * triton.cdiv(c, block), triton.cdiv(hw, pixels)
-    # Two or three whole waves where 3 or 2 programs (2 are those of the gradients) fit a
-    # multiprocessor, two waves of the smaller NCHW programs, of which 6 fit. Not more, because each
-    # program of the second kernel reads all sums of its groups.
-    most = min(tiles, most, max(1, (6 if nhwc else 12) * processors // rows))
+    # As many as fit the multiprocessors at a time, or less than twice as many. More are slower on
+    # an H200: each has to find its groups, and those of the second kernel read all sums of theirs.
+    most = min(tiles, most, max(1, (3 if nhwc else 12) * processors // rows))
     splits = most if nhwc else min(most, triton.cdiv(tiles, 2))
     chunks = most if nhwc else triton.cdiv(tiles, 2)
     split_iters, chunk_iters = triton.cdiv(tiles, splits), triton.cdiv(tiles, chunks)
