@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
-import sys
-from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -16,10 +13,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from gn_detect.checkpoint import CheckpointError, WeightsError
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
-from gn_detect.data.coco import CocoSummary, DataError, check_coco_dataset
+from gn_detect.data.coco import CocoSummary, check_coco_dataset
 from gn_detect.data.splits import describe_overlap
 from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
@@ -32,46 +28,6 @@ from .lazy_config import check_lazy_config
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
-
-# What is the user's to mend: shown as a sentence, without a traceback.
-EXPECTED_ERRORS = (CheckpointError, ConfigError, DataError, FloatingPointError, WeightsError)
-
-
-def sentence(error: Exception) -> str | None:
-    """The message for a user of one of ``EXPECTED_ERRORS``; None for any other error.
-
-    One that comes from a data loading worker or from another process carries its traceback as
-    text, and the sentence is the last line of it.
-    """
-    # A disk that is full for a checkpoint is full for the metrics that Detectron2 writes after it.
-    if isinstance(error, OSError) and isinstance(error.__context__, CheckpointError):
-        error = error.__context__
-    lines = str(error).strip().splitlines()
-    last = lines[-1] if lines else ""
-    for kind in EXPECTED_ERRORS:
-        module, found, message = last.partition(f"{kind.__name__}: ")
-        if found and " " not in module:
-            return message
-    return " ".join(line.strip() for line in lines) if isinstance(error, EXPECTED_ERRORS) else None
-
-
-@contextlib.contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Within it, one of ``EXPECTED_ERRORS`` ends the process with its sentence."""
-    try:
-        yield
-    except Exception as error:
-        if (message := sentence(error)) is None:
-            raise
-        sys.exit(f"error: {message}")
-
-
-def shorten_expected_error(record: logging.LogRecord) -> bool:
-    """Log what is the user's to mend as its sentence; Detectron2 logs a traceback of it."""
-    error = record.exc_info and record.exc_info[1]
-    if isinstance(error, (CheckpointError, DataError, FloatingPointError)):
-        record.msg, record.exc_info = f"{record.msg} {sentence(error)}", None
-    return True
 
 
 def start_log(cfg: CfgNode | DictConfig) -> None:

@@ -23,8 +23,9 @@ from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
 
+from .errors import shorten_expected_error
 from .hooks import FirstIterations, PeriodicCheckpointer, ProgressBar
-from .prepare import dataset_names, shorten_expected_error
+from .prepare import dataset_names
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
 

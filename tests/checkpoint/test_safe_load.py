@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gn_detect.checkpoint.safe_load import WeightsError, check_finite, load_file
-from gn_detect.engine.prepare import sentence
+from gn_detect.engine import sentence
 from gn_detect.engine.resume import get_random_state
 
 

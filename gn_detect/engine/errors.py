@@ -1,0 +1,83 @@
+"""What ends a run, as a sentence to its user."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+
+from torch.multiprocessing import ProcessExitedException
+
+from gn_detect.checkpoint import CheckpointError, WeightsError
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import DataError
+
+
+class ProcessesError(RuntimeError):
+    """Processes that do not meet, differ, or lose each other. The message names them, and says what
+    to do."""
+
+
+# What is the user's to mend: shown as a sentence, without a traceback.
+EXPECTED_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FloatingPointError,
+    ProcessesError,
+    WeightsError,
+)
+# Of PyTorch's DataLoader.
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+?)\.?\s*$", re.M)
+
+
+def sentence(error: BaseException) -> str | None:
+    """The message for a user of one of ``EXPECTED_ERRORS``, of a loading worker that died, or of a
+    process that was killed; None for any other error.
+
+    One that comes from a data loading worker or from another process carries its traceback as
+    text, and the sentence is the last line of it.
+    """
+    # A disk that is full for a checkpoint is full for the metrics that Detectron2 writes after it.
+    if isinstance(error, OSError) and isinstance(error.__context__, CheckpointError):
+        error = error.__context__
+    text = str(error).strip()
+    last = text.splitlines()[-1] if text else ""
+    for kind in EXPECTED_ERRORS:
+        module, found, message = last.partition(f"{kind.__name__}: ")
+        if found and " " not in module:
+            return message
+    if isinstance(error, EXPECTED_ERRORS):
+        return " ".join(line.strip() for line in text.splitlines())
+    if isinstance(error, ProcessExitedException) and error.signal_name:
+        return (
+            f"process {error.error_pid} (rank {error.error_index} of this machine) was ended by "
+            f"{error.signal_name}{'; memory may have run out' * (error.signal_name == 'SIGKILL')}"
+        )
+    if isinstance(error, RuntimeError) and (lost := _LOST_WORKER.search(text)):
+        return (
+            f"data loading worker {lost[1]} {lost[2]}; where memory has run out, lower "
+            "DATALOADER.NUM_WORKERS (in lazy configs dataloader.train.num_workers)"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """Within it, an error that has a :func:`sentence` ends the process with it."""
+    try:
+        yield
+    except Exception as error:
+        if (message := sentence(error)) is None:
+            raise
+        sys.exit(f"error: {message}")
+
+
+def shorten_expected_error(record: logging.LogRecord) -> bool:
+    """Log what has a :func:`sentence` as that; Detectron2 logs a traceback of it."""
+    error = record.exc_info and record.exc_info[1]
+    if error and not isinstance(error, ConfigError) and (message := sentence(error)):
+        record.msg, record.exc_info = f"{record.msg} {message}", None
+    return True
