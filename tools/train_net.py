@@ -3,24 +3,25 @@
 
 Takes Detectron2's own arguments, and --train-json, --train-images, --val-json, --val-images for
 data of your own in COCO format; --val-fraction takes a part of the training set for validation.
-Without CUDA it runs on the CPU, in --num-gpus processes.
+Without CUDA it runs on the CPU, in --num-gpus processes. torchrun and srun can start it, too.
 """
 
 import os
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
 
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 from gn_detect.data.splits import split_coco
-from gn_detect.engine import Trainer, errors_as_sentences, prepare_run
+from gn_detect.engine import Trainer, prepare_run
+from gn_detect.engine.launch import argument_parser, launch, parse_args
 from gn_detect.engine.prepare import check_output, start_log
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
 
-def parse_args():
-    parser = default_argument_parser()
+def parse_arguments():
+    parser = argument_parser()
     group = parser.add_argument_group("data of your own, in COCO format")
     for split, which in (("train", "training"), ("val", "validation")):
         group.add_argument(f"--{split}-json", metavar="F", help=f"annotations for {which}")
@@ -31,7 +32,7 @@ def parse_args():
         metavar="X",
         help="take this part (such as 0.2) of the images of --train-json for validation",
     )
-    args = parser.parse_args()
+    args = parse_args(parser)
     for split in ("train", "val"):
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
             parser.error(f"--{split}-json and --{split}-images go together")
@@ -66,28 +67,15 @@ def register_data(args):
     return keys
 
 
-def setup(args):
-    """Build the config, and refuse what cannot work before anything is started."""
+def main(args):
     cfg = load_config(args.config_file, args.opts)
     start_log(cfg)
     if args.val_fraction:
         split_data(args, cfg)
     for key, value in register_data(args).items():
         cfg.DATASETS[key] = value
-    prepare_run(
-        cfg,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        eval_only=args.eval_only,
-        resume=args.resume,
-    )
+    prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
-    return cfg
-
-
-def main(args, cfg):
-    register_data(args)  # again: this may be another process
-    start_log(cfg)
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -99,13 +87,4 @@ def main(args, cfg):
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    with errors_as_sentences():
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, setup(args)),
-        )
+    launch(main, parse_arguments())

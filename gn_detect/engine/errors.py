@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
 from gn_detect.checkpoint import CheckpointError, WeightsError
@@ -29,6 +30,8 @@ EXPECTED_ERRORS = (
     ProcessesError,
     WeightsError,
 )
+# Of gloo and of NCCL, whose other end is gone.
+_LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|NCCL|Socket Timeout|Broken pipe")
 # Of PyTorch's DataLoader.
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+?)\.?\s*$", re.M)
 
@@ -64,6 +67,13 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective operation found another process gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
+
+
 @contextlib.contextmanager
 def errors_as_sentences() -> Iterator[None]:
     """Within it, an error that has a :func:`sentence` ends the process with it."""
@@ -78,6 +88,11 @@ def errors_as_sentences() -> Iterator[None]:
 def shorten_expected_error(record: logging.LogRecord) -> bool:
     """Log what has a :func:`sentence` as that; Detectron2 logs a traceback of it."""
     error = record.exc_info and record.exc_info[1]
-    if error and not isinstance(error, ConfigError) and (message := sentence(error)):
+    if not error or isinstance(error, ConfigError):
+        return True
+    message = sentence(error)
+    if message is None and is_lost_connection(error):
+        message = "the connection to another process was lost"
+    if message:
         record.msg, record.exc_info = f"{record.msg} {message}", None
     return True

@@ -49,7 +49,7 @@ def start_log(cfg: CfgNode | DictConfig) -> None:
 def prepare_run(
     cfg: CfgNode | DictConfig,
     *,
-    num_gpus: int = 1,
+    num_gpus: int | None = None,
     num_machines: int = 1,
     eval_only: bool = False,
     resume: bool = False,
@@ -72,7 +72,7 @@ def prepare_run(
         ConfigError, DataError: the run could not work.
     """
     run = Settings(cfg)
-    check_num_gpus(num_gpus)
+    if num_gpus is None: num_gpus, num_machines = comm.get_world_size(), 1
     run["device"] = usable_device(run.keys["device"], run["device"], num_gpus)
     _resolve_amp(run)
     _check_weights(run, eval_only, resume)

@@ -1,0 +1,216 @@
+"""The processes of a run: those that torchrun or Slurm has started, or those of --num-gpus. They
+form one group before anything else is done."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import default_argument_parser
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, start_processes
+
+from gn_detect.config import ConfigError
+from gn_detect.distributed import from_first_process
+
+from .errors import errors_as_sentences
+from .meeting import Place, meet
+from .prepare import check_num_gpus
+from .stopping import SIGNALS, Stopped, handle_signals
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+
+# Seconds that the others have to end by themselves once one has ended.
+_GRACE = 20
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's, with ``--resume auto`` and ``--dist-timeout``; for :func:`parse_args`."""
+    parser = argparse.ArgumentParser(
+        parents=[theirs := default_argument_parser()],
+        conflict_handler="resolve",
+        epilog=theirs.epilog,
+        formatter_class=theirs.formatter_class,
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="auto",
+        help="continue from the last checkpoint in the output directory. 'auto': if there is one",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        help="GPUs, or processes where there is no CUDA, of this machine (1). Leave it out where "
+        "torchrun or srun starts the processes",
+    )
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the other processes and machines (300)",
+    )
+    parser.set_defaults(dist_url=None)
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if args.resume not in (True, False, "auto"):  # the first of KEY VALUE ...
+        args.opts.insert(0, args.resume)
+        args.resume = True
+    return args
+
+
+def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Run ``main(args)`` in each process of a run, and end this one with a sentence where that
+    fails, with 143 after SIGTERM and SIGUSR1, and with 130 after Ctrl-C.
+
+    The processes are those that torchrun or srun have started, this one among them. Otherwise
+    ``--num-gpus`` are started here, as Detectron2's ``launch`` does, on each of ``--num-machines``.
+
+    Args:
+        main: of the tool, importable from it.
+        args: of :func:`parse_args`; ``main`` finds ``resume`` True or False in it.
+    """
+    with errors_as_sentences():
+        if place := Place.of_torchrun() or Place.of_slurm():
+            _in_group(main, args, place)
+        elif max(args.num_gpus or 1, 1) * args.num_machines > 1:
+            _start(main, args)
+        else:
+            args.resume, args.num_gpus = bool(args.resume), 1
+            with handle_signals():
+                _run(main, args)
+
+
+def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    try:
+        main(args)
+    except Stopped as stop:
+        if comm.is_main_process():
+            logger.warning(stop.message)
+        raise
+
+
+def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
+    with handle_signals():
+        store, local_size, names = meet(place, args.dist_timeout)
+        watch = Watch(store, place.rank, names, place.host)
+        with watch.over():
+            cuda = torch.cuda.is_available()
+            if cuda:  # Slurm may let each task see its own GPU alone
+                torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=DEFAULT_TIMEOUT,
+            )
+            comm.create_local_process_group(local_size)
+            from_first_process(lambda: _check_arguments(args, place, local_size))
+            args.num_gpus, args.num_machines = local_size, place.world_size // local_size
+            args.resume = bool(args.resume) or place.attempt > 0
+            _run(main, args)
+            comm.synchronize()
+        dist.destroy_process_group()
+
+
+def _check_arguments(args: argparse.Namespace, place: Place, local_size: int) -> None:
+    """
+    Raises:
+        ConfigError: ``args`` contradict who started the processes.
+    """
+    if place.started_by == "--num-gpus":
+        return
+    if args.num_gpus not in (None, local_size):
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, but {place.started_by} has started {local_size} "
+            "process(es) on this machine, one for each GPU; leave --num-gpus out"
+        )
+    for name, default in (("num_machines", 1), ("machine_rank", 0), ("dist_url", None)):
+        if (value := getattr(args, name)) != default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {value}, but {place.started_by} has started the "
+                "processes, and says where they meet; leave it out"
+            )
+
+
+def _start(main: Callable, args: argparse.Namespace) -> None:
+    """Start the processes of this machine, pass signals on to them, and end as they do."""
+    check_num_gpus(args.num_gpus or 1)
+    with tempfile.TemporaryDirectory() as directory:
+        url = args.dist_url or "auto"
+        if url == "auto" and args.num_machines == 1:
+            url = f"file://{directory}/store"  # no port, so that no other run has the same
+        elif not url.startswith("tcp://") and args.num_machines > 1:
+            raise ConfigError(
+                f"--num-machines is {args.num_machines} and --dist-url {url}: it must be "
+                "tcp://HOST:PORT, with the machine of --machine-rank 0 and a free port of it, the "
+                "same on all machines"
+            )
+        arguments = (main, args, url)
+        received: list[int] = []
+        with _passed_on(received):
+            processes = start_processes(_child, arguments, args.num_gpus or 1, join=False)
+            try:
+                while not processes.join(grace_period=_GRACE):
+                    pass
+            except ProcessExitedException as error:
+                if received:
+                    sys.exit(SIGNALS[received[0]])
+                if error.signal_name:
+                    raise
+                sys.exit(error.exit_code)  # it has said why
+
+
+def _child(local_rank: int, main: Callable, args: argparse.Namespace, url: str) -> None:
+    processes = args.num_gpus or 1
+    place = Place(
+        rank=args.machine_rank * processes + local_rank,
+        world_size=processes * args.num_machines,
+        local_rank=local_rank,
+        machine=args.machine_rank,
+        url=url,
+        started_by="--num-gpus",
+    )
+    with errors_as_sentences():
+        _in_group(main, args, place)
+
+
+@contextlib.contextmanager
+def _passed_on(received: list[int]) -> Iterator[None]:
+    """Within it, the signals that stop a run go to the child processes, and into ``received``; a
+    second Ctrl-C ends them at once."""
+    first = 0.0
+
+    def pass_on(signum: int, frame: object) -> None:
+        nonlocal first
+        again = signum == signal.SIGINT in received and time.monotonic() - first > 1
+        first = first or time.monotonic()
+        received.append(signum)
+        for process in multiprocessing.active_children():
+            process.kill() if again else os.kill(process.pid, signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

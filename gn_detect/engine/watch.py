@@ -1,0 +1,177 @@
+"""Processes that end together: each learns at once that another one has failed, was killed, or was
+asked to stop, also while it waits for it in a collective operation.
+
+Each process holds a connection to the first one, which the kernel closes when the process dies, and
+finds broken when its machine is gone. The collective operations of torch.distributed alone notice
+the death of a process after their timeout, or (NCCL) never.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from .errors import ProcessesError, sentence
+from .stopping import Stopped, stop_as_others
+
+logger = logging.getLogger(__name__)
+
+# Seconds that a process has to end by itself once another one has failed.
+GRACE = 3.0
+
+
+class Watch:
+    """Of a process of a group, over the others.
+
+    Args:
+        store: of the group, to exchange the address.
+        rank, names: of this process, and what each process is called in messages.
+        host: where the first process can be reached.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, names: list[str], host: str):
+        self.rank = rank
+        self.names = names
+        self._failed = threading.Event()  # another process has
+        self._heard = self._told = ""
+        connections = _accept(store, len(names)) if rank == 0 else _connect(store, rank, host)
+        self._peers = {connection: peer for peer, connection in connections.items()}
+        self._selector = selectors.DefaultSelector()
+        for connection in self._peers:
+            _keep_alive(connection)
+            self._selector.register(connection, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def over(self) -> Iterator[None]:
+        """Run this process's part of the work within it.
+
+        Raises:
+            SystemExit: another process has failed, which is logged.
+        """
+        try:
+            yield
+        except Stopped as stop:
+            self._tell("stopped", str(stop.signum))
+            raise
+        except BaseException as error:
+            message = sentence(error)
+            # What the connections of torch.distributed raise is another process's fault.
+            if message is None and self._failed.wait(GRACE):
+                self._thread.join()  # it ends this process
+            self._told = message or f"{type(error).__name__}: {error}"
+            self._tell("failed", self._told)
+            # Where all have found the same, the first one says it.
+            if self.rank and self._failed.wait(1) and self._heard == self._told:
+                sys.exit(1)
+            raise
+        else:
+            self._tell("done")
+
+    def _tell(self, what: str, text: str = "", rank: int | None = None) -> None:
+        """Tell the first process, or, as the first, all others, what has become of ``rank``."""
+        rank = self.rank if rank is None else rank
+        content = json.dumps([what, rank, text]).encode() + b"\n"
+        for connection, peer in self._peers.items():
+            if peer != rank:
+                with contextlib.suppress(OSError):  # it has ended, which _listen sees
+                    connection.sendall(content)
+
+    def _listen(self) -> None:
+        received = dict.fromkeys(self._peers, b"")
+        while received:
+            for key, _ in self._selector.select():
+                connection, peer = key.fileobj, self._peers[key.fileobj]
+                try:
+                    content = connection.recv(4096)
+                except OSError:  # the machine is gone
+                    content = b""
+                *lines, received[connection] = (received[connection] + content).split(b"\n")
+                news = [json.loads(line) for line in lines]
+                if not content:
+                    news.append(["failed", peer, "was killed, or its machine is gone"])
+                for what, rank, text in news:
+                    self._hear(what, rank, text)
+                if any(what in ("done", "stopped") and rank == peer for what, rank, _ in news):
+                    del received[connection]
+                    self._selector.unregister(connection)
+
+    def _hear(self, what: str, rank: int, text: str) -> None:
+        if self.rank == 0 and what != "done":
+            self._tell(what, text, rank)
+        if what == "stopped":
+            stop_as_others(int(text))
+        elif what == "failed":
+            self._heard = text
+            self._failed.set()
+            # The main thread may wait for the other process for ever. Or it ends by itself, as the
+            # process that failed does, whose error is then the first that a launcher sees.
+            time.sleep(GRACE)
+            if self._told != text:
+                logger.error(f"{self.names[rank]}: {text}")
+                if rank == 0:  # on the terminal others are silent
+                    print(f"error: {self.names[rank]} {text}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _accept(store: dist.Store, world_size: int) -> dict[int, socket.socket]:
+    token = secrets.token_hex(16)
+    connections: dict[int, socket.socket] = {}
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
+        store.set("watch", json.dumps([server.getsockname()[1], token]))
+        server.settimeout(store.timeout.total_seconds())
+        while len(connections) < world_size - 1:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                raise ProcessesError(
+                    f"only {len(connections) + 1} of {world_size} processes could connect to port "
+                    f"{server.getsockname()[1]} of {socket.gethostname()}: open all ports between "
+                    "the machines"
+                ) from None
+            connection.settimeout(30)
+            with connection.makefile("rb") as lines:
+                theirs, _, rank = lines.readline(64).strip().decode("latin-1").partition(" ")
+            if secrets.compare_digest(theirs, token):
+                connections[int(rank)] = connection
+            else:
+                connection.close()
+    return connections
+
+
+def _connect(store: dist.Store, rank: int, host: str) -> dict[int, socket.socket]:
+    port, token = json.loads(store.get("watch"))
+    try:
+        connection = socket.create_connection((host, port), timeout=store.timeout.total_seconds())
+    except OSError as error:
+        raise ProcessesError(
+            f"rank {rank} on {socket.gethostname()} cannot reach port {port} of {host} "
+            f"({error.strerror or error}), though it can reach the port where the processes met: "
+            "open all ports between the machines"
+        ) from None
+    connection.sendall(f"{token} {rank}\n".encode())
+    return {0: connection}
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the kernel ask every 5 seconds whether the other machine is there; 15 without an answer
+    break the connection."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
