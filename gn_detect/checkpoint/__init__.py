@@ -1,8 +1,8 @@
 from .checkpointer import Checkpointer
 from .convert import Weights, read_weights
+from .newest import CheckpointError, describe_last, newest_checkpoint
 from .origin import Origin
 from .safe_load import WeightsError
-from .saving import CheckpointError
 from .weight_guards import WeightGuards
 
 __all__ = [
@@ -12,5 +12,7 @@ __all__ = [
     "WeightGuards",
     "Weights",
     "WeightsError",
+    "describe_last",
+    "newest_checkpoint",
     "read_weights",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from gn_detect.config import ConfigError
+from gn_detect.distributed import from_first_process
 
 from .convert import Weights, read_weights
 from .coverage import Coverage, cover, num_classes
+from .newest import POINTER, newest_checkpoint
 from .origin import Origin
 from .resumed import check_resumed
 from .saving import (
@@ -62,6 +65,7 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self._guards = guards
         self._keep = keep
+        self._last: str | None = None  # of get_checkpoint_file
         self._saved: list[str] = []  # periodic checkpoints of this run, oldest first
         self._config = config
         self._names = {kind: list(found) for kind, found in (names or {}).items()}
@@ -116,7 +120,31 @@ class Checkpointer(DetectionCheckpointer):
             write(f)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        self._write("last_checkpoint", lambda f: f.write(last_filename_basename.encode()))
+        self._write(POINTER, lambda f: f.write(last_filename_basename.encode()))
+        self._last = os.path.join(self.save_dir, last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """The path of the newest intact checkpoint in ``save_dir`` (``newest.py``); "" for none. It
+        is decided once, and by each save; in several processes, by :meth:`resume_or_load` of the
+        first for all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is intact.
+        """
+        if self._last is None:
+            self._last = newest_checkpoint(self.save_dir, self.path_manager)
+        return self._last
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As Detectron2's. To be called by all processes, of which the first looks for the
+        checkpoint."""
+        if resume:
+            find = functools.partial(newest_checkpoint, self.save_dir, self.path_manager)
+            self._last = from_first_process(find)
+        return super().resume_or_load(path, resume=resume)
 
     def save_safetensors(self) -> None:
         """Save the weights alone, readable without pickle, as ``model_final.safetensors`` beside
@@ -125,8 +153,9 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: the disk is full, or not writable.
         """
-        last = os.path.basename(self.get_checkpoint_file()) if self.save_dir else ""
-        if not self.save_to_disk or last != "model_final.pth":
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
             return
         known = {"origin": dataclasses.asdict(self.origin), **self._names}
         content = to_safetensors(self.model.state_dict(), known, config=self._config)

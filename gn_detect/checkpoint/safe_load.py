@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import errno
 import os
 import pickle
 import re
@@ -32,12 +33,14 @@ class _Refusal(Exception):
     """What a file asks for that weights do not need: the end of a sentence about the file."""
 
 
-def load_file(path: str | os.PathLike) -> Any:
+def load_file(path: str | os.PathLike, device: str = "cpu") -> Any:
     """Read a file of weights; nothing in it is run.
 
     Args:
         path: of what ``torch.save`` wrote, of a pickle of numpy arrays (Detectron2's zoo, Caffe2,
             Detectron), or of a safetensors file. The content tells which; the name says nothing.
+        device: of the tensors of ``torch.save``; ``"meta"`` to not read their data, which its zip
+            files have apart.
 
     Returns:
         The content: plain containers, numbers and strings, tensors on the CPU, and numpy's numbers
@@ -59,7 +62,7 @@ def load_file(path: str | os.PathLike) -> Any:
             file.seek(0)
             kind = next(k for start, k in _KINDS.items() if re.match(start, head, re.DOTALL))
             if callable(kind):
-                return kind(file)
+                return kind(file, device) if kind is _load_torch else kind(file)
         reason = f"is not a file of weights: it is {kind}"
     except _Refusal as error:
         reason = (
@@ -68,6 +71,8 @@ def load_file(path: str | os.PathLike) -> Any:
         )
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}. Check its permissions and the disk"
+        if error.errno == errno.EINVAL:  # it refers to places before its beginning
+            reason = "is damaged (truncated?). To mend this, download or copy it again"
     except MemoryError:
         reason = "does not fit into memory: load it where there is more, or download it again"
     except Exception as error:  # all that readers of pickles, zip and tensors may raise
@@ -98,10 +103,10 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str | os.PathLike) -> 
         raise WeightsError(f"{path} is refused: its weight {name!r} {reason}")
 
 
-def _load_torch(file: BinaryIO) -> Any:
+def _load_torch(file: BinaryIO, device: str) -> Any:
     try:
         with torch.serialization.safe_globals([(value, name) for name, value in _TABLE.items()]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise _asks_for(named[1]) from None
@@ -209,7 +214,7 @@ _TABLE: dict[str, Any] = {
     "mmengine.logging.message_hub.MessageHub": _Opaque,
 }
 # How a file starts -> what reads it, or what it is instead; the first that fits.
-_KINDS: dict[bytes, Callable[[BinaryIO], Any] | str] = {
+_KINDS: dict[bytes, Callable[..., Any] | str] = {
     rb".{4}\x00{4}\{": _load_safetensors,  # the length of its header, and the header in JSON
     rb"PK\x03\x04": _load_torch,
     # The first of five pickles, before PyTorch 1.6: torch.serialization.MAGIC_NUMBER.

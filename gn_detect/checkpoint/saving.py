@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import secrets
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
@@ -21,17 +20,14 @@ import safetensors.torch
 import torch
 from iopath.common.file_io import PathManager
 
+from .newest import CheckpointError, describe_last, last_readable
+
 logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"(.+\.(pth|safetensors)|last_checkpoint)\.[0-9a-f]{8}\.partial")
 PERIODIC = re.compile(r"model_(\d{7,})\.pth")  # of fvcore's PeriodicCheckpointer
 _OF_A_RUN = re.compile(r"model_\w+\.(pth|safetensors)|last_checkpoint")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written. The message names the file, the reason, what is
-    intact, and what to do."""
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
@@ -90,13 +86,9 @@ def _describe(path: str, reason: OSError) -> str:
             ", or keep fewer checkpoints (SOLVER.CHECKPOINT_KEEP, in lazy configs "
             "train.checkpointer.max_to_keep)"
         )
-    with contextlib.suppress(OSError):
-        with open(os.path.join(directory, "last_checkpoint")) as f:
-            earlier = os.path.join(directory, f.read().strip())
-        if zipfile.is_zipfile(earlier):
-            message += f"The earlier checkpoint {earlier} is intact. "
-            return f"{message}{remedy}, and continue with --resume"
-    return f"{message}There is no earlier checkpoint. {remedy}, and start again"
+    last = describe_last(directory)
+    again = "continue with --resume" if last_readable(directory) else "start again"
+    return f"{message}{last[0].upper()}{last[1:]}. {remedy}, and {again}"
 
 
 def remove_partial_files(directory: str) -> None:

@@ -13,10 +13,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
+from gn_detect.checkpoint import newest_checkpoint
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, check_coco_dataset
 from gn_detect.data.splits import describe_overlap
+from gn_detect.distributed import from_first_process
 from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
@@ -69,13 +71,13 @@ def prepare_run(
         resume: continue from the last checkpoint in the output directory.
 
     Raises:
-        ConfigError, DataError: the run could not work.
+        CheckpointError, ConfigError, DataError: the run could not work.
     """
     run = Settings(cfg)
     if num_gpus is None: num_gpus, num_machines = comm.get_world_size(), 1
     run["device"] = usable_device(run.keys["device"], run["device"], num_gpus)
     _resolve_amp(run)
-    _check_weights(run, eval_only, resume)
+    checkpoint = from_first_process(lambda: _check_weights(run, eval_only, resume))
     if not eval_only and not resume:
         check_output(run)
     if isinstance(cfg, DictConfig):
@@ -104,7 +106,7 @@ def prepare_run(
         cfg,
         processes=processes,
         num_images=sum(counts) if counts and None not in counts else None,
-        resumes=resume and os.path.isfile(os.path.join(run["output_dir"], "last_checkpoint")),
+        resumes=bool(checkpoint),
     )
     if comm.is_main_process():
         describe_data(cfg, [n for n in dataset_names(run, "train") if n in summaries])
@@ -151,26 +153,23 @@ def _resolve_amp(run: Settings) -> None:
         )
 
 
-def _check_weights(run: Settings, eval_only: bool, resume: bool) -> None:
-    """Check that there is what a run starts from: a checkpoint, or weights."""
+def _check_weights(run: Settings, eval_only: bool, resume: bool) -> str:
+    """Check that there is what a run starts from: a checkpoint, whose path is returned, or weights.
+
+    Raises:
+        CheckpointError, ConfigError: there is not.
+    """
     key, weights, output_dir = run.keys["weights"], run["weights"], run["output_dir"]
     if resume:
-        pointer = os.path.join(output_dir, "last_checkpoint")
-        if os.path.isfile(pointer):
-            with open(pointer) as f:
-                checkpoint = os.path.join(output_dir, f.read().strip())
-            if not os.path.isfile(checkpoint):
-                raise ConfigError(
-                    f"--resume: {pointer} names {checkpoint}, which does not exist; write the name "
-                    "of another checkpoint into it, or delete it to start at iteration 0"
-                )
-            return
+        if checkpoint := newest_checkpoint(output_dir):
+            return checkpoint
         logger.warning(f"--resume: no checkpoint in {output_dir}, starting at iteration 0")
     if not weights and eval_only:
         raise ConfigError(f"{key} is empty: with --eval-only, name the weights to evaluate")
     path, _, _ = split_name(weights)
     if weights and "://" not in weights and not os.path.isfile(path):
         raise ConfigError(f"{key}: there is no file {path}")
+    return ""
 
 
 def check_output(run: Settings) -> None:

@@ -54,9 +54,9 @@ class Model(torch.nn.Module):
             parameter.data.fill_(value)
 
 
-def read(directory) -> int:
-    """The iteration of the last checkpoint, which is whole."""
-    checkpoint = torch.load(directory / (directory / "last_checkpoint").read_text())
+def read(path) -> int:
+    """The iteration of a checkpoint, which is whole."""
+    checkpoint = torch.load(path)
     values = torch.cat([v.flatten() for v in checkpoint["model"].values()])
     assert len(values) == 5 * 250 * 200 and (values == checkpoint["iteration"]).all()
     return checkpoint["iteration"]
@@ -101,11 +101,11 @@ def test_a_run_is_resumable_whenever_it_is_killed(tmp_path):
         left = partial_files(tmp_path)
         assert len(left) <= 1, left  # those of earlier kills are gone
         interrupted += len(left)
-        if (tmp_path / "last_checkpoint").exists():
-            last = read(tmp_path)
-            assert acknowledged <= last <= acknowledged + 1
-        else:
-            assert acknowledged == -1
+        whole = {read(path): path for path in tmp_path.glob("*.pth")}
+        last, pointer = max(whole, default=-1), tmp_path / "last_checkpoint"
+        if pointer.exists() and whole[last].stat().st_mtime_ns <= pointer.stat().st_mtime_ns:
+            last = read(tmp_path / pointer.read_text())  # as always, or the clock did not tick
+        assert acknowledged <= last <= acknowledged + 1
     assert kills / 10 < interrupted < kills and last > kills / 10
 
 
@@ -123,24 +123,27 @@ def limited_files(directory):
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    def refuses(path, earlier="model_0000000.pth"):
+    def refuses(path, last="model_0000000.pth (iteration 0)"):
         """Save model_final; assert that ``path`` fails."""
         with pytest.raises(CheckpointError) as error:
             save(1, "model_final")
+        limit(resource.RLIM_INFINITY)
         assert str(error.value) == (
-            f"{directory}/{path} could not be written: File too large. The earlier checkpoint "
-            f"{directory}/{earlier} is intact. Free space there, or keep fewer checkpoints "
+            f"{directory}/{path} could not be written: File too large. The last checkpoint "
+            f"{directory}/{last} is intact. Free space there, or keep fewer checkpoints "
             "(SOLVER.CHECKPOINT_KEEP, in lazy configs train.checkpointer.max_to_keep), and "
             "continue with --resume"
         )
         assert not partial_files(directory)
-        assert (directory / "last_checkpoint").read_text() == earlier
-        assert read(directory) == (earlier == "model_final.pth")
+        tagged = "model_final.pth" if "safetensors" in path else "model_0000000.pth"
+        assert (directory / "last_checkpoint").read_text() == tagged
+        assert read(directory / "model_0000000.pth") == 0
         assert (directory / "model_final.pth").exists() == (path != "model_final.pth")
-        assert not (directory / "model_final.safetensors").exists()
-        (directory / "model_final.pth").unlink(missing_ok=True)
-        if earlier == "model_final.pth":
+        if path != "model_final.pth":
+            assert read(directory / "model_final.pth") == 1
+            (directory / "model_final.pth").unlink()
             (directory / "last_checkpoint").write_text("model_0000000.pth")
+        assert not (directory / "model_final.safetensors").exists()
 
     save(0, "model_final")
     whole = (directory / "model_final.pth").stat().st_size
@@ -152,14 +155,13 @@ def limited_files(directory):
         limit(size)
         refuses("model_final.pth")
     limit(whole)
-    refuses("model_final.safetensors", "model_final.pth")
+    refuses("model_final.safetensors", "model_final.pth (iteration 1)")
     tag = checkpointer.tag_last_checkpoint
     checkpointer.tag_last_checkpoint = lambda name: (limit(5), tag(name))
-    refuses("last_checkpoint")
+    refuses("last_checkpoint", "model_final.pth (iteration 1)")
     checkpointer.tag_last_checkpoint = tag
-    limit(resource.RLIM_INFINITY)
     save(1, "model_final")  # works again
-    assert read(directory) == 1 and not partial_files(directory)
+    assert read(directory / "model_final.pth") == 1 and not partial_files(directory)
     weights = load_file(directory / "model_final.safetensors")
     assert all((v == 1).all() for v in weights.values()) and len(weights) == 5
 
@@ -187,7 +189,7 @@ def test_what_the_system_refuses_is_a_sentence(code, remedy, tmp_path):
         write_atomically(f"{tmp_path}/model_0000000.pth", fail)
     assert sentence(error.value).startswith(
         f"{tmp_path}/model_0000000.pth could not be written: {os.strerror(code)}. There is no "
-        f"earlier checkpoint. {remedy}"
+        f"checkpoint yet. {remedy}"
     )
     assert not names(tmp_path)
 
@@ -234,7 +236,7 @@ def test_the_newest_checkpoints_are_kept_across_a_resume(tmp_path):
 
     def train(start, stop):
         checkpointer = make_checkpointer(tmp_path, keep=2)
-        checkpointer.resume_or_load("", resume=True)
+        checkpointer.resume_or_load("", resume=start > 0)
         checkpointer = PeriodicCheckpointer(checkpointer, period=2)
         for iteration in range(start, stop):
             checkpointer.step(iteration)

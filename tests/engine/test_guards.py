@@ -179,7 +179,7 @@ def test_a_component_that_cannot_be_built_on_the_meta_device(monkeypatch):
 def test_a_resumed_run_does_not_start_from_weights(tmp_path):
     """The weights of its first start need not be there any more."""
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    (tmp_path / "model_0000009.pth").touch()
+    torch.save({"iteration": 9}, tmp_path / "model_0000009.pth")
     opts = ["MODEL.BACKBONE.FREEZE_AT", 2, "OUTPUT_DIR", str(tmp_path)]
     opts += ["GUARDS.OVERWRITE_OUTPUT", False]
     prepare(SCRATCH, *opts, resume=True)
