@@ -1,5 +1,6 @@
 from .checkpointer import Checkpointer
 from .convert import Weights, read_weights
+from .lock import lock_output, unlock_output
 from .newest import CheckpointError, describe_last, newest_checkpoint
 from .origin import Origin
 from .safe_load import WeightsError
@@ -13,6 +14,8 @@ __all__ = [
     "Weights",
     "WeightsError",
     "describe_last",
+    "lock_output",
     "newest_checkpoint",
     "read_weights",
+    "unlock_output",
 ]
