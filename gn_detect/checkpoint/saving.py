@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ import safetensors.torch
 import torch
 from iopath.common.file_io import PathManager
 
+from .lock import try_lock
 from .newest import CheckpointError, describe_last, last_readable
 
 logger = logging.getLogger(__name__)
@@ -39,13 +41,14 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         CheckpointError: it could not be written, and is as it was before.
     """
-    partial = f"{path}.{secrets.token_hex(4)}.partial"
+    partial = ""
     try:
-        with open(partial, "xb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+        file, partial = _open_partial(path)
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)  # while it is locked
         _sync_directory(os.path.dirname(path))
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -54,6 +57,17 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
         if reason is None:
             raise
         raise CheckpointError(_describe(path, reason)) from error
+
+
+def _open_partial(path: str) -> tuple[IO[bytes], str]:
+    """A new file beside ``path``, locked, and its name."""
+    while True:
+        partial = f"{path}.{secrets.token_hex(4)}.partial"
+        file = open(partial, "xb")
+        # Before it is locked, another process may take it for a left-over.
+        if try_lock(file) is not False and os.path.exists(partial):
+            return file, partial
+        file.close()
 
 
 def _sync_directory(directory: str) -> None:
@@ -94,13 +108,20 @@ def _describe(path: str, reason: OSError) -> str:
 def remove_partial_files(directory: str) -> None:
     """Remove what killed runs have left half written in a local directory.
 
-    Another run that is writing there just now loses its file, too: its save fails, and nothing
-    else. Two runs in one directory would overwrite each other's checkpoints anyway.
+    What another process is writing just now, perhaps on another machine, is locked and stays. On a
+    file system without locks, what was written to within the last hour stays.
     """
     with contextlib.suppress(OSError):  # if it matters, writing fails too, and says why
         for name in os.listdir(directory):
             if _PARTIAL.fullmatch(name):
-                os.remove(os.path.join(directory, name))
+                _remove_left(os.path.join(directory, name))
+
+
+def _remove_left(partial: str) -> None:
+    with contextlib.suppress(OSError), open(partial, "r+b") as file:
+        locked = try_lock(file)
+        if locked or (locked is None and time.time() - os.fstat(file.fileno()).st_mtime > 3600):
+            os.remove(partial)
 
 
 def periodic_checkpoints(path_manager: PathManager, directory: str, last: int) -> list[str]:

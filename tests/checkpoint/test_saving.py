@@ -1,6 +1,7 @@
 """Runs that are killed, or whose disk is full, while they save."""
 
 import errno
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -21,7 +22,7 @@ from helpers import config
 from iopath.common.file_io import NativePathHandler
 from safetensors.torch import load_file
 
-from gn_detect.checkpoint import Checkpointer, CheckpointError, Origin, WeightGuards
+from gn_detect.checkpoint import Checkpointer, CheckpointError, Origin, WeightGuards, saving
 from gn_detect.checkpoint.saving import write_atomically
 from gn_detect.config import load_config
 from gn_detect.engine import sentence
@@ -227,6 +228,68 @@ def test_left_overs_of_killed_runs_alone_are_removed(tmp_path):
         (tmp_path / name).touch()
     make_checkpointer(tmp_path).save("model_0000000")
     assert names(tmp_path) == {*others, "model_0000000.pth", "last_checkpoint"}
+
+
+def save_slowly(directory, pipe):
+    """Half of a file, until the test lets it go on."""
+
+    def write(file):
+        file.write(b"half")
+        file.flush()
+        pipe.send("half")
+        pipe.recv()
+        file.write(b" and half")
+
+    write_atomically(f"{directory}/model_0000009.pth", write)
+
+
+def test_what_another_run_is_writing_stays(tmp_path):
+    pipe, theirs = FORK.Pipe()
+    child = FORK.Process(target=save_slowly, args=(tmp_path, theirs))
+    child.start()
+    assert pipe.recv() == "half"
+    (tmp_path / "model_0000008.pth.0123abcd.partial").touch()
+    make_checkpointer(tmp_path).save("model_0000000")
+    (partial,) = partial_files(tmp_path)
+    assert partial.read_text() == "half" and "model_0000009" in partial.name
+    pipe.send("go on")
+    child.join()
+    assert child.exitcode == 0 and not partial_files(tmp_path)
+    assert (tmp_path / "model_0000009.pth").read_text() == "half and half"
+
+
+def test_what_may_be_written_stays_where_there_are_no_locks(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    for name, minutes in (("old", 61), ("young", 59)):
+        path = tmp_path / f"{name}.pth.0123abcd.partial"
+        path.touch()
+        os.utime(path, (time.time() - 60 * minutes,) * 2)
+    make_checkpointer(tmp_path).save("model_0000000")
+    assert [path.name for path in partial_files(tmp_path)] == ["young.pth.0123abcd.partial"]
+    assert (tmp_path / "model_0000000.pth").exists()
+
+
+@pytest.mark.parametrize("when", ["removed", "being removed"])
+def test_a_file_that_another_run_takes_for_a_left_over(when, tmp_path, monkeypatch):
+    """Just after it was made, before it is locked."""
+    taken = []
+
+    def lock(file):
+        if taken:
+            return True
+        taken.append(file.name)
+        if when == "being removed":
+            return False
+        os.remove(file.name)
+        return True
+
+    monkeypatch.setattr(saving, "try_lock", lock)
+    write_atomically(f"{tmp_path}/file.pth", lambda file: file.write(b"whole"))
+    assert (tmp_path / "file.pth").read_bytes() == b"whole"
+    assert str(tmp_path) in taken[0]
 
 
 def test_the_newest_checkpoints_are_kept_across_a_resume(tmp_path):
