@@ -164,6 +164,9 @@ class Checkpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and from a checkpoint of this project also the state of the training.
 
+        To be called by all processes: the first reads the file, which need not be there for the
+        others, and all have what it has read.
+
         Args:
             path: any name of weights that ``sources.locate`` knows; "" for none.
             checkpointables: which of the other states to load, if they are there; None for all.
@@ -180,9 +183,9 @@ class Checkpointer(DetectionCheckpointer):
         if origin := Origin.of_name(path):
             self._guards.check_origin(origin, path)  # before a download
         logger.info(f"Loading weights from {path}")
-        weights = read_weights(path, self.model.state_dict())
+        weights = from_first_process(lambda: read_weights(path, self.model.state_dict()))
         resumes = checkpointables is None and self.save_dir and not self._evaluation
-        resumes = resumes and path == self.get_checkpoint_file()
+        resumes = resumes and path == from_first_process(self.get_checkpoint_file)
         if resumes:
             coverage = cover(weights, self.model)
             check_resumed(weights, coverage, path, self._names, self._config)

@@ -172,6 +172,9 @@ class _Array(np.ndarray):
         array = dtype.array(data, shape)
         super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes()))
 
+    def __reduce__(self) -> tuple:
+        return self.view(np.ndarray).__reduce__()  # to another process: as a plain array
+
 
 def _encode(text: str, encoding: str) -> bytes:
     """By which protocol 2 pickles bytes; other codecs would be imported."""
