@@ -11,9 +11,22 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from gn_detect.checkpoint import CheckpointError, WeightsError
+from gn_detect.checkpoint import CheckpointError, WeightsError, describe_last
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
+
+_run_directory = ""
+
+
+def set_run_directory(directory: str) -> None:
+    """State where this process's run has its checkpoints, for :func:`last_checkpoint`."""
+    global _run_directory
+    _run_directory = directory
+
+
+def last_checkpoint() -> str:
+    """The end of a message: what is safe, and how to go on."""
+    return f"{describe_last(_run_directory)}; go on with --resume" if _run_directory else ""
 
 
 class ProcessesError(RuntimeError):
@@ -31,7 +44,7 @@ EXPECTED_ERRORS = (
     WeightsError,
 )
 # Of gloo and of NCCL, whose other end is gone.
-_LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|NCCL|Socket Timeout|Broken pipe")
+_LOST_CONNECTION = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL", re.I)
 # Of PyTorch's DataLoader.
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+?)\.?\s*$", re.M)
 
@@ -62,7 +75,8 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and (lost := _LOST_WORKER.search(text)):
         return (
             f"data loading worker {lost[1]} {lost[2]}; where memory has run out, lower "
-            "DATALOADER.NUM_WORKERS (in lazy configs dataloader.train.num_workers)"
+            "DATALOADER.NUM_WORKERS (in lazy configs dataloader.train.num_workers). "
+            f"{last_checkpoint()}"
         )
     return None
 

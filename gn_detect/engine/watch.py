@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from .errors import ProcessesError, sentence
+from .errors import ProcessesError, is_lost_connection, last_checkpoint, sentence
 from .stopping import Stopped, stop_as_others
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,10 @@ class Watch:
             # Where all have found the same, the first one says it.
             if self.rank and self._failed.wait(1) and self._heard == self._told:
                 sys.exit(1)
+            if is_lost_connection(error):
+                raise ProcessesError(
+                    f"the connection to another process was lost ({error}). {last_checkpoint()}"
+                ) from error
             raise
         else:
             self._tell("done")
@@ -101,7 +105,8 @@ class Watch:
                 *lines, received[connection] = (received[connection] + content).split(b"\n")
                 news = [json.loads(line) for line in lines]
                 if not content:
-                    news.append(["failed", peer, "was killed, or its machine is gone"])
+                    lost = f"was killed, or its machine is gone. {last_checkpoint()}"
+                    news.append(["failed", peer, lost])
                 for what, rank, text in news:
                     self._hear(what, rank, text)
                 if any(what in ("done", "stopped") and rank == peer for what, rank, _ in news):
@@ -120,7 +125,7 @@ class Watch:
             # process that failed does, whose error is then the first that a launcher sees.
             time.sleep(GRACE)
             if self._told != text:
-                logger.error(f"{self.names[rank]}: {text}")
+                logger.error(f"{self.names[rank]} {text}")
                 if rank == 0:  # on the terminal others are silent
                     print(f"error: {self.names[rank]} {text}", file=sys.stderr, flush=True)
             os._exit(1)
