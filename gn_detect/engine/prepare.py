@@ -8,7 +8,7 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
@@ -17,8 +17,9 @@ from gn_detect.checkpoint import newest_checkpoint
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, check_coco_dataset
+from gn_detect.data.same_files import check_same_files
 from gn_detect.data.splits import describe_overlap
-from gn_detect.distributed import from_first_process
+from gn_detect.distributed import from_first_process, on_each_machine
 from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
@@ -51,8 +52,7 @@ def start_log(cfg: CfgNode | DictConfig) -> None:
 def prepare_run(
     cfg: CfgNode | DictConfig,
     *,
-    num_gpus: int | None = None,
-    num_machines: int = 1,
+    processes: int | None = None,
     eval_only: bool = False,
     resume: bool = False,
 ) -> None:
@@ -61,21 +61,23 @@ def prepare_run(
     Sets the device (and AMP) where there is no CUDA, classes, keypoints and format of the masks
     from the data, and the schedule from the images of a GPU (``solver/schedule.py``), and logs each
     with the reason. Looks through the annotations of the COCO-format datasets, and says what there
-    is to train on, in the first process where there are others already.
+    is to train on.
+
+    All processes of a run call it, once they know that they were told the same
+    (:func:`.agreement.check_same`). The first one decides for all. The first of each machine looks
+    through the data there, which must be the same.
 
     Args:
         cfg: of :func:`gn_detect.config.load_config` or :func:`.lazy_config.load_lazy_config`.
-        num_gpus: GPUs of this machine, or processes where there is no CUDA.
-        num_machines: machines.
+        processes: that train, on all machines; those that there are where it is None.
         eval_only: evaluate, do not train.
         resume: continue from the last checkpoint in the output directory.
 
     Raises:
         CheckpointError, ConfigError, DataError: the run could not work.
     """
-    run = Settings(cfg)
-    if num_gpus is None: num_gpus, num_machines = comm.get_world_size(), 1
-    run["device"] = usable_device(run.keys["device"], run["device"], num_gpus)
+    run, processes = Settings(cfg), processes or comm.get_world_size()
+    run["device"] = usable_device(run.keys["device"], run["device"], processes)
     _resolve_amp(run)
     checkpoint = from_first_process(lambda: _check_weights(run, eval_only, resume))
     if not eval_only and not resume:
@@ -84,8 +86,7 @@ def prepare_run(
         check_lazy_config(cfg)
     else:
         check_options(cfg, training=not eval_only)
-    summaries = _check_datasets(run, eval_only) if comm.is_main_process() else {}
-    summaries = comm.all_gather(summaries)[0]
+    summaries = _prepare_datasets(run, eval_only)
     resolve_masks(run, () if eval_only else dataset_names(run, "train"), summaries)
     resolve_classes(run, summaries)
     resolve_keypoints(run, summaries, training=not eval_only)
@@ -97,19 +98,20 @@ def prepare_run(
             f"{run.keys['keep']} is {keep!r}; it must be how many periodic checkpoints to keep, or "
             "0 for all"
         )
-    processes = max(num_gpus * num_machines, 1)
     resolve_schedule(cfg, processes)
-    counts = [
-        summaries[n].num_images if n in summaries else None for n in dataset_names(run, "train")
-    ]
-    check_recipe(
-        cfg,
-        processes=processes,
-        num_images=sum(counts) if counts and None not in counts else None,
-        resumes=bool(checkpoint),
-    )
-    if comm.is_main_process():
-        describe_data(cfg, [n for n in dataset_names(run, "train") if n in summaries])
+
+    def check() -> None:
+        train = dataset_names(run, "train")
+        counts = [summaries[n].num_images if n in summaries else None for n in train]
+        check_recipe(
+            cfg,
+            processes=processes,
+            num_images=sum(counts) if counts and None not in counts else None,
+            resumes=bool(checkpoint),
+        )
+        describe_data(cfg, [n for n in train if n in summaries])
+
+    from_first_process(check)
 
 
 def check_num_gpus(num_gpus: int) -> None:
@@ -173,14 +175,16 @@ def _check_weights(run: Settings, eval_only: bool, resume: bool) -> str:
 
 
 def check_output(run: Settings) -> None:
-    """Look for an earlier run where this one will write.
+    """Look for an earlier run where this one, its first process, will write. All processes call it.
 
     Raises:
         ConfigError: there is one.
     """
-    paths = (os.path.join(run["output_dir"], n) for n in ("last_checkpoint", "metrics.json"))
-    earlier = [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
-    if run["OVERWRITE_OUTPUT"] and earlier and comm.is_main_process():
+    paths = [os.path.join(run["output_dir"], n) for n in ("last_checkpoint", "metrics.json")]
+    earlier = from_first_process(
+        lambda: [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
+    )
+    if run["OVERWRITE_OUTPUT"] and earlier:
         raise ConfigError(
             f"{run.keys['output_dir']} holds a run already ({earlier[0]}), whose final weights "
             "would be replaced and whose metrics would be mixed with this run's. Continue it with "
@@ -195,8 +199,25 @@ def dataset_names(run: Settings, split: str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _check_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
+def _prepare_datasets(run: Settings, eval_only: bool) -> dict[str, CocoSummary]:
+    """Have the data on each machine, the same, and look through it there, once."""
     train, test = () if eval_only else dataset_names(run, "train"), dataset_names(run, "test")
+    registered = [name for name in dict.fromkeys([*train, *test]) if name in DatasetCatalog.list()]
+    metadata = {name: MetadataCatalog.get(name) for name in registered}
+
+    def generate() -> None:
+        for generated in filter(None, (m.get("generate") for m in metadata.values())):
+            generated()
+
+    on_each_machine(generate)
+    check_same_files({name: m.json_file for name, m in metadata.items() if m.get("json_file")})
+    checked = on_each_machine(lambda: _check_datasets(run, train, test, eval_only))
+    return next(iter(checked.values()))
+
+
+def _check_datasets(
+    run: Settings, train: tuple[str, ...], test: tuple[str, ...], eval_only: bool
+) -> dict[str, CocoSummary]:
     of_yaml = isinstance(run.cfg, CfgNode)  # a lazy config may have loaders of its own
     if of_yaml and eval_only and not test:
         raise ConfigError("DATASETS.TEST is empty: with --eval-only, name the data to evaluate on")

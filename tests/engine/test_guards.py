@@ -158,7 +158,7 @@ def test_how_many_images_are_few(num_images, warns, caplog):
 
 @pytest.mark.parametrize("norm, warns", [("BN", True), ("naiveSyncBN", False)])
 def test_batch_norm_sees_the_images_of_its_process(norm, warns, caplog):
-    prepare(R18, "MODEL.FPN.NORM", norm, "SOLVER.IMS_PER_BATCH", 8, num_gpus=2)
+    prepare(R18, "MODEL.FPN.NORM", norm, "SOLVER.IMS_PER_BATCH", 8, processes=2)
     assert ("its statistics are of 4 images" in caplog.text) == warns
     assert ("GUARDS.SMALL_BATCH_BN" in caplog.text) == warns
 
@@ -190,12 +190,12 @@ def test_a_resumed_run_does_not_start_from_weights(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_synchronized_bn_on_a_cpu():
     with pytest.raises(ConfigError, match="stem.conv1.norm is SyncBN, .* on CUDA only"):
-        prepare(R18, "MODEL.RESNETS.NORM", "SyncBN", num_gpus=2)
+        prepare(R18, "MODEL.RESNETS.NORM", "SyncBN", processes=2)
     prepare(R18, "MODEL.RESNETS.NORM", "SyncBN")  # nothing to synchronize
 
 
 def test_the_schedule_is_settled_for_the_processes():
-    cfg = prepare(SCRATCH, "SOLVER.IMS_PER_GPU", 1, num_gpus=2)
+    cfg = prepare(SCRATCH, "SOLVER.IMS_PER_GPU", 1, processes=2)
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (2, 0.0025)
 
 

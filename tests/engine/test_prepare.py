@@ -143,7 +143,7 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
         (["DATASETS.TRAIN", ("nothing",)], {}, "'nothing', which is not registered"),
         (
             ["SOLVER.IMS_PER_BATCH", 3],
-            {"num_gpus": 1, "num_machines": 2},
+            {"processes": 2},
             "IMS_PER_BATCH is 3.*multiple of 2: the processes",
         ),
         (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
