@@ -10,11 +10,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from detectron2.utils import comm
+
+from gn_detect.distributed import from_first_process, on_each_machine
 
 from . import DataError
 from .coco import load_coco
 from .coco_data import CocoData
 from .coco_file import decode_json, paused_gc
+from .same_files import check_same_files
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +31,11 @@ def split_coco(
 ) -> list[str]:
     """Split a COCO JSON by images into ``train.json`` and ``val.json``, and log what is in them.
 
-    All records stay as they are, with the ids that they have.
+    All records stay as they are, with the ids that they have. All processes of a run call it: the
+    first one chooses the images, and each machine writes its own two files.
 
     Args:
-        directory: of the two files; it is made.
+        directory: of the two files; it is made. Machines need not share it.
         fraction, seed: of :func:`validation_images`.
         keep: leave the files that an earlier run has written there.
 
@@ -38,16 +43,39 @@ def split_coco(
         their paths, of the training set first.
 
     Raises:
-        DataError: the file cannot be read, or has a single picture.
+        DataError: the file cannot be read, is not the same on all machines, or has a single
+            picture; or the parts cannot be written.
     """
     paths = [os.path.join(directory, f"{part}.json") for part in PARTS]
-    if keep and all(map(os.path.isfile, paths)):
-        how = "is split as it was before"
-    else:
+    check_same_files({"--train-json": json_file})
+
+    def kept() -> set | None:
+        found = keep and all(map(os.path.isfile, paths))
+        return set(load_coco(paths[1]).image_ids) if found else None
+
+    def choose() -> tuple[set, str]:
+        if (before := kept()) is not None:
+            return before, "is split as it was before"
         data = load_coco(json_file)
         chosen = validation_images(data, fraction, seed)
-        _write(json_file, paths, {id_ for id_, c in zip(data.image_ids, chosen, strict=True) if c})
-        how = f"is split by images (--val-fraction {fraction:g}, seed {seed})"
+        ids = {id_ for id_, c in zip(data.image_ids, chosen, strict=True) if c}
+        return ids, f"is split by images (--val-fraction {fraction:g}, seed {seed})"
+
+    def write() -> None:
+        if kept() != validation:
+            try:
+                _write(json_file, paths, validation)
+            except OSError as error:
+                raise DataError(f"cannot write {directory}: {error.strerror}") from None
+
+    validation, how = from_first_process(choose)
+    on_each_machine(write)
+    if comm.is_main_process():
+        _log_parts(json_file, paths, how)
+    return paths
+
+
+def _log_parts(json_file: str, paths: list[str], how: str) -> None:
     parts = [load_coco(path) for path in paths]
     counts = [np.bincount(p.category[~p.crowd], minlength=len(p.categories)) for p in parts]
     sizes = [
@@ -66,7 +94,6 @@ def split_coco(
         ]
         if names:
             logger.warning(f"the {part} part has no object of the classes {', '.join(names)}")
-    return paths
 
 
 def validation_images(data: CocoData, fraction: float, seed: int = 0) -> np.ndarray:

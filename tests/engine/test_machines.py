@@ -8,12 +8,13 @@ import shutil
 import pytest
 from detectron2.data import MetadataCatalog
 from engine.pair import two_machines
-from helpers import SQUARE_RLE, TINY, CocoFiles
+from helpers import SQUARE_RLE, TINY, CocoFiles, coco_json
 
 from gn_detect import get_config_file
 from gn_detect.config import ConfigError, load_config
 from gn_detect.data import coco
-from gn_detect.data.coco import DataError, register_coco_json
+from gn_detect.data.coco import DataError, load_coco, register_coco_json
+from gn_detect.data.splits import split_coco
 from gn_detect.engine import prepare_run
 from gn_detect.engine.prepare import start_log
 
@@ -164,6 +165,62 @@ def test_data_are_generated_on_each_machine(run, files, tmp_path):
     (first, _), (second, _) = run(prepare, tmp_path)
     assert first.MODEL.ROI_HEADS.NUM_CLASSES == second.MODEL.ROI_HEADS.NUM_CLASSES == 2
     assert files[1].json_file.exists()
+
+
+def read(path):
+    with open(path) as f:
+        return f.read()
+
+
+def split(rank, directory, fraction, keep=False, output="{}/split"):
+    """Return the paths, and the files of the images for validation."""
+    source = str(directory / f"{rank}/data/annotations.json")
+    target = str(directory / output.format(rank))
+    paths = split_coco(source, target, fraction, keep=keep)
+    return paths, [load_coco(path).file_names for path in paths]
+
+
+@pytest.mark.parametrize("output", ["{}/split", "shared"])
+def test_each_machine_has_the_same_split(run, files, tmp_path, output):
+    for data in files:
+        data.content = coco_json(20)
+        data.write()
+    (first, parts), (second, others) = run(split, tmp_path, 0.2, False, output)
+    assert parts == others and [len(part) for part in parts] == [16, 4]
+    assert [read(path) for path in first] == [read(path) for path in second]
+    assert first[0] == str(tmp_path / output.format(0) / "train.json")
+    # Of an earlier run, of another fraction
+    times = [os.stat(path).st_mtime_ns for path in (*first, *second)]
+    assert [found for _, found in run(split, tmp_path, 0.6, True, output)] == [parts, parts]
+    assert times == [os.stat(path).st_mtime_ns for path in (*first, *second)]
+
+
+def test_the_split_of_the_first_machine_counts(run, files, tmp_path):
+    for data in files:
+        data.content = coco_json(20)
+        data.write()
+    (first, parts), (second, _) = run(split, tmp_path, 0.2)
+    kept = [read(path) for path in first]
+    for change in (lambda: shutil.rmtree(tmp_path / "1/split"), lambda: shutil.copy(*second)):
+        change()
+        assert [found for _, found in run(split, tmp_path, 0.6, True)] == [parts, parts]
+        assert [read(path) for path in second] == kept
+    shutil.rmtree(tmp_path / "0/split")
+    (_, parts), (_, others) = run(split, tmp_path, 0.6, True)
+    assert parts == others and [len(part) for part in parts] == [8, 12]
+
+
+def test_a_split_of_other_data(run, files, tmp_path):
+    files[1].content["images"].reverse()
+    files[1].write()
+    text = refused(run(split, tmp_path, 0.4), DataError)
+    assert f"--train-json: {files[1].json_file} on rank 1 (host b) is another file" in text
+
+
+def test_a_split_that_cannot_be_written_on_one_machine(run, files, tmp_path):
+    (tmp_path / "1/split").touch()
+    text = refused(run(split, tmp_path, 0.4), DataError)
+    assert text == f"on rank 1 (host b): cannot write {tmp_path}/1/split: File exists"
 
 
 def log(rank, directory):
