@@ -19,6 +19,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from gn_detect.config import ConfigError
@@ -89,8 +90,8 @@ def check_evaluator(
         coco_eval, key: of :func:`.scoring.choose_coco_eval`.
 
     Raises:
-        ConfigError: the evaluation of the dataset is of no kind in ``EVALUATORS``, or needs what is
-            not installed.
+        ConfigError: the evaluation of the dataset is of no kind in ``EVALUATORS``, needs what is
+            not installed, or does not work on several machines.
         DataError: it needs a file or a directory that does not exist.
     """
     metadata = MetadataCatalog.get(dataset_name)
@@ -100,6 +101,11 @@ def check_evaluator(
             f"the dataset {dataset_name} has the evaluator_type {kind!r}, which no evaluation is "
             f"for; known: {', '.join(EVALUATORS)}. Set it in MetadataCatalog.get('{dataset_name}')"
             ", or register the data with register_coco_json"
+        )
+    if kind.startswith("cityscapes") and comm.get_local_size() < comm.get_world_size():
+        raise ConfigError(
+            f"the evaluation of {dataset_name} ({kind}) works on one machine alone; leave the "
+            "dataset out, and evaluate with --eval-only on one"
         )
     for module, source in EVALUATORS[kind].packages.items():
         if importlib.util.find_spec(module) is None:

@@ -17,6 +17,7 @@ from gn_detect.data.coco import DataError, load_coco, register_coco_json
 from gn_detect.data.splits import split_coco
 from gn_detect.engine import prepare_run
 from gn_detect.engine.prepare import start_log
+from gn_detect.evaluation import check_evaluator
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,15 @@ def test_a_split_that_cannot_be_written_on_one_machine(run, files, tmp_path):
     (tmp_path / "1/split").touch()
     text = refused(run(split, tmp_path, 0.4), DataError)
     assert text == f"on rank 1 (host b): cannot write {tmp_path}/1/split: File exists"
+
+
+def cityscapes(rank):
+    check_evaluator("cityscapes_fine_instance_seg_val")
+
+
+def test_an_evaluation_of_one_machine(run):
+    text = refused(run(cityscapes), ConfigError)
+    assert "cityscapes_fine_instance_seg_val (cityscapes_instance) works on one machine" in text
 
 
 def log(rank, directory):
