@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from gn_detect.data.coco import read_canonical
+from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import masks_one_by_one, takes_items
 from gn_detect.settings import Settings
 
@@ -115,6 +116,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict:
     run = Settings(cfg)
     read_canonical(*dataset_names(run, "test"), exact_names=run["FILE_NAMES"])
     loader = instantiate_key(cfg, "dataloader.test")
+    keep_workers(loader)
     with masks_one_by_one(model, when=takes_items(evaluator)):
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():

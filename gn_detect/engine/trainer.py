@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data.coco import output_names
 from gn_detect.data.loader import build_test_loader, build_train_loader
+from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
 
@@ -51,6 +52,7 @@ def build_loop(
     """
     on_cpu = {"device_ids": None} if run["device"] == "cpu" else {}
     model = create_ddp_model(model, **ddp, **on_cpu)
+    keep_workers(loader)
     loop = AccumulatingTrainer(
         model,
         loader,
@@ -125,7 +127,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_test_loader(cfg, dataset_name)
+        loader = build_test_loader(cfg, dataset_name)
+        keep_workers(loader)
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

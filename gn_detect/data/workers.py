@@ -1,0 +1,41 @@
+"""The processes of a loader, where a whole run is signalled."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable
+
+from torch.utils.data import DataLoader
+
+
+def keep_workers(loader: Iterable) -> None:
+    """Let the workers of ``loader`` work on where a terminal or a scheduler signals all processes
+    of a run: the step that is under way needs them. They end with the process that started them."""
+    while loader is not None and not isinstance(loader, DataLoader):
+        loader = getattr(loader, "dataset", None)  # what Detectron2 wraps one in
+    if loader is not None:
+        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
+
+
+def _init_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if init:
+        init(worker_id)
+
+
+def _end_with(parent: int) -> None:
+    """End this process where ``parent`` exits, which sends SIGTERM (of others it does nothing), and
+    where it was killed: PyTorch's workers hang then if what they have loaded fills a pipe."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received and received.si_pid == parent:
+            break
+    os._exit(0)
