@@ -19,7 +19,7 @@ from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import masks_one_by_one, takes_items
 from gn_detect.settings import Settings
 
-from .hooks import FirstIterations, PeriodicCheckpointer
+from .hooks import EvalHook, FirstIterations, Saving
 from .lazy_config import instantiate_key
 from .prepare import dataset_names
 from .resume import preserved_random_state
@@ -50,6 +50,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
 
     Raises:
         FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
+        Stopped: a signal has come (:func:`.stopping.handle_signals`).
     """
     run = Settings(cfg)
     cfg = copy.deepcopy(cfg)  # completed in the next lines
@@ -78,13 +79,11 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         return results
 
     schedule = hooks.LRScheduler(scheduler=instantiate_key(cfg, "lr_multiplier"))
-    trainer.register_hooks([progress, hooks.IterationTimer(), schedule])
-    if comm.is_main_process():
-        periodic = {k: v for k, v in train.checkpointer.items() if k != "max_to_keep"}
-        period = train.eval_period if "evaluator" in cfg.dataloader else 0
-        saving = PeriodicCheckpointer(checkpointer, eval_period=period, **periodic)
-        trainer.register_hooks([saving])
-    trainer.register_hooks([hooks.EvalHook(train.eval_period, evaluate)])
+    eval_period = train.eval_period if "evaluator" in cfg.dataloader else 0
+    periodic = {k: v for k, v in train.checkpointer.items() if k != "max_to_keep"}
+    saving = Saving(checkpointer, progress, eval_period=eval_period, **periodic)
+    trainer.register_hooks([progress, hooks.IterationTimer(), schedule, saving])
+    trainer.register_hooks([EvalHook(train.eval_period, evaluate)])
     if comm.is_main_process():  # last, so that it writes what the others have measured
         writers = default_writers(train.output_dir, train.max_iter)
         trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])

@@ -37,7 +37,7 @@ class Resume(HookBase):
 
     Args:
         run: its settings.
-        loop, checkpointer: of the run. Register this hook before the one that saves.
+        loop, checkpointer: of the run.
     """
 
     def __init__(self, run: Settings, loop: AccumulatingTrainer, checkpointer: Checkpointer):
@@ -45,7 +45,6 @@ class Resume(HookBase):
         self._loop = loop
         self._checkpointer = checkpointer
         self._max_iter = run["max_iter"]
-        self._periods = [run["checkpoint_period"], run["eval_period"]]
         self._batch = {
             "images_per_iteration": run["ims_per_batch"],
             "accumulate_steps": loop.accumulate_steps,
@@ -135,11 +134,10 @@ class Resume(HookBase):
         if comm.get_rank() < len(states):
             set_random_state(states[comm.get_rank()])
 
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        saves = done >= self._max_iter or any(p > 0 and done % p == 0 for p in self._periods)
+    def gather_random_states(self) -> None:
+        """Before a save, in all processes."""
         if comm.get_world_size() > 1:
-            self._others = comm.gather(get_random_state())[1:] if saves else []
+            self._others = comm.gather(get_random_state())[1:]
 
 
 def _describe(batch: dict[str, int]) -> str:

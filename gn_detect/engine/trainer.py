@@ -25,7 +25,7 @@ from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
 
 from .errors import shorten_expected_error
-from .hooks import FirstIterations, PeriodicCheckpointer, ProgressBar
+from .hooks import EvalHook, FirstIterations, ProgressBar, Saving
 from .prepare import dataset_names
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer
@@ -151,9 +151,20 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         ret = super().build_hooks()
         solver, test = self.cfg.SOLVER, self.cfg.TEST
-        period = test.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
-        saving = PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, period)
-        ret = [saving if isinstance(h, hooks.PeriodicCheckpointer) else h for h in ret]
+        saving = Saving(
+            self.checkpointer,
+            self._resume,
+            solver.CHECKPOINT_PERIOD,
+            eval_period=test.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0,
+        )
+
+        def evaluate():
+            self._last_eval_results = self.test(self.cfg, self.model)
+            return self._last_eval_results
+
+        ret = [h for h in ret if not isinstance(h, hooks.PeriodicCheckpointer)]
+        place = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
+        ret[place : place + 1] = [saving, EvalHook(test.EVAL_PERIOD, evaluate)]
         if comm.is_main_process():
             ret.append(FirstIterations(self.max_iter))
         return ret
@@ -168,6 +179,7 @@ class Trainer(DefaultTrainer):
 
         Raises:
             FloatingPointError: a loss, a predicted box or a gradient is infinite or NaN.
+            Stopped: a signal has come (:func:`.stopping.handle_signals`).
         """
         if not (comm.is_main_process() and sys.stdout.isatty() and sys.stderr.isatty()):
             return super().train()

@@ -1,14 +1,17 @@
 """What an evaluation may do to a training: nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 from detectron2.checkpoint import Checkpointer
+from detectron2.engine import TrainerBase
 from detectron2.utils.env import seed_all_rng
 from helpers import assert_equal, weights
 from safetensors.torch import load_file
 from torch import nn
 
-from gn_detect.engine import lazy, prepare_run
-from gn_detect.engine.hooks import PeriodicCheckpointer
+from gn_detect.engine import hooks, lazy, prepare_run
+from gn_detect.engine.hooks import EvalHook, Saving
 from gn_detect.engine.lazy import do_train
 
 
@@ -22,34 +25,120 @@ class Recorder(Checkpointer):
         super().save(name, **state)
 
 
+class Resume:
+    gathered = 0
+
+    def gather_random_states(self):
+        self.gathered += 1
+
+
+class Loop(TrainerBase):
+    def run_step(self):
+        pass
+
+
+def saving(path, monkeypatch, *arguments, **options) -> tuple[Saving, Recorder]:
+    """With a clock of its own, ``hook.now``."""
+    checkpointer = Recorder(nn.Linear(1, 1), str(path))
+    checkpointer.saved = []
+    hook = Saving(checkpointer, Resume(), *arguments, **options)
+    hook.now = 100.0
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(monotonic=lambda: hook.now))
+    return hook, checkpointer
+
+
 @pytest.mark.parametrize(
     "period, eval_period, saved, left",
     [
         (
             *(4, 3),
-            [("before_evaluation", 2), ("0000003", 3), ("before_evaluation", 5), ("0000007", 7)],
+            [("latest", 2), ("0000003", 3), ("latest", 5), ("0000007", 7)],
             ["0000003", "0000007"],
         ),
         (4, 4, [("0000003", 3), ("0000007", 7)], ["0000003", "0000007"]),
         (2, 4, [("0000001", 1), ("0000003", 3), ("0000005", 5), ("0000007", 7)], 4 * ["00000"]),
         (100, 8, [], []),  # model_final is saved before that evaluation
         (100, 0, [], []),
+        (0, 0, [], []),
     ],
 )
-def test_when_a_run_is_saved(tmp_path, period, eval_period, saved, left):
-    checkpointer = Recorder(nn.Linear(1, 1), str(tmp_path))
-    checkpointer.saved = []
-    hook = PeriodicCheckpointer(checkpointer, period, eval_period)
-    hook.max_iter = 8
-    for iteration in range(8):
-        hook.step(iteration)
-        if eval_period and (iteration + 1) % eval_period == 0:
-            assert checkpointer.saved[-1][1] == iteration
-            assert checkpointer.has_checkpoint()
+def test_when_a_run_is_saved(tmp_path, monkeypatch, period, eval_period, saved, left):
+    hook, checkpointer = saving(tmp_path, monkeypatch, period, eval_period=eval_period)
+    evaluated = []
+
+    def evaluate():
+        assert checkpointer.saved[-1][1] == loop.iter - (loop.iter == 8)
+        assert checkpointer.has_checkpoint()
+        evaluated.append(loop.iter)
+
+    loop = Loop()
+    loop.register_hooks([hook, EvalHook(eval_period, evaluate)])
+    loop.train(0, 8)
+    assert len(evaluated) == 1 + (7 // eval_period if eval_period else 0)
     assert checkpointer.saved == [*((f"model_{n}", i) for n, i in saved), ("model_final", 7)]
+    assert hook._resume.gathered == len({i for _, i in checkpointer.saved})
     names = sorted(path.stem for path in tmp_path.glob("*.pth"))
     assert len(names) == len(left) + 1
     assert all(name.startswith(f"model_{n}") for name, n in zip(names, left, strict=False))
+
+
+@pytest.mark.parametrize(
+    "seconds, saved",
+    [
+        # After 6 and 3 seconds; by the period it is saved at 9 s, from which the time then counts.
+        (6, [("latest", 1), ("0000002", 2), ("latest", 4), ("0000005", 5), ("final", 6)]),
+        (7, [("0000002", 2), ("0000005", 5), ("final", 6)]),
+        (0, [("0000002", 2), ("0000005", 5), ("final", 6)]),
+    ],
+)
+def test_saving_by_time(tmp_path, monkeypatch, seconds, saved):
+    hook, checkpointer = saving(tmp_path, monkeypatch, 3, seconds=seconds)
+
+    class Steps(Loop):
+        def run_step(self):
+            hook.now += 3
+
+    loop = Steps()
+    loop.register_hooks([hook])
+    loop.train(0, 7)
+    assert checkpointer.saved == [(f"model_{n}", i) for n, i in saved]
+    assert not (tmp_path / "model_latest.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "start, evaluated", [(0, [3, 6, 8]), (3, [3, 6, 8]), (4, [6, 8]), (6, [6, 8]), (8, [9])]
+)
+def test_a_resumed_run_begins_with_the_evaluation_of_its_checkpoint(start, evaluated):
+    found, done, loop = [], [], Loop()
+
+    def evaluate():
+        done.append(len(steps))
+        found.append(loop.storage.iter + (loop.storage.iter < 8))
+        return {"AP": 1.0}
+
+    steps = []
+    loop.run_step = lambda: steps.append(loop.iter)
+    loop.register_hooks([EvalHook(3, evaluate)])
+    loop.train(start, 8)
+    assert found == evaluated
+    assert done == [min(i, 8) - start for i in evaluated]
+
+
+@pytest.mark.parametrize("start", [0, 6, 7, 8])
+def test_a_run_that_fails_is_not_evaluated(start):
+    class Failing(Loop):
+        def before_train(self):
+            if start != 6:
+                raise Accident
+
+        def run_step(self):
+            if self.iter == 7:
+                raise Accident
+
+    loop = Failing()
+    loop.register_hooks([EvalHook(0, lambda: pytest.fail("evaluated"))])
+    with pytest.raises(Accident):
+        loop.train(start, 8)
 
 
 class Accident(Exception):
@@ -67,7 +156,7 @@ def test_a_run_goes_on_from_before_the_evaluation_that_ended_it(train, tmp_path,
         with pytest.raises(Accident):
             stopped.train()
     run = tmp_path / "stopped"
-    assert (run / "last_checkpoint").read_text() == "model_before_evaluation.pth"
+    assert (run / "last_checkpoint").read_text() == "model_latest.pth"
     resumed = train("stopped", *options, "SEED", 99, resume=True)
     assert resumed.start_iter == 4
     resumed.train()
@@ -99,7 +188,7 @@ def test_a_lazy_run_goes_on_from_before_the_evaluation(lazy_data, tmp_path, monk
         with pytest.raises(Accident):
             run("stopped")
     last = (tmp_path / "stopped" / "last_checkpoint").read_text()
-    assert last == "model_before_evaluation.pth"
+    assert last == "model_latest.pth"
     assert_equal(run("stopped", resume=True), whole)
 
 

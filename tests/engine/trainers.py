@@ -1,7 +1,10 @@
 """Trainers of a small detector, and what two processes do with them, which import this."""
 
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -10,6 +13,7 @@ from torch import nn
 
 from gn_detect.data.coco import register_coco_json
 from gn_detect.engine import Trainer
+from gn_detect.engine.stopping import Stopped, handle_signals
 
 TWO_IMAGES = ("DATASETS.TEST", (), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4)
 # The images of an iteration are those of one process with 2 steps, or of 2 processes.
@@ -58,7 +62,7 @@ def unwrapped(trainer: Trainer) -> nn.Module:
 def train_and_resume(files: CocoFiles, output: Path) -> None:
     """In each of two processes."""
 
-    def train(name, stop, seed, resume=False):
+    def train(name, stop, seed, resume=False, signalled=False):
         periods = ("SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2)  # both are saved at
         options = (*TWO_IMAGES, *periods, "SEED", seed + comm.get_rank())
         trainer = build_trainer(files, output / name, *options, resume=resume)
@@ -67,7 +71,17 @@ def train_and_resume(files: CocoFiles, output: Path) -> None:
             lambda model, inputs: seen.extend(d["image"][0, 0].tolist() for d in inputs[0])
         )
         trainer.max_iter = stop
-        trainer.train()
+        if signalled and comm.get_rank() == 1:  # the other process learns of it after the step
+            trainer.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        if signalled:
+            with pytest.raises(Stopped) as error, handle_signals():
+                trainer.train()
+            file = f"{output / name}/model_latest.pth"
+            message = f"stopped after iteration 1; {file} has it: go on with --resume"
+            assert error.value.message == f"SIGTERM: {message} (same command)"
+            assert torch.load(file)["iteration"] == 0
+        else:
+            trainer.train()
         return seen, clone(unwrapped(trainer))
 
     trainer = build_trainer(files, output / "two_processes", *SAME_IMAGES)
@@ -77,8 +91,10 @@ def train_and_resume(files: CocoFiles, output: Path) -> None:
 
     whole, expected = train("whole", 4, seed=3)
     train("stopped", 2, seed=3)
-    resumed, found = train("stopped", 4, seed=99, resume=True)
-    assert resumed == whole[2:], (comm.get_rank(), resumed, whole)
-    assert all(torch.equal(expected[name], value) for name, value in found.items())
+    train("signalled", 4, seed=3, signalled=True)
+    for name, done in (("stopped", 2), ("signalled", 1)):
+        resumed, found = train(name, 4, seed=99, resume=True)
+        assert resumed == whole[done:], (comm.get_rank(), resumed, whole)
+        assert all(torch.equal(expected[name], value) for name, value in found.items())
     first, second = comm.all_gather(torch.cat([v.float().flatten() for v in found.values()]))
     assert torch.equal(first, second)  # the processes see other images, and train the same
