@@ -76,6 +76,9 @@ def add_gn_config(cfg: CfgNode) -> None:
     # How many checkpoints of SOLVER.CHECKPOINT_PERIOD to keep, the newest (model_final.pth is kept
     # besides); 0: all, as Detectron2.
     cfg.SOLVER.setdefault("CHECKPOINT_KEEP", 0)
+    # Save also where the last save was so many seconds ago, as model_latest.pth, which the next
+    # checkpoint replaces; 0: by SOLVER.CHECKPOINT_PERIOD alone.
+    cfg.SOLVER.setdefault("CHECKPOINT_SECONDS", 0)
     # "float16" (with a gradient scaler) or "bfloat16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.setdefault("DTYPE", "float16")
 

@@ -52,6 +52,7 @@ _KEYS = {
     "steps": ("SOLVER.STEPS", ""),  # lr_multiplier has them, relative to max_iter
     "warmup_iters": ("SOLVER.WARMUP_ITERS", ""),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
+    "checkpoint_seconds": ("SOLVER.CHECKPOINT_SECONDS", "train.checkpointer.seconds"),
     "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
     "coco_eval": ("TEST.COCO_EVAL", "dataloader.evaluator.coco_eval"),
 }

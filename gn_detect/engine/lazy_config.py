@@ -50,6 +50,7 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
     cfg.train.amp.setdefault("dtype", defaults.SOLVER.AMP.DTYPE)
     for name in ("ims_per_gpu", "accumulate_steps", "reference_batch_size"):
         cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
+    cfg.train.checkpointer.setdefault("seconds", defaults.SOLVER.CHECKPOINT_SECONDS)
     cfg.train.setdefault("guards", {})
     for name, on in defaults.GUARDS.items():
         cfg.train.guards.setdefault(name.lower(), on)

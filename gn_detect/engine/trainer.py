@@ -155,6 +155,7 @@ class Trainer(DefaultTrainer):
             self.checkpointer,
             self._resume,
             solver.CHECKPOINT_PERIOD,
+            seconds=solver.CHECKPOINT_SECONDS,
             eval_period=test.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0,
         )
 

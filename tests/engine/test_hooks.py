@@ -1,5 +1,6 @@
 """What an evaluation may do to a training: nothing."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -71,9 +72,11 @@ def test_when_a_run_is_saved(tmp_path, monkeypatch, period, eval_period, saved, 
         assert checkpointer.has_checkpoint()
         evaluated.append(loop.iter)
 
-    loop = Loop()
+    loop, checked = Loop(), []
+    monkeypatch.setattr(hooks, "check_weights_same", lambda model: checked.append(loop.iter))
     loop.register_hooks([hook, EvalHook(eval_period, evaluate)])
     loop.train(0, 8)
+    assert checked == [0, *sorted({i for n, i in saved if n != "latest"} | {7})]
     assert len(evaluated) == 1 + (7 // eval_period if eval_period else 0)
     assert checkpointer.saved == [*((f"model_{n}", i) for n, i in saved), ("model_final", 7)]
     assert hook._resume.gathered == len({i for _, i in checkpointer.saved})
@@ -103,6 +106,26 @@ def test_saving_by_time(tmp_path, monkeypatch, seconds, saved):
     loop.train(0, 7)
     assert checkpointer.saved == [(f"model_{n}", i) for n, i in saved]
     assert not (tmp_path / "model_latest.pth").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds, saves", [(2, 2), (0, 0)])
+def test_both_tools_save_by_time(train, lazy_data, tmp_path, monkeypatch, caplog, seconds, saves):
+    """Of a clock that goes on by a second where it is read, twice in an iteration that saves."""
+    clock = itertools.count(1)
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    cfg = lazy_data(
+        *(f"train.output_dir={tmp_path / 'lazy'}", "train.max_iter=5"),
+        f"train.checkpointer.seconds={seconds}",
+    )
+    del cfg.dataloader.evaluator
+    prepare_run(cfg)
+    options = ("SOLVER.CHECKPOINT_SECONDS", seconds, "DATASETS.TEST", (), "SOLVER.MAX_ITER", 5)
+    for run in (train("run", *options).train, lambda: do_train(cfg)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run()
+        assert caplog.text.count("model_latest.pth") == saves
 
 
 @pytest.mark.parametrize(
