@@ -98,6 +98,12 @@ def prepare_run(
             f"{run.keys['keep']} is {keep!r}; it must be how many periodic checkpoints to keep, or "
             "0 for all"
         )
+    seconds = run["checkpoint_seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
+        raise ConfigError(
+            f"{run.keys['checkpoint_seconds']} is {seconds!r}; it must be the seconds from one "
+            "save to the next, or 0 to save by iterations alone"
+        )
     resolve_schedule(cfg, processes)
 
     def check() -> None:

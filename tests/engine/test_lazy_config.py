@@ -97,6 +97,8 @@ def test_a_bad_file_is_named(tmp_path, name, text, message):
             "total_batch_size is 4, but train.reference_batch_size, .* is 2",
         ),
         (["train.checkpointer.max_to_keep=-1"], "max_to_keep is -1; .* or 0 for all"),
+        (["train.checkpointer.seconds=-1"], "checkpointer.seconds is -1; .* or 0 to save by"),
+        (["train.checkpointer.seconds=null"], "checkpointer.seconds is None; .* or 0 to save by"),
         (["train.amp.dtype=fp16"], "train.amp.dtype is 'fp16'; known: float16, bfloat16"),
         (["train.init_checkpoint=absent.pth"], "init_checkpoint: there is no file absent.pth"),
         ([f"{TRAIN_MAPPER}.image_format=RGB"], "image_format is RGB, but model.input_format is B"),

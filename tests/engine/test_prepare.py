@@ -148,6 +148,7 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
         ),
         (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
         (["SOLVER.CHECKPOINT_KEEP", -1], {}, "CHECKPOINT_KEEP is -1; .* or 0 for all"),
+        (["SOLVER.CHECKPOINT_SECONDS", -1], {}, "CHECKPOINT_SECONDS is -1; .* or 0 to save by"),
         (["SOLVER.AMP.DTYPE", "bf16"], {}, "AMP.DTYPE is 'bf16'; known: float16, bfloat16"),
         (["DATASETS.TEST", ("voc_2007_val",)], {}, "needs .*VOC2007, which does not exist"),
         (
