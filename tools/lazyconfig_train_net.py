@@ -9,6 +9,7 @@ from detectron2.engine import default_setup
 
 import gn_detect  # noqa: F401  # registers the generated dataset
 from gn_detect.engine import prepare_run
+from gn_detect.engine.agreement import check_same
 from gn_detect.engine.launch import argument_parser, launch, parse_args
 from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
 from gn_detect.engine.lazy_config import load_lazy_config
@@ -20,6 +21,7 @@ from gn_detect.settings import Settings
 def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     start_log(cfg)
+    check_same(cfg, eval_only=args.eval_only, resume=args.resume)
     prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
     default_setup(cfg, args)
     if args.eval_only:

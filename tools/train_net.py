@@ -14,8 +14,9 @@ from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
 from gn_detect.data.splits import split_coco
 from gn_detect.engine import Trainer, prepare_run
+from gn_detect.engine.agreement import check_same
 from gn_detect.engine.launch import argument_parser, launch, parse_args
-from gn_detect.engine.prepare import check_output, start_log
+from gn_detect.engine.prepare import claim_output, start_log
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
@@ -46,8 +47,7 @@ def parse_arguments():
 
 def split_data(args, cfg):
     """Split the training data, so that ``args`` name the two parts."""
-    if not args.resume:
-        check_output(Settings(cfg))  # of an earlier run the split is kept, too
+    claim_output(Settings(cfg), args.resume)  # of an earlier run the split is kept, too
     directory = os.path.join(cfg.OUTPUT_DIR, "split")
     options = {"seed": max(cfg.SEED, 0), "keep": args.resume}
     parts = split_coco(args.train_json, directory, args.val_fraction, **options)
@@ -70,6 +70,8 @@ def register_data(args):
 def main(args):
     cfg = load_config(args.config_file, args.opts)
     start_log(cfg)
+    names = ("eval_only", "resume", "val_fraction", "train_json", "val_json")
+    check_same(cfg, **{name: getattr(args, name) for name in names})
     if args.val_fraction:
         split_data(args, cfg)
     for key, value in register_data(args).items():

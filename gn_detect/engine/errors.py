@@ -24,6 +24,11 @@ def set_run_directory(directory: str) -> None:
     _run_directory = directory
 
 
+def run_directory() -> str:
+    """ "" where no run has begun."""
+    return _run_directory
+
+
 def last_checkpoint() -> str:
     """The end of a message: what is safe, and how to go on."""
     return f"{describe_last(_run_directory)}; go on with --resume" if _run_directory else ""

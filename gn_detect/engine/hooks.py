@@ -14,16 +14,9 @@ from gn_detect.checkpoint import Checkpointer
 from gn_detect.checkpoint.saving import remove_checkpoints
 from gn_detect.distributed import from_first_process
 
+from .agreement import check_weights_same
 from .resume import Resume
 from .stopping import request
-
-try:
-    from .agreement import check_weights_same
-except ImportError:
-
-    def check_weights_same(model) -> None:
-        """Until there is one."""
-
 
 LATEST = "model_latest"
 GO_ON = "go on with --resume (same command)"
@@ -93,7 +86,7 @@ class Saving(HookBase):
                 f"before the first step of this run; the checkpoint of iteration {start} is as it "
                 f"was: {GO_ON}"
             )
-        check_weights_same(self._checkpointer.model)
+        check_weights_same(self._checkpointer.model, start)
         request.waits = True  # from here on
         with request.immediately(""):
             pass
@@ -110,7 +103,7 @@ class Saving(HookBase):
         if done >= self.trainer.max_iter:
             names.append("model_final")
         if names:
-            check_weights_same(self._checkpointer.model)
+            check_weights_same(self._checkpointer.model, done)
         due = 0 < self._seconds <= time.monotonic() - self._saved_at
         # The clock of the first process counts.
         stops, due = request.agree(due and comm.is_main_process())

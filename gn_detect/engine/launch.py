@@ -21,10 +21,11 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, start_processes
 
+from gn_detect.checkpoint import unlock_output
 from gn_detect.config import ConfigError
 from gn_detect.distributed import from_first_process
 
-from .errors import errors_as_sentences
+from .errors import errors_as_sentences, run_directory
 from .meeting import Place, meet
 from .prepare import check_num_gpus
 from .stopping import SIGNALS, Stopped, handle_signals
@@ -106,6 +107,8 @@ def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace)
         if comm.is_main_process():
             logger.warning(stop.message)
         raise
+    finally:
+        unlock_output(run_directory())
 
 
 def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
@@ -174,7 +177,7 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
                     pass
             except ProcessExitedException as error:
                 if received:
-                    sys.exit(SIGNALS[received[0]])
+                    sys.exit(130 if signal.SIGINT in received else 143)
                 if error.signal_name:
                     raise
                 sys.exit(error.exit_code)  # it has said why

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 
 from .errors import ProcessesError
@@ -130,7 +131,8 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
             f"second of this rank: either another run meets there, which wants a port of its own, "
             f"or two machines have the same --machine-rank"
         )
-    store.set(f"here/{place.rank}", json.dumps([host, place.machine, os.getpid()]))
+    cuda = torch.cuda.is_available()
+    store.set(f"here/{place.rank}", json.dumps([host, place.machine, os.getpid(), cuda]))
     keys = [f"here/{rank}" for rank in range(place.world_size)]
     try:
         _wait(store, keys, place, deadline, timeout)
@@ -139,7 +141,10 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
         raise ProcessesError(
             f"rank 0 at {place.url} has ended while others were coming ({error})"
         ) from None
-    machines = [machine for _, machine, _ in found]
+    if len({cuda for *_, cuda in found}) > 1:
+        hosts = ", ".join(dict.fromkeys(host for host, *_, cuda in found if not cuda))
+        raise ProcessesError(f"there is no CUDA device on {hosts}, but on other machines there is")
+    machines = [machine for _, machine, *_ in found]
     local_size = machines.count(place.machine)
     if machines != sorted(machines) or {machines.count(m) for m in machines} != {local_size}:
         counts = ", ".join(f"machine {m} has {machines.count(m)}" for m in sorted(set(machines)))
@@ -150,7 +155,7 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
     return (
         store,
         local_size,
-        [f"rank {rank} ({host}, process {pid})" for rank, (host, _, pid) in enumerate(found)],
+        [f"rank {rank} ({host}, process {pid})" for rank, (host, _, pid, _) in enumerate(found)],
     )
 
 

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from gn_detect.checkpoint import newest_checkpoint
+from gn_detect.checkpoint import lock_output, newest_checkpoint
 from gn_detect.checkpoint.sources import split_name
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, check_coco_dataset
@@ -25,6 +25,7 @@ from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 from .describe_data import describe_data
+from .errors import set_run_directory
 from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
@@ -40,6 +41,7 @@ def start_log(cfg: CfgNode | DictConfig) -> None:
         ConfigError: nothing can be written there.
     """
     run = Settings(cfg)
+    set_run_directory(run["output_dir"])
     try:
         setup_logger(run["output_dir"], distributed_rank=comm.get_rank(), name="gn_detect")
     except OSError as error:
@@ -80,8 +82,8 @@ def prepare_run(
     run["device"] = usable_device(run.keys["device"], run["device"], processes)
     _resolve_amp(run)
     checkpoint = from_first_process(lambda: _check_weights(run, eval_only, resume))
-    if not eval_only and not resume:
-        check_output(run)
+    if not eval_only:
+        claim_output(run, resume)
     if isinstance(cfg, DictConfig):
         check_lazy_config(cfg)
     else:
@@ -180,17 +182,22 @@ def _check_weights(run: Settings, eval_only: bool, resume: bool) -> str:
     return ""
 
 
-def check_output(run: Settings) -> None:
-    """Look for an earlier run where this one, its first process, will write. All processes call it.
+def claim_output(run: Settings, resume: bool = False) -> None:
+    """Keep other runs out of where this one will write, and look for an earlier one there, unless
+    it is to be resumed.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: another run is writing there, or an earlier one has.
     """
-    paths = [os.path.join(run["output_dir"], n) for n in ("last_checkpoint", "metrics.json")]
-    earlier = from_first_process(
-        lambda: [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
-    )
-    if run["OVERWRITE_OUTPUT"] and earlier:
+    from_first_process(lambda: _claim_output(run, resume))
+
+
+def _claim_output(run: Settings, resume: bool) -> None:
+    directory = run["output_dir"]
+    lock_output(directory)
+    paths = (os.path.join(directory, n) for n in ("last_checkpoint", "metrics.json"))
+    earlier = [path for path in paths if os.path.isfile(path) and os.path.getsize(path)]
+    if run["OVERWRITE_OUTPUT"] and earlier and not resume:
         raise ConfigError(
             f"{run.keys['output_dir']} holds a run already ({earlier[0]}), whose final weights "
             "would be replaced and whose metrics would be mixed with this run's. Continue it with "

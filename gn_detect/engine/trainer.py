@@ -50,8 +50,9 @@ def build_loop(
         loader, optimizer, remedy, check_gradients: of AccumulatingTrainer.
         config: as YAML, to save with the weights.
     """
-    on_cpu = {"device_ids": None} if run["device"] == "cpu" else {}
-    model = create_ddp_model(model, **ddp, **on_cpu)
+    # Slurm may let each process see its own GPU alone, whatever its place among them.
+    devices = None if run["device"] == "cpu" else [torch.cuda.current_device()]
+    model = create_ddp_model(model, **ddp, device_ids=devices)
     keep_workers(loader)
     loop = AccumulatingTrainer(
         model,
