@@ -1,12 +1,15 @@
 """Two machines that share no folder, before a run."""
 
 import functools
+import json
 import logging
 import os
 import shutil
+from unittest import mock
 
 import pytest
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 from engine.pair import two_machines
 from helpers import SQUARE_RLE, TINY, CocoFiles, coco_json
 
@@ -15,6 +18,7 @@ from gn_detect.config import ConfigError, load_config
 from gn_detect.data import coco
 from gn_detect.data.coco import DataError, load_coco, register_coco_json
 from gn_detect.data.splits import split_coco
+from gn_detect.distributed import on_each_machine
 from gn_detect.engine import prepare_run
 from gn_detect.engine.prepare import start_log
 from gn_detect.evaluation import check_evaluator
@@ -231,6 +235,22 @@ def cityscapes(rank):
 def test_an_evaluation_of_one_machine(run):
     text = refused(run(cityscapes), ConfigError)
     assert "cityscapes_fine_instance_seg_val (cityscapes_instance) works on one machine" in text
+
+
+def on_one_machine(rank, directory):
+    with mock.patch.multiple(comm, get_local_rank=lambda: rank, get_local_size=lambda: 2):
+        found = on_each_machine(lambda: rank)
+        return found, split_coco(str(directory / "a.json"), str(directory / f"{rank}"), 0.2)
+
+
+def test_of_two_processes_of_a_machine_one_works(run, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(coco_json(10)))
+    outcomes = run(on_one_machine, tmp_path)
+    assert [found for found, _ in outcomes] == [{"rank 0 (host a)": 0}] * 2
+    assert sorted(os.listdir(tmp_path)) == ["0", "a.json"]
+    (tmp_path / "a.json").unlink()
+    text = refused(run(on_one_machine, tmp_path), DataError)
+    assert text == f"cannot read {tmp_path}/a.json: No such file or directory"
 
 
 def log(rank, directory):
