@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator
 
 import torch.distributed as dist
+from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from gn_detect.checkpoint import CheckpointError, WeightsError, describe_last
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import DataError
 
+from .stopping import Stopped
+
+logger = logging.getLogger(__name__)
 _run_directory = ""
 
 
@@ -31,7 +35,10 @@ def run_directory() -> str:
 
 def last_checkpoint() -> str:
     """The end of a message: what is safe, and how to go on."""
-    return f"{describe_last(_run_directory)}; go on with --resume" if _run_directory else ""
+    if not _run_directory:
+        return ""
+    last = describe_last(_run_directory)
+    return f"{last}; go on with --resume" if last.endswith("intact") else f"{last}: start again"
 
 
 class ProcessesError(RuntimeError):
@@ -95,9 +102,14 @@ def is_lost_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Within it, an error that has a :func:`sentence` ends the process with it."""
+    """Within it, an error that has a :func:`sentence` ends the process with it, and the first
+    process says why it has :class:`.Stopped`."""
     try:
         yield
+    except Stopped as stop:
+        if comm.is_main_process():
+            logger.warning(stop.message)
+        raise
     except Exception as error:
         if (message := sentence(error)) is None:
             raise

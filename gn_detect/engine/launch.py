@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -28,10 +27,8 @@ from gn_detect.distributed import from_first_process
 from .errors import errors_as_sentences, run_directory
 from .meeting import Place, meet
 from .prepare import check_num_gpus
-from .stopping import SIGNALS, Stopped, handle_signals
+from .stopping import SIGNALS, handle_signals
 from .watch import Watch
-
-logger = logging.getLogger(__name__)
 
 # Seconds that the others have to end by themselves once one has ended.
 _GRACE = 20
@@ -103,10 +100,6 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
 def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     try:
         main(args)
-    except Stopped as stop:
-        if comm.is_main_process():
-            logger.warning(stop.message)
-        raise
     finally:
         unlock_output(run_directory())
 

@@ -17,6 +17,8 @@ from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
+# Seconds that a process has to stop by itself once another one has.
+GRACE = 10.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -143,15 +145,15 @@ def handle_signals(
         request.reset("")
 
 
-def stop_as_others(signum: int, grace: float = 10.0) -> None:
+def stop_as_others(signum: int) -> None:
     """Stop this process because another one has stopped, for the signal ``signum``.
 
     For a daemon thread. The main thread may wait for the other process in a collective operation,
-    where Python runs no handler: after ``grace`` seconds the process ends without it.
+    where Python runs no handler: after ``GRACE`` seconds the process ends without it.
     """
     if not request.signum:
         signal.pthread_kill(threading.main_thread().ident, signum)
-    time.sleep(grace)
+    time.sleep(GRACE)
     stop = Stopped(request.signum or signum, request.doing + request.so_far)
     if comm.is_main_process() and not request.raised:
         logger.warning(stop.message)

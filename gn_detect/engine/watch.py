@@ -45,6 +45,7 @@ class Watch:
         self.names = names
         self._failed = threading.Event()  # another process has
         self._heard = self._told = ""
+        self._over = False
         connections = _accept(store, len(names)) if rank == 0 else _connect(store, rank, host)
         self._peers = {connection: peer for peer, connection in connections.items()}
         self._selector = selectors.DefaultSelector()
@@ -83,6 +84,8 @@ class Watch:
             raise
         else:
             self._tell("done")
+        finally:
+            self._over = True
 
     def _tell(self, what: str, text: str = "", rank: int | None = None) -> None:
         """Tell the first process, or, as the first, all others, what has become of ``rank``."""
@@ -116,7 +119,7 @@ class Watch:
     def _hear(self, what: str, rank: int, text: str) -> None:
         if self.rank == 0 and what != "done":
             self._tell(what, text, rank)
-        if what == "stopped":
+        if what == "stopped" and not self._over:
             stop_as_others(int(text))
         elif what == "failed":
             self._heard = text
