@@ -30,8 +30,9 @@ class Resume(HookBase):
     run, bit for bit. With data loading workers the order of the images continues exactly, but their
     random augmentation does not.
 
-    A run can be resumed with another number of images per iteration: it continues at the
-    iteration that has seen as many images (rounded down, so that some may be seen twice). Which
+    A run can be resumed with another number of processes; those that the checkpoint does not know
+    draw random numbers of their own. With another number of images per iteration it continues at
+    the iteration that has seen as many images (rounded down, so that some may be seen twice). Which
     images of an epoch were seen is exact but for those that had waited for a batch of their
     orientation.
 

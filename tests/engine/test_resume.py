@@ -4,15 +4,19 @@ import itertools
 import logging
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
 from engine.trainers import build_trainer
-from helpers import CocoFiles, assert_equal, record_images, stream, weights
+from helpers import CocoFiles, assert_equal, config, record_images, stream, weights
 from safetensors.torch import load_file
 
 from gn_detect.config import ConfigError
+from gn_detect.engine.resume import Resume
+from gn_detect.settings import Settings
+from gn_detect.solver import resolve_schedule
 
 pytestmark = pytest.mark.slow
 
@@ -200,6 +204,48 @@ def test_resuming_beyond_the_end(train, tmp_path):
     file.unlink()  # but to write what a full disk has refused
     finished.train()
     assert_equal(load_file(file), weights(finished))
+
+
+def progress(monkeypatch, processes: int, max_iter: int, batch: tuple, saved=None) -> Resume:
+    """Of a run in so many processes; of ``saved``, the state of another one."""
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: processes)
+    cfg = config(
+        "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", "SOLVER.MAX_ITER", max_iter, *batch
+    )
+    resolve_schedule(cfg, processes)
+    loop = SimpleNamespace(accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS, data_loader=None)
+    resume = Resume(Settings(cfg), loop, None)
+    resume.load_state_dict(saved or {})
+    return resume
+
+
+@pytest.mark.parametrize("per_gpu", [1, 3])
+@pytest.mark.parametrize("max_iter", [7, 100, 1001])
+def test_processes_that_come_and_go(monkeypatch, per_gpu, max_iter):
+    """At any moment, the end included: no run sees more images than its share of the recipe, and
+    the rounding of iterations is no error."""
+    batch = ("SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_BATCH_SIZE", 16)
+    batch += ("SOLVER.IMS_PER_GPU", per_gpu)
+    for first, second in itertools.product((1, 2, 3, 5, 8), repeat=2):
+        one = progress(monkeypatch, first, max_iter, batch)
+        state = one.state_dict()
+        for done in {1, one._max_iter // 2, one._max_iter - 1, one._max_iter}:
+            other = progress(monkeypatch, second, max_iter, batch, saved=state)
+            start = other.start(done)
+            images = min(done * first * per_gpu, other._max_iter * second * per_gpu)
+            assert 0 <= images - start * second * per_gpu < second * per_gpu
+            assert start <= other._max_iter
+
+
+@pytest.mark.parametrize("accumulate", [1, "auto"])
+def test_processes_that_share_the_same_images(monkeypatch, accumulate):
+    batch = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_BATCH_SIZE", 8)
+    if accumulate == "auto":
+        batch += ("SOLVER.IMS_PER_GPU", 1, "SOLVER.ACCUMULATE_STEPS", "auto")
+    state = progress(monkeypatch, 2, 50, batch).state_dict()
+    for processes in (1, 4, 2):
+        other = progress(monkeypatch, processes, 50, batch, saved=state)
+        assert [other.start(done) for done in (1, 49, 50)] == [1, 49, 50]
 
 
 OPTIONS = {

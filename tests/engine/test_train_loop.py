@@ -16,13 +16,14 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from engine.trainers import (
     SAME_IMAGES,
+    TWO_IMAGES,
     build_trainer,
     clone,
     train_and_resume,
     train_seeded_by_image,
     unwrapped,
 )
-from helpers import TINY, config
+from helpers import TINY, config, record_images, stream
 from torch import nn
 
 from gn_detect.engine.train_loop import AccumulatingTrainer
@@ -342,7 +343,17 @@ def test_two_processes_train_as_two_steps_and_go_on_with_their_random_numbers(
     coco_files, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    elastic = build_trainer(coco_files, tmp_path / "elastic", *TWO_IMAGES)
+    elastic.max_iter = 1
+    elastic.train()
+
     launch(train_and_resume, 2, dist_url="auto", args=(coco_files, tmp_path))
+
+    elastic = build_trainer(coco_files, tmp_path / "elastic", *TWO_IMAGES, resume=True)
+    assert elastic.start_iter == 3  # one process, two, and one again
+    seen = record_images(elastic)
+    elastic.train()
+    assert list(itertools.chain(*seen)) == stream(elastic, 6, 8)
 
     steps = build_trainer(
         coco_files, tmp_path / "steps", *SAME_IMAGES, "SOLVER.ACCUMULATE_STEPS", 2

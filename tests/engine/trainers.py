@@ -91,6 +91,7 @@ def train_and_resume(files: CocoFiles, output: Path) -> None:
 
     whole, expected = train("whole", 4, seed=3)
     train("stopped", 2, seed=3)
+    train("elastic", 3, seed=3, resume=True)
     train("signalled", 4, seed=3, signalled=True)
     for name, done in (("stopped", 2), ("signalled", 1)):
         resumed, found = train(name, 4, seed=99, resume=True)
