@@ -43,11 +43,13 @@ class Request:
     Attributes:
         signum: the signal that came first; 0: none has come.
         waits: for :meth:`agree`; otherwise a signal stops the process at once, wherever it is.
+        raised: that it has stopped the process.
         doing, so_far: for the message: what is interrupted ("" or "in the ... "), and what is done
             and saved.
     """
 
     def __init__(self):
+        self.raised = False  # and so it stays to the end of the process
         self.reset("")
 
     def reset(self, so_far: str) -> None:
@@ -55,7 +57,6 @@ class Request:
         self.waits = False
         self.doing = ""
         self.so_far = so_far
-        self.raised = False
         self._process = os.getpid()
         self._first_interrupt: float | None = None
 
@@ -136,6 +137,7 @@ def handle_signals(
         Stopped: a signal has come.
     """
     request.reset(so_far)
+    request.raised = False
     previous = {signum: signal.signal(signum, request.receive) for signum in SIGNALS}
     try:
         yield

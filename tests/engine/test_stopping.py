@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from helpers import CocoFiles, assert_equal, record_images, weights
 from safetensors.torch import load_file
 
 from gn_detect.engine import lazy, prepare_run, stopping
-from gn_detect.engine.stopping import SIGNALS, Stopped, handle_signals, request
+from gn_detect.engine.stopping import SIGNALS, Stopped, handle_signals, request, stop_as_others
 
 BY_RESUME = "go on with --resume (same command)"
 
@@ -104,6 +105,26 @@ def test_an_error_that_follows_from_the_stop_of_another_process():
             raise RuntimeError("Connection closed by peer")
     with handle_signals(), pytest.raises(RuntimeError), request.immediately(""):
         raise RuntimeError("of its own")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_process_stops_as_another_one_has(monkeypatch, caplog, hangs):
+    """By its main thread; without, where that hangs in a collective operation."""
+    over, exits = threading.Event(), []
+    time = SimpleNamespace(sleep=lambda seconds: hangs or over.wait(60), monotonic=lambda: 0.0)
+    monkeypatch.setattr(stopping, "time", time)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    thread = threading.Thread(target=stop_as_others, args=(signal.SIGINT,))
+    with pytest.raises(Stopped) as error, handle_signals("in the middle"):
+        request.waits = hangs
+        thread.start()
+        thread.join(60)
+        request.stop()
+    over.set()
+    thread.join()
+    assert exits == [130]
+    assert error.value.message == "SIGINT: stopped in the middle"
+    assert caplog.messages == [error.value.message] * hangs  # otherwise who catches it says it
 
 
 OPTIONS = ("SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 2)
