@@ -73,7 +73,7 @@ def test_when_a_run_is_saved(tmp_path, monkeypatch, period, eval_period, saved, 
         evaluated.append(loop.iter)
 
     loop, checked = Loop(), []
-    monkeypatch.setattr(hooks, "check_weights_same", lambda model: checked.append(loop.iter))
+    monkeypatch.setattr(hooks, "check_weights_same", lambda model, _: checked.append(loop.iter))
     loop.register_hooks([hook, EvalHook(eval_period, evaluate)])
     loop.train(0, 8)
     assert checked == [0, *sorted({i for n, i in saved if n != "latest"} | {7})]

@@ -207,7 +207,7 @@ def test_the_output_of_an_earlier_run_is_not_overwritten(own_data, tmp_path, nam
     output = tmp_path / "output"
     opts = [*own_data, *TINY, "OUTPUT_DIR", str(output)]
     prepare(opts)
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     (output / name).touch()
     prepare(opts)  # nothing was written yet
     (output / name).write_text("model_final.pth")
