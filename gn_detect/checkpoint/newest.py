@@ -7,6 +7,7 @@ or none is named, it is the intact one of the greatest iteration.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -34,9 +35,9 @@ class CheckpointError(RuntimeError):
 
 class _File(NamedTuple):
     name: str
-    written: int  # ns
     size: int
-    inode: int
+    written: int  # ns
+    changed: int  # ns, which no tool can set
 
 
 class _Directory(NamedTuple):
@@ -78,10 +79,12 @@ def last_readable(directory: str) -> tuple[str, int] | None:
     Returns:
         name and iteration (-1 where the file has none); None where there is none.
     """
-    if "://" in directory:
-        pointed = _read_pointer(directory, PathManager)
-        return (pointed, -1) if pointed else None
-    return next(_best_first(_scan(directory), {}), None)
+    with contextlib.suppress(Exception):  # of a disk that has failed, or of handlers of s3://
+        if "://" not in directory:
+            return next(_best_first(_scan(directory), {}), None)
+        if pointed := _read_pointer(directory, PathManager):
+            return pointed, -1
+    return None
 
 
 def _read_pointer(directory: str, path_manager: PathManagerBase) -> str:
@@ -103,7 +106,7 @@ def _scan(directory: str) -> _Directory:
     names = os.listdir(directory) if os.path.isdir(directory) else []
     names = {name for name in names if _OF_A_RUN.fullmatch(name)} | ({pointed} - {""})
     found = {name: stats for name in sorted(names) if (stats := stat(name))}
-    files = [_File(name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in found.items()]
+    files = [_File(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found.items()]
     pointer = stat(POINTER)
     return _Directory(directory, pointed, pointer.st_mtime_ns if pointer else 0, tuple(files))
 

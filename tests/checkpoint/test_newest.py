@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import config
 
-from gn_detect.checkpoint import Checkpointer, CheckpointError, WeightGuards
+from gn_detect.checkpoint import Checkpointer, CheckpointError, WeightGuards, newest
 from gn_detect.checkpoint.newest import describe_last, newest_checkpoint
 from gn_detect.checkpoint.safe_load import load_file
 
@@ -211,7 +211,7 @@ def test_the_user_goes_back(run, warned):
     tag(run, "model_0000003.pth")
     date(run / "model_0000002.pth", 10)
     assert resumed(run) == 3 and not warned()
-    truncate(run / "model_0000003.pth")
+    overwrite(run / "model_0000003.pth")
     date(run / "model_0000003.pth", 3)
     assert resumed(run) == 5
 
@@ -239,7 +239,10 @@ def test_a_file_of_old_and_one_without_iteration(run, warned):
 def test_what_it_costs(run, monkeypatch):
     """Those that are not needed are not looked at, and of no file are data read to know its
     iteration."""
-    read = []
+    read, devices = [], []
+    monkeypatch.setattr(
+        newest, "load_file", lambda path, device: devices.append(device) or load_file(path, device)
+    )
     testzip = zipfile.ZipFile.testzip
     monkeypatch.setattr(
         zipfile.ZipFile, "testzip", lambda file: read.append(file.filename) or testzip(file)
@@ -253,7 +256,7 @@ def test_what_it_costs(run, monkeypatch):
     checkpointer.save("model_0000007", iteration=7)
     assert checkpointer.get_checkpoint_file() == str(run / "model_0000007.pth")
     describe_last(str(run))
-    assert len(read) == 1
+    assert len(read) == 1 and devices == ["meta", "meta"]
     assert load_file(run / "model_0000007.pth", "meta")["model"]["weight"].device.type == "meta"
 
 
@@ -262,6 +265,7 @@ def test_half_a_sentence(run):
     assert describe_last(str(run)) == f"{last}5.pth (iteration 5) is intact"
     truncate(run / "model_0000005.pth")
     assert describe_last(str(run)) == f"{last}3.pth (iteration 3) is intact"
+    assert describe_last("unknown://run") == "there is no checkpoint yet"
 
 
 def test_evaluation_takes_the_same(run, warned):
