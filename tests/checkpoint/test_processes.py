@@ -85,11 +85,10 @@ def state_of(checkpointer):
     return state | {"lr": checkpointer.checkpointables["optimizer"].param_groups[0]["lr"]}
 
 
-def save(rank, *iterations):
-    if rank:
-        return
-    os.makedirs("output", exist_ok=True)
+def save(directory, *iterations):
     checkpointer = make_checkpointer(0)
+    checkpointer.save_dir = str(directory / "output")
+    (directory / "output").mkdir(exist_ok=True)
     for iteration in iterations:
         torch.nn.init.constant_(checkpointer.model.weight, iteration)
         checkpointer.checkpointables["optimizer"].param_groups[0]["lr"] = iteration / 10
@@ -115,7 +114,7 @@ def resume(rank):
 
 
 def test_all_resume_from_the_checkpoint_of_the_first(first, run):
-    run(save, 3, 5)
+    save(first, 3, 5)
     os.truncate(first / "output" / "model_0000005.pth", 999)
     states, iterations, files, found = zip(*run(resume), strict=True)
     assert_equal(states)
@@ -125,11 +124,23 @@ def test_all_resume_from_the_checkpoint_of_the_first(first, run):
 
 
 def test_a_checkpoint_of_another_machine_does_not_count(first, run):
-    run(save, 3)
+    save(first, 3)
     other = first.parent / "machine1" / "output"
     (first / "output").rename(other)
     assert run(start_at_zero) == [(10.0, ""), (11.0, "")]  # DDP has made their weights the same
     assert os.listdir(other)
+
+
+def load_directly(rank):
+    model = torch.nn.Linear(30, 21)
+    Checkpointer(model, "output", guards=GUARDS).load("output/model_0000003.pth")
+
+
+def test_all_know_that_they_resume(first, run):
+    save(first, 3)
+    errors = run(load_directly)
+    assert [type(error) for error in errors] == 2 * [ConfigError]
+    assert all("--resume: output/model_0000003.pth is of another model" in str(e) for e in errors)
 
 
 def start_at_zero(rank):
@@ -146,7 +157,7 @@ def load(rank, path):
 
 @pytest.mark.parametrize("form", ["pth", "numpy", "safetensors"])
 def test_all_load_the_weights_of_the_first(form, first, run):
-    run(save, 3)
+    save(first, 3)
     content = torch.load(first / "output" / "model_0000003.pth")
     if form == "safetensors":
         save_file(content["model"], first / "weights")
@@ -165,7 +176,7 @@ def test_what_the_first_cannot_read_ends_all(first, run):
     errors = run(load, "weights")
     assert [type(error) for error in errors] == 2 * [WeightsError]
     assert all("there is no file weights" in str(error) for error in errors)
-    run(save, 3)
+    save(first, 3)
     os.truncate(first / "output" / "model_0000003.pth", 999)
     errors = run(resume)
     assert [type(error) for error in errors] == 2 * [CheckpointError]
@@ -187,7 +198,7 @@ def test_the_first_looks_for_what_a_run_starts_from(first, run, coco_files):
     (first / "weights").touch()
     assert run(prepare, coco_files, False, "MODEL.WEIGHTS", "weights") == [None, None]
     # A run that is resumed needs no weights.
-    run(save, 3)
+    save(first, 3)
     freeze = ("MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.WEIGHTS", "absent")
     assert run(prepare, coco_files, True, *freeze) == [None, None]
     os.truncate(first / "output" / "model_0000003.pth", 999)
