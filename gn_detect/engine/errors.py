@@ -87,7 +87,7 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and (lost := _LOST_WORKER.search(text)):
         return (
             f"data loading worker {lost[1]} {lost[2]}; where memory has run out, lower "
-            "DATALOADER.NUM_WORKERS (in lazy configs dataloader.train.num_workers). "
+            "DATALOADER.NUM_WORKERS (in lazy configs dataloader.train.num_workers); "
             f"{last_checkpoint()}"
         )
     return None

@@ -79,7 +79,7 @@ class Watch:
                 sys.exit(1)
             if is_lost_connection(error):
                 raise ProcessesError(
-                    f"the connection to another process was lost ({error}). {last_checkpoint()}"
+                    f"the connection to another process was lost ({error}); {last_checkpoint()}"
                 ) from error
             raise
         else:
@@ -108,7 +108,7 @@ class Watch:
                 *lines, received[connection] = (received[connection] + content).split(b"\n")
                 news = [json.loads(line) for line in lines]
                 if not content:
-                    lost = f"was killed, or its machine is gone. {last_checkpoint()}"
+                    lost = f"was killed, or its machine is gone; {last_checkpoint()}"
                     news.append(["failed", peer, lost])
                 for what, rank, text in news:
                     self._hear(what, rank, text)

@@ -95,7 +95,7 @@ def test_one_that_is_killed(end, rank):
     works[rank] = killed
     codes, said = end(*works)
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(3)]
-    whose = f"{NAMES[rank]} was killed, or its machine is gone. there is no checkpoint yet"
+    whose = f"{NAMES[rank]} was killed, or its machine is gone; there is no checkpoint yet"
     assert whose in said[1 if rank == 0 else 0] and "Traceback" not in "".join(said)
 
 
