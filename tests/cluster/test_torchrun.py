@@ -1,0 +1,96 @@
+"""Runs that torchrun starts: one job, which goes on by itself when a process dies."""
+
+import random
+import re
+
+import pytest
+import torch
+from cluster.processes import ROUNDS, TORCHRUN, free_address, images_seen
+from helpers import assert_equal
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
+]
+ONE_MACHINE = (*TORCHRUN, 2, "--standalone")
+
+
+def test_is_the_run_of_num_gpus(runs):
+    options = (*runs.files.arguments("val"), "TEST.EVAL_PERIOD", 3)
+    options += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    expected = runs.train("a", "--num-gpus", 2, *options).succeeds()
+    first = runs.train("b", *options, before=ONE_MACHINE, iterations=3).succeeds()
+    output = runs.train("b", "--resume", *options, before=ONE_MACHINE).succeeds()
+    assert output.count("Starting training from iteration 3") == 1
+    assert images_seen(first, output) == images_seen(expected)
+    assert {len(images) for images in images_seen(output).values()} == {2}
+    assert_equal(runs.weights("b"), runs.weights("a"))
+    found = [runs.directory / name / "inference/coco_instances_results.json" for name in "ab"]
+    assert found[0].read_bytes() == found[1].read_bytes() != b"[]"
+
+
+def test_program_trains(runs):
+    run = runs.train("a", before=ONE_MACHINE, iterations=2, fork=False)
+    run.succeeds()
+    runs.train("b", "--num-gpus", 2, iterations=2).succeeds()
+    assert_equal(runs.weights("a"), runs.weights("b"))
+
+
+def test_killed_processes_are_replaced(runs):
+    """As often as ROUNDS, at random iterations; the run is told nothing of how to go on."""
+    seed, iterations = random.randrange(2**32), 3 * ROUNDS + 6
+    print("random seed", seed)
+    choose = random.Random(seed)
+    targets = sorted(choose.sample(range(1, iterations - 2), ROUNDS))
+    options = {"iterations": iterations}
+    before = (*ONE_MACHINE, "--max-restarts", ROUNDS)
+    run = runs.train("killed", "SOLVER.CHECKPOINT_PERIOD", 2, before=before, **options)
+    shown = 0
+    for target in targets:
+        rank = choose.randrange(2)
+        run.wait_for(f"(?m)^iteration {target} of rank {rank}", after=shown)
+        shown = len(run.output)
+        run.kill(run.children()[rank])
+    assert run.end() == 0, run.end_of_output
+    output = run.output
+    starts = [int(start) for start in re.findall(r"Starting training from iteration (\d+)", output)]
+    assert len(starts) == ROUNDS + 1
+    for target, start in zip(targets, starts[1:], strict=True):
+        assert target - 2 < start <= target + 2  # the step may have been done all the same
+    whole = runs.train("whole", "--num-gpus", 2, **options).succeeds()
+    assert images_seen(output) == images_seen(whole)
+    assert_equal(runs.weights("killed"), runs.weights("whole"))
+
+
+def test_machines_come_and_go(runs):
+    """Two agents of torchrun, of which the second comes later, and is killed."""
+    address = free_address().removeprefix("tcp://")
+    before = (*TORCHRUN, 1, "--nnodes", "1:2", "--rdzv-backend", "c10d", "--max-restarts", 3)
+    settings = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"  # seconds
+    before += ("--rdzv-endpoint", address, "--rdzv-conf", settings)
+    options = ("SOLVER.IMS_PER_GPU", 1, "SOLVER.REFERENCE_BATCH_SIZE", 2)
+    options += ("SOLVER.CHECKPOINT_PERIOD", 2)  # of 2 images
+    elastic = ("--resume", "auto", *options)
+    start = {"before": before, "iterations": 16, "SECONDS_PER_STEP": "0.1"}
+    start["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # with it, torch 2.14 loses who comes later
+    first = runs.train("run", *elastic, **start)
+    first.wait_for("iteration 3 of rank 0")
+    second = runs.train("run", *elastic, **start)
+    second.wait_for("iteration .* of rank 1")
+    first.wait_for(r"iteration [\s\S]*Saving checkpoint", after=first.output.index("World size: 2"))
+    for pid in reversed(second.running()):
+        second.kill(pid)
+    output = first.succeeds()
+
+    whole = images_seen(runs.train("whole", *options, iterations=16).succeeds())
+    stream = [image for images in whole.values() for image in images]
+    assert len(stream) == 32
+    alone, both, rest = re.split("World size: [12]", output)[1:]
+    seen = images_seen(alone)
+    assert seen == {i: stream[i : i + 1] for i in range(len(seen))}
+    seen, before = images_seen(both, second.output), len(seen)
+    assert seen == {i: stream[2 * i : 2 * i + 2] for i in seen}
+    assert before - 2 < 2 * min(seen) <= before  # none is left out
+    seen, before = images_seen(rest), 2 * (max(seen) + 1)
+    assert seen == {i: stream[i : i + 1] for i in seen}
+    assert before - 2 * 2 <= min(seen) <= before and max(seen) == 31
