@@ -1,0 +1,75 @@
+"""What the tools add to Detectron2's arguments."""
+
+import argparse
+
+import pytest
+import torch.distributed as dist
+from detectron2.engine import default_argument_parser
+
+from gn_detect.engine.launch import argument_parser, launch, parse_args
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parse(*arguments: str) -> argparse.Namespace:
+        monkeypatch.setattr("sys.argv", ["train_net.py", *arguments])
+        return parse_args(argument_parser())
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "arguments, resume, opts",
+    [
+        ("", False, []),
+        ("SOLVER.MAX_ITER 3", False, ["SOLVER.MAX_ITER", "3"]),
+        ("--resume", True, []),
+        ("--resume SOLVER.MAX_ITER 3", True, ["SOLVER.MAX_ITER", "3"]),
+        ("--resume train.max_iter=3", True, ["train.max_iter=3"]),
+        ("--resume --num-gpus 2 SOLVER.MAX_ITER 3", True, ["SOLVER.MAX_ITER", "3"]),
+        ("--resume auto", "auto", []),
+        ("--resume auto SOLVER.MAX_ITER 3", "auto", ["SOLVER.MAX_ITER", "3"]),
+        ("--resume=auto train.max_iter=3", "auto", ["train.max_iter=3"]),
+        ("--resume auto --num-gpus 2 SOLVER.MAX_ITER 3", "auto", ["SOLVER.MAX_ITER", "3"]),
+    ],
+)
+def test_resume(arguments, resume, opts, parse):
+    args = parse("--config-file", "a.yaml", *arguments.split())
+    assert (args.config_file, args.resume, args.opts) == ("a.yaml", resume, opts)
+
+
+@pytest.mark.parametrize("resume, expected", [("--resume", True), ("--resume auto", "auto")])
+def test_resume_to_evaluate(resume, expected, parse):
+    for arguments in (f"{resume} --eval-only", f"--eval-only {resume}"):
+        args = parse(*arguments.split())
+        assert (args.resume, args.eval_only, args.opts) == (expected, True, [])
+
+
+def test_the_rest_is_detectron2s(parse):
+    args, theirs = vars(parse()), vars(default_argument_parser().parse_args([]))
+    assert args.keys() == theirs.keys() | {"dist_timeout"}
+    differ = {name for name in theirs if args[name] != theirs[name]}
+    assert differ == {"num_gpus", "dist_url"}  # None: they were not given
+    assert args["dist_timeout"] == 300
+    assert parse("--dist-timeout", "1.5").dist_timeout == 1.5
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        # sbatch without srun, or srun of one task.
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODELIST": "a", "SLURM_NTASKS": "1"},
+        # An allocation (salloc) of several tasks, of which srun starts none.
+        {"SLURM_NTASKS": "2", "SLURM_NODELIST": "a[1-2]", "SLURM_JOB_ID": "1"},
+    ],
+)
+@pytest.mark.parametrize("resume", ["", "--resume auto"])
+def test_one_process_forms_no_group(env, resume, parse, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    called = []
+    launch(lambda args: called.append((args, dist.is_initialized())), parse(*resume.split()))
+    ((args, initialized),) = called
+    assert (args.resume, args.num_gpus, args.num_machines) == (bool(resume), 1, 1)
+    assert not initialized
