@@ -171,6 +171,15 @@ def test_machines_that_are_not_alike(machines, counts, url):
     assert all(re.search(either, message) for message in messages)
 
 
+def test_machine_without_cuda(url, monkeypatch):
+    """Such as one whose driver is broken: it would train on its CPU, or not be reached."""
+    found = iter([True, False])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: next(found))
+    messages = meet_all([place(rank, 2, url) for rank in range(2)])
+    said = f"there is no CUDA device on {socket.gethostname()}, but on other machines there is"
+    assert said in messages
+
+
 def test_two_of_one_rank(url):
     """The first comes to nothing either: it says who is missing."""
     first, *outcomes = meet_all([place(rank, 3, url) for rank in (0, 1, 1)], timeout=2)
