@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,16 +27,18 @@ def _init_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if init:
         init(worker_id)
 
 
-def _end_with(parent: int) -> None:
-    """End this process where ``parent`` exits, which sends SIGTERM (of others it does nothing), and
-    where it was killed: PyTorch's workers hang then if what they have loaded fills a pipe."""
-    while os.getppid() == parent:
+def _end_with_parent() -> None:
+    """End this process where the one that started it exits, which sends SIGTERM (of others it does
+    nothing), and where it was killed: PyTorch's workers hang then if what they have loaded fills a
+    pipe."""
+    parent, started_by = multiprocessing.parent_process(), os.getppid()  # a forkserver, perhaps
+    while os.getppid() == started_by and parent.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, 1)
-        if received and received.si_pid == parent:
+        if received and received.si_pid == parent.pid:
             break
     os._exit(0)

@@ -106,8 +106,9 @@ def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace)
 
 def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
     with handle_signals():
-        store, local_size, names = meet(place, args.dist_timeout)
-        watch = Watch(store, place.rank, names, place.host)
+        store, machines, names = meet(place, args.dist_timeout)
+        local_size = machines.count(place.machine)
+        watch = Watch(store, place.rank, names, machines, place.host)
         with watch.over():
             cuda = torch.cuda.is_available()
             if cuda:  # Slurm may let each task see its own GPU alone
@@ -171,9 +172,10 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
             except ProcessExitedException as error:
                 if received:
                     sys.exit(130 if signal.SIGINT in received else 143)
-                if error.signal_name:
+                codes = [process.exitcode for process in processes.processes]
+                if 1 not in codes and error.signal_name:
                     raise
-                sys.exit(error.exit_code)  # it has said why
+                sys.exit(1 if 1 in codes else error.exit_code)  # they have said why
 
 
 def _child(local_rank: int, main: Callable, args: argparse.Namespace, url: str) -> None:

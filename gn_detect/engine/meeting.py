@@ -108,7 +108,7 @@ def first_host(nodelist: str) -> str:
     return f"{before}{number or ''}{after}"
 
 
-def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
+def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]]:
     """Wait for the other processes, and say every few seconds for whom.
 
     Args:
@@ -116,8 +116,7 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
         timeout: seconds to wait.
 
     Returns:
-        what the processes share, how many of them this machine has, and what to call each of them
-        in messages.
+        what the processes share; and of each of them the machine, and what to call it in messages.
 
     Raises:
         ProcessesError: some did not come, or cannot be reached, or are of another run.
@@ -145,8 +144,7 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
         hosts = ", ".join(dict.fromkeys(host for host, *_, cuda in found if not cuda))
         raise ProcessesError(f"there is no CUDA device on {hosts}, but on other machines there is")
     machines = [machine for _, machine, *_ in found]
-    local_size = machines.count(place.machine)
-    if machines != sorted(machines) or {machines.count(m) for m in machines} != {local_size}:
+    if machines != sorted(machines) or len({machines.count(m) for m in machines}) > 1:
         counts = ", ".join(f"machine {m} has {machines.count(m)}" for m in sorted(set(machines)))
         raise ProcessesError(
             f"each machine must have the same number of processes, in the order of the ranks: "
@@ -154,7 +152,7 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int, list[str]]:
         )
     return (
         store,
-        local_size,
+        machines,
         [f"rank {rank} ({host}, process {pid})" for rank, (host, _, pid, _) in enumerate(found)],
     )
 

@@ -36,13 +36,17 @@ class Watch:
 
     Args:
         store: of the group, to exchange the address.
-        rank, names: of this process, and what each process is called in messages.
+        rank: of this process.
+        names, machines: what each process is called in messages, and the index of its machine.
         host: where the first process can be reached.
     """
 
-    def __init__(self, store: dist.Store, rank: int, names: list[str], host: str):
+    def __init__(
+        self, store: dist.Store, rank: int, names: list[str], machines: list[int], host: str
+    ):
         self.rank = rank
         self.names = names
+        self._here = [r for r in range(len(names)) if machines[r] == machines[rank]]
         self._failed = threading.Event()  # another process has
         self._heard = self._told = ""
         self._over = False
@@ -74,8 +78,8 @@ class Watch:
                 self._thread.join()  # it ends this process
             self._told = message or f"{type(error).__name__}: {error}"
             self._tell("failed", self._told)
-            # Where all have found the same, the first one says it.
-            if self.rank and self._failed.wait(1) and self._heard == self._told:
+            # Where all have found the same, the first one of each machine says it.
+            if self.rank != self._here[0] and self._failed.wait(1) and self._heard == self._told:
                 sys.exit(1)
             if is_lost_connection(error):
                 raise ProcessesError(
@@ -109,7 +113,7 @@ class Watch:
                 news = [json.loads(line) for line in lines]
                 if not content:
                     lost = f"was killed, or its machine is gone; {last_checkpoint()}"
-                    news.append(["failed", peer, lost])
+                    news.append(["killed", peer, lost])
                 for what, rank, text in news:
                     self._hear(what, rank, text)
                 if any(what in ("done", "stopped") and rank == peer for what, rank, _ in news):
@@ -121,16 +125,18 @@ class Watch:
             self._tell(what, text, rank)
         if what == "stopped" and not self._over:
             stop_as_others(int(text))
-        elif what == "failed":
+        elif what in ("failed", "killed"):
             self._heard = text
             self._failed.set()
             # The main thread may wait for the other process for ever. Or it ends by itself, as the
             # process that failed does, whose error is then the first that a launcher sees.
             time.sleep(GRACE)
             if self._told != text:
-                logger.error(f"{self.names[rank]} {text}")
-                if rank == 0:  # on the terminal others are silent
-                    print(f"error: {self.names[rank]} {text}", file=sys.stderr, flush=True)
+                message = f"{self.names[rank]} {text}"
+                logger.error(message)  # on the terminal, too, in the first process
+                if self.rank and self.rank == min(r for r in self._here if r != rank):
+                    if what == "killed" or rank not in self._here:  # it cannot say it here
+                        print(f"error: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
