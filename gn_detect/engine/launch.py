@@ -123,7 +123,8 @@ def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
             comm.create_local_process_group(local_size)
             from_first_process(lambda: _check_arguments(args, place, local_size))
             args.num_gpus, args.num_machines = local_size, place.world_size // local_size
-            args.resume = bool(args.resume) or place.attempt > 0
+            # Of machines that were there before another one failed, torchrun does not count it.
+            args.resume = bool(args.resume) or any(comm.all_gather(place.attempt))
             _run(main, args)
             comm.synchronize()
         dist.destroy_process_group()

@@ -22,6 +22,7 @@ from .errors import ProcessesError
 logger = logging.getLogger(__name__)
 
 _REMIND = 10.0  # seconds between messages of who is waited for
+_PORT = "gn_detect/port"  # of rank 0, in the store of torchrun's agent
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]
         ProcessesError: some did not come, or cannot be reached, or are of another run.
     """
     deadline = time.monotonic() + timeout
-    store = dist.PrefixStore(f"gn_detect/{place.attempt}", _store(place, deadline, timeout))
+    store = _store(place, deadline, timeout)
     host = socket.gethostname()
     if store.add(f"taken/{place.rank}", 1) > 1:
         raise ProcessesError(
@@ -158,20 +159,27 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]
 
 
 def _store(place: Place, deadline: float, timeout: float) -> dist.Store:
-    """To exchange a few words, held by rank 0 (under torchrun, by its agent)."""
+    """To exchange a few words, held by rank 0."""
     patience = timedelta(seconds=timeout)
     if place.url.startswith("file://"):
         return dist.FileStore(urlsplit(place.url).path, place.world_size)
-    host, port = place.host, urlsplit(place.url).port
+    port = urlsplit(place.url).port
+    agent = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
-        return dist.TCPStore(host, port, is_master=False, timeout=patience)
-    if place.rank == 0:
+        # It is the same before and after a restart, which not all agents need count, so that its
+        # keys may be of processes that are gone. It has the port of what rank 0 opens each time.
+        agent = dist.TCPStore(place.host, port, is_master=False, timeout=patience)
+        port = 0
+    elif place.rank == 0:
         _check_address(place)
-    else:
-        _wait_for_address(place, deadline, timeout)
-    return dist.TCPStore(
-        host, port, is_master=place.rank == 0, timeout=patience, wait_for_workers=False
+    if place.rank:
+        port = _wait_for_port(place, deadline, timeout, agent)
+    store = dist.TCPStore(
+        place.host, port, is_master=place.rank == 0, timeout=patience, wait_for_workers=False
     )
+    if agent and place.rank == 0:
+        agent.set(_PORT, str(store.port))
+    return store
 
 
 def _check_address(place: Place) -> None:
@@ -191,13 +199,16 @@ def _check_address(place: Place) -> None:
         ) from None
 
 
-def _wait_for_address(place: Place, deadline: float, timeout: float) -> None:
-    """Raises ProcessesError where rank 0 does not listen in time."""
-    reminder, address = time.monotonic() + _REMIND, (place.host, urlsplit(place.url).port)
+def _wait_for_port(place: Place, deadline: float, timeout: float, agent: dist.Store | None) -> int:
+    """Where rank 0 listens. Raises ProcessesError where it does not in time."""
+    reminder, port = time.monotonic() + _REMIND, urlsplit(place.url).port
     while True:
         try:
             left = max(deadline - time.monotonic(), 0.1)
-            return socket.create_connection(address, timeout=min(left, _REMIND)).close()
+            if agent:
+                port = int(agent.get(_PORT)) if agent.check([_PORT]) else 0
+            socket.create_connection((place.host, port), timeout=min(left, _REMIND)).close()
+            return port
         except OSError as error:
             reason = error.strerror or str(error)
         whom = f"rank {place.rank} on {socket.gethostname()}"

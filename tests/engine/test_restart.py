@@ -10,8 +10,8 @@ from gn_detect.engine.meeting import Place, meet
 
 
 def come(pipe, rank: int, attempt: int, url: str) -> None:
-    store, local_size, _ = meet(Place(rank, 2, 0, rank, url, "torchrun", attempt), 30)
-    pipe.send((local_size, store.add("calls", 1)))
+    store, machines, _ = meet(Place(rank, 2, 0, rank, url, "torchrun", attempt), 30)
+    pipe.send((machines.count(rank), store.add("calls", 1)))
     pipe.recv()  # until all have met
 
 

@@ -19,7 +19,8 @@ from gn_detect.engine.stopping import handle_signals
 pytestmark = pytest.mark.slow
 
 FORK = multiprocessing.get_context("fork")
-NAMES = ["rank 0 (a)", "rank 1 (b)", "rank 2 (c)"]
+NAMES = ["rank 0 (a)", "rank 1 (a)", "rank 2 (b)"]
+MACHINES = [0, 0, 1]
 
 
 def fine():
@@ -62,7 +63,7 @@ def run(rank, work, directory):
     logging.getLogger("gn_detect").addHandler(logging.StreamHandler(sys.stderr))
     watch.GRACE = stopping.GRACE = 0.5
     with errors_as_sentences(), handle_signals():
-        with watch.Watch(store, rank, NAMES, "127.0.0.1").over():
+        with watch.Watch(store, rank, NAMES, MACHINES, "127.0.0.1").over():
             work()
 
 
@@ -96,7 +97,8 @@ def test_one_that_is_killed(end, rank):
     codes, said = end(*works)
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(3)]
     whose = f"{NAMES[rank]} was killed, or its machine is gone; there is no checkpoint yet"
-    assert whose in said[1 if rank == 0 else 0] and "Traceback" not in "".join(said)
+    assert whose in said[0 if rank else 1] and "Traceback" not in "".join(said)
+    assert whose in said[0 if rank == 2 else 2]  # on the other machine
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -113,7 +115,8 @@ def test_one_that_fails(end, rank, fault, text):
 def test_what_all_have_found_is_said_once(end):
     codes, said = end(refused, refused, refused)
     assert codes == [1, 1, 1]
-    assert said == ["error: A.KEY is wrong\n", "", ""]
+    said_once = "error: A.KEY is wrong\n"
+    assert said == [said_once, "", said_once]  # on each machine
 
 
 def test_a_lost_connection_that_nobody_explains(end):
