@@ -22,7 +22,6 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 
 from gn_detect.checkpoint import unlock_output
 from gn_detect.config import ConfigError
-from gn_detect.distributed import from_first_process
 
 from .errors import errors_as_sentences, run_directory
 from .meeting import Place, meet
@@ -121,10 +120,10 @@ def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
                 timeout=DEFAULT_TIMEOUT,
             )
             comm.create_local_process_group(local_size)
-            from_first_process(lambda: _check_arguments(args, place, local_size))
+            _check_arguments(args, place, local_size)
             args.num_gpus, args.num_machines = local_size, place.world_size // local_size
             # Of machines that were there before another one failed, torchrun does not count it.
-            args.resume = bool(args.resume) or any(comm.all_gather(place.attempt))
+            args.resume = any(comm.all_gather(place.attempt)) or bool(args.resume)
             _run(main, args)
             comm.synchronize()
         dist.destroy_process_group()

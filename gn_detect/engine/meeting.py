@@ -105,8 +105,7 @@ class Place:
 
 def first_host(nodelist: str) -> str:
     """Of a list of Slurm: ``gpu[03-05,9]-ib,login`` begins with ``gpu03-ib``."""
-    before, number, after = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\])?([^\[,]*)", nodelist).groups()
-    return f"{before}{number or ''}{after}"
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodelist).partition(",")[0]
 
 
 def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]]:
@@ -137,6 +136,9 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]
     try:
         _wait(store, keys, place, deadline, timeout)
         found = [json.loads(store.get(key)) for key in keys]
+        store.add("read", 1)
+        while place.rank == 0 and store.add("read", 0) < place.world_size:  # it holds the store
+            time.sleep(0.01)
     except dist.DistError as error:
         raise ProcessesError(
             f"rank 0 at {place.url} has ended while others were coming ({error})"

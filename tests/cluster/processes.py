@@ -152,6 +152,8 @@ class Run:
         shown = re.split(r"^Traceback[^$]*?torch/distributed/run\.py", self.output, flags=re.M)[0]
         assert "Traceback" not in shown, self.end_of_output
         found = re.findall(r"^error: (.*)", shown, re.M)
+        if not found:  # the first process has said it of another one
+            found = re.findall(r"^ERROR \[[^]]* gn_detect.engine.watch\]: (.*)", shown, re.M)
         assert len(found) == 1, self.end_of_output
         return found[0]
 

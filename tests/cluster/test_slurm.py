@@ -90,7 +90,7 @@ def test_arguments_that_contradict_srun(arguments, message, tasks):
     outcomes = tasks(range(4), *arguments.split())
     assert [code for code, _, _ in outcomes] == [1] * 4
     assert message in outcomes[0][1]
-    assert "".join(error for _, error, _ in outcomes).count("error: ") == 1  # once for all
+    assert "".join(error for _, error, _ in outcomes).count("error: ") == 2  # on each machine
     assert not any(told for _, _, told in outcomes)
 
 
