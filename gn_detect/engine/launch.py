@@ -86,7 +86,11 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         args: of :func:`parse_args`; ``main`` finds ``resume`` True or False in it.
     """
     with errors_as_sentences():
-        if place := Place.of_torchrun() or Place.of_slurm():
+        place = Place.of_torchrun()
+        # A batch script without srun has the variables of its first task, but of no step.
+        if place is None and not (args.num_gpus and "SLURM_STEP_ID" not in os.environ):
+            place = Place.of_slurm()
+        if place:
             _in_group(main, args, place)
         elif max(args.num_gpus or 1, 1) * args.num_machines > 1:
             _start(main, args)

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from gn_detect.config import ConfigError
+
 from .errors import ProcessesError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,13 @@ class Place:
     started_by: str
     attempt: int = 0
 
+    def __post_init__(self):
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                f"{self.started_by} has started rank {self.rank} of {self.world_size} process(es): "
+                "they are counted from 0"
+            )
+
     @property
     def host(self) -> str:
         """Of rank 0, as the other processes reach it."""
@@ -72,13 +81,13 @@ class Place:
         if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys():
             return None
         return cls(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env["LOCAL_RANK"]),
-            machine=int(env.get("GROUP_RANK", 0)),
-            url=f"tcp://{env['MASTER_ADDR']}:{env.get('MASTER_PORT', 29500)}",
+            rank=_number(env, "RANK"),
+            world_size=_number(env, "WORLD_SIZE"),
+            local_rank=_number(env, "LOCAL_RANK"),
+            machine=_number(env, "GROUP_RANK"),
+            url=f"tcp://{env['MASTER_ADDR']}:{_number(env, 'MASTER_PORT', 29500)}",
             started_by="torchrun",
-            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            attempt=_number(env, "TORCHELASTIC_RESTART_COUNT"),
         )
 
     @classmethod
@@ -87,20 +96,27 @@ class Place:
         (https://slurm.schedmd.com/srun.html, "Output Environment Variables")."""
         if not {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODELIST"} <= env.keys():
             return None
-        if (world_size := int(env.get("SLURM_NTASKS", 1))) == 1:
+        if (world_size := _number(env, "SLURM_NTASKS", 1)) == 1:
             return None
         nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
         # The same for all tasks of a step, and another one for other steps on the machine.
-        step = int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_STEP_ID", 0))
-        port = env.get("MASTER_PORT", 20000 + step % 12000)
+        step = _number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")
+        port = _number(env, "MASTER_PORT", 20000 + step % 12000)
         return cls(
-            rank=int(env["SLURM_PROCID"]),
+            rank=_number(env, "SLURM_PROCID"),
             world_size=world_size,
-            local_rank=int(env["SLURM_LOCALID"]),
-            machine=int(env.get("SLURM_NODEID", 0)),
+            local_rank=_number(env, "SLURM_LOCALID"),
+            machine=_number(env, "SLURM_NODEID"),
             url=f"tcp://{env.get('MASTER_ADDR') or first_host(nodes)}:{port}",
             started_by="srun",
         )
+
+
+def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    try:
+        return int(env.get(name, default))
+    except ValueError:
+        raise ConfigError(f"the environment variable {name} is {env[name]!r}, no number") from None
 
 
 def first_host(nodelist: str) -> str:
@@ -124,12 +140,18 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]
     deadline = time.monotonic() + timeout
     store = _store(place, deadline, timeout)
     host = socket.gethostname()
+    me = f"rank {place.rank} of {place.world_size} on {host} (process {os.getpid()})"
     if store.add(f"taken/{place.rank}", 1) > 1:
         raise ProcessesError(
-            f"rank {place.rank} on {host} (process {os.getpid()}) comes to {place.url} as the "
-            f"second of this rank: either another run meets there, which wants a port of its own, "
-            f"or two machines have the same --machine-rank"
+            f"{me} comes to {place.url} as the second of this rank: either another run meets "
+            "there, which wants a port of its own, or two machines have the same --machine-rank"
         )
+    others = store.compare_set("world_size", "", str(place.world_size)).decode()
+    if others != str(place.world_size):
+        refusal = f"{me} meets those of a run of {others} processes: start the same command, with "
+        refusal += "as many processes, on each machine"
+        store.set("refusal", refusal)
+        raise ProcessesError(refusal)
     cuda = torch.cuda.is_available()
     store.set(f"here/{place.rank}", json.dumps([host, place.machine, os.getpid(), cuda]))
     keys = [f"here/{rank}" for rank in range(place.world_size)]
@@ -230,6 +252,8 @@ def _wait(store: dist.Store, keys: list[str], place: Place, deadline: float, tim
     start = time.monotonic()
     reminder = start + _REMIND
     while not store.check(keys):
+        if store.check(["refusal"]):
+            raise ProcessesError(store.get("refusal").decode())
         now = time.monotonic()
         if now >= min(reminder, deadline):
             missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]

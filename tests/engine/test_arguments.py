@@ -73,3 +73,17 @@ def test_one_process_forms_no_group(env, resume, parse, monkeypatch):
     ((args, initialized),) = called
     assert (args.resume, args.num_gpus, args.num_machines) == (bool(resume), 1, 1)
     assert not initialized
+
+
+@pytest.mark.parametrize("step, tasks", [({}, False), ({"SLURM_STEP_ID": "0"}, True)])
+def test_a_batch_script_that_starts_the_processes_itself(step, tasks, parse, monkeypatch):
+    """Without srun; Slurm gives it the variables of its first task."""
+    variables = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    for name, value in (variables | {"SLURM_NODELIST": "gpu1"} | step).items():
+        monkeypatch.setenv(name, value)
+    started = []
+    module = "gn_detect.engine.launch"
+    monkeypatch.setattr(f"{module}._start", lambda *_: started.append("processes"))
+    monkeypatch.setattr(f"{module}._in_group", lambda *_: started.append("a task"))
+    launch(None, parse("--num-gpus", "2"))
+    assert started == ["a task" if tasks else "processes"]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from gn_detect.config import ConfigError
 from gn_detect.engine import meeting
 from gn_detect.engine.errors import ProcessesError
 from gn_detect.engine.meeting import Place, first_host, meet
@@ -94,6 +95,7 @@ def test_no_place_of_slurm(env):
         ("gpu[007-012,20]", "gpu007"),
         ("gpu[3,7]", "gpu3"),
         ("gpu[12]", "gpu12"),
+        ("rack[0-1]node[3-4]", "rack0node3"),
         ("gpu[03-05,9]-ib,login", "gpu03-ib"),
         ("login,gpu[1-2]", "login"),
         ("a-1.example.org,a-2.example.org", "a-1.example.org"),
@@ -184,7 +186,27 @@ def test_two_of_one_rank(url):
     first, *outcomes = meet_all([place(rank, 3, url) for rank in (0, 1, 1)], timeout=2)
     assert f"rank 2 of 3 did not come to {url}" in first
     (second,) = (message for message in outcomes if "second of this rank" in message)
-    assert f"rank 1 on {socket.gethostname()} (process {os.getpid()}) comes to {url}" in second
+    host = socket.gethostname()
+    assert f"rank 1 of 3 on {host} (process {os.getpid()}) comes to {url}" in second
+
+
+def test_another_number_of_processes_on_each_machine(url):
+    """--num-gpus 1 on the first, 2 on the second."""
+    messages = meet_all([place(0, 2, url), *(place(rank, 4, url) for rank in (2, 3))])
+    for message in messages:
+        assert re.search(r"rank [023] of [24] on \S+ .* meets those of a run of [24] pro", message)
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', no number"),
+        ({"RANK": "4"}, "torchrun has started rank 4 of 4 process"),
+    ],
+)
+def test_variables_that_are_wrong(env, message):
+    with pytest.raises(ConfigError, match=message):
+        Place.of_torchrun(TORCHRUN | env)
 
 
 def test_port_in_use(url):
