@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"(.+\.(pth|safetensors)|last_checkpoint)\.[0-9a-f]{8}\.partial")
 PERIODIC = re.compile(r"model_(\d{7,})\.pth")  # of fvcore's PeriodicCheckpointer
 _OF_A_RUN = re.compile(r"model_\w+\.(pth|safetensors)|last_checkpoint")
+_writing = threading.Lock()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,13 +45,14 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
     """
     partial = ""
     try:
-        file, partial = _open_partial(path)
-        with file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)  # while it is locked
-        _sync_directory(os.path.dirname(path))
+        with _writing:
+            file, partial = _open_partial(path)
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)  # while it is locked
+            _sync_directory(os.path.dirname(path))
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(partial)
@@ -57,6 +60,12 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
         if reason is None:
             raise
         raise CheckpointError(_describe(path, reason)) from error
+
+
+def finish_writing(seconds: float = 60) -> None:
+    """Before another thread ends this process: let :func:`write_atomically` come to its end, for so
+    long, and begin no more."""
+    _writing.acquire(timeout=seconds)
 
 
 def _open_partial(path: str) -> tuple[IO[bytes], str]:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from gn_detect.checkpoint.saving import finish_writing
+
 from .errors import ProcessesError, is_lost_connection, last_checkpoint, sentence
 from .stopping import Stopped, stop_as_others
 
@@ -137,6 +139,7 @@ class Watch:
                 if self.rank and self.rank == min(r for r in self._here if r != rank):
                     if what == "killed" or rank not in self._here:  # it cannot say it here
                         print(f"error: {message}", file=sys.stderr, flush=True)
+            finish_writing()  # what is saved now, the others were there for
             os._exit(1)
 
 

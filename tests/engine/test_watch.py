@@ -11,6 +11,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from gn_detect.checkpoint.saving import write_atomically
 from gn_detect.config import ConfigError
 from gn_detect.engine import errors_as_sentences, stopping, watch
 from gn_detect.engine.errors import set_run_directory
@@ -49,6 +50,12 @@ def disconnected():
     """What gloo raises in the others."""
     time.sleep(0.2)
     raise RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:29591")
+
+
+def saving(path):
+    """Longer than others are waited for."""
+    write_atomically(path, lambda file: (time.sleep(1.5), file.write(b"whole")))
+    hang()
 
 
 def stopped():
@@ -99,6 +106,13 @@ def test_one_that_is_killed(end, rank):
     whose = f"{NAMES[rank]} was killed, or its machine is gone; there is no checkpoint yet"
     assert whose in said[0 if rank else 1] and "Traceback" not in "".join(said)
     assert whose in said[0 if rank == 2 else 2]  # on the other machine
+
+
+def test_a_file_that_is_being_saved_is_finished(end, tmp_path):
+    path = str(tmp_path / "model_final.pth")
+    codes, _ = end(lambda: saving(path), killed, hang)
+    assert codes == [1, -signal.SIGKILL, 1]
+    assert (tmp_path / "model_final.pth").read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize("rank", [0, 2])
