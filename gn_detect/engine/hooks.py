@@ -88,8 +88,7 @@ class Saving(HookBase):
             )
         check_weights_same(self._checkpointer.model, start)
         request.waits = True  # from here on
-        with request.immediately(""):
-            pass
+        request.stop_together()
         self._saved_at = time.monotonic()
 
     def after_step(self) -> None:
