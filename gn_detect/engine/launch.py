@@ -85,7 +85,8 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         main: of the tool, importable from it.
         args: of :func:`parse_args`; ``main`` finds ``resume`` True or False in it.
     """
-    with errors_as_sentences():
+    # A second signal, such as the parent's beside the terminal's, finds the handlers to the end.
+    with handle_signals(), errors_as_sentences():
         place = Place.of_torchrun()
         # A batch script without srun has the variables of its first task, but of no step.
         if place is None and not (args.num_gpus and "SLURM_STEP_ID" not in os.environ):
@@ -96,8 +97,7 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
             _start(main, args)
         else:
             args.resume, args.num_gpus = bool(args.resume), 1
-            with handle_signals():
-                _run(main, args)
+            _run(main, args)
 
 
 def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
@@ -108,29 +108,44 @@ def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace)
 
 
 def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
-    with handle_signals():
-        store, machines, names = meet(place, args.dist_timeout)
-        local_size = machines.count(place.machine)
-        watch = Watch(store, place.rank, names, machines, place.host)
-        with watch.over():
-            cuda = torch.cuda.is_available()
-            if cuda:  # Slurm may let each task see its own GPU alone
-                torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-            dist.init_process_group(
-                "nccl" if cuda else "gloo",
-                store=dist.PrefixStore("group", store),
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=DEFAULT_TIMEOUT,
-            )
-            comm.create_local_process_group(local_size)
-            _check_arguments(args, place, local_size)
-            args.num_gpus, args.num_machines = local_size, place.world_size // local_size
-            # Of machines that were there before another one failed, torchrun does not count it.
-            args.resume = any(comm.all_gather(place.attempt)) or bool(args.resume)
-            _run(main, args)
-            comm.synchronize()
-        dist.destroy_process_group()
+    store, machines, names = meet(place, args.dist_timeout)
+    local_size = machines.count(place.machine)
+    watch = Watch(store, place.rank, names, machines, place.host)
+    with watch.over():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(_gpu(place, torch.cuda.device_count()))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=DEFAULT_TIMEOUT,
+        )
+        comm.create_local_process_group(local_size)
+        _check_arguments(args, place, local_size)
+        args.num_gpus, args.num_machines = local_size, place.world_size // local_size
+        # Of machines that were there before another one failed, torchrun does not count it.
+        args.resume = any(comm.all_gather(place.attempt)) or bool(args.resume)
+        _run(main, args)
+        comm.synchronize()
+    dist.destroy_process_group()
+
+
+def _gpu(place: Place, count: int) -> int:
+    """The index of the GPU, of ``count`` that it sees, of the process.
+
+    Raises:
+        ConfigError: there are more processes than GPUs.
+    """
+    if place.local_rank < count:
+        return place.local_rank
+    if count == 1 and place.started_by == "srun":  # which lets each task see its own GPU alone
+        return 0
+    raise ConfigError(
+        f"{place.started_by} has started a process of local rank {place.local_rank} on a machine "
+        f"where it sees {count} GPU(s): start one process for each"
+    )
 
 
 def _check_arguments(args: argparse.Namespace, place: Place, local_size: int) -> None:
@@ -192,7 +207,7 @@ def _child(local_rank: int, main: Callable, args: argparse.Namespace, url: str) 
         url=url,
         started_by="--num-gpus",
     )
-    with errors_as_sentences():
+    with handle_signals(), errors_as_sentences():
         _in_group(main, args, place)
 
 

@@ -37,7 +37,7 @@ class Place:
         machine: index of the machine.
         url: where the processes meet: ``tcp://HOST:PORT``, with the machine of rank 0, or, on one
             machine, ``file://PATH``.
-        started_by: torchrun, srun or --num-machines, for messages.
+        started_by: torchrun, srun or --num-gpus, for messages.
         attempt: how often the processes were started again.
     """
 
@@ -96,7 +96,8 @@ class Place:
         (https://slurm.schedmd.com/srun.html, "Output Environment Variables")."""
         if not {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODELIST"} <= env.keys():
             return None
-        if (world_size := _number(env, "SLURM_NTASKS", 1)) == 1:
+        world_size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
+        if world_size == 1:
             return None
         nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
         # The same for all tasks of a step, and another one for other steps on the machine.
@@ -158,9 +159,10 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]
     try:
         _wait(store, keys, place, deadline, timeout)
         found = [json.loads(store.get(key)) for key in keys]
-        store.add("read", 1)
-        while place.rank == 0 and store.add("read", 0) < place.world_size:  # it holds the store
-            time.sleep(0.01)
+        store.set(f"read/{place.rank}", "")
+        if place.rank == 0:  # it holds the store
+            read = [f"read/{rank}" for rank in range(place.world_size)]
+            _wait(store, read, place, deadline, timeout)
     except dist.DistError as error:
         raise ProcessesError(
             f"rank 0 at {place.url} has ended while others were coming ({error})"

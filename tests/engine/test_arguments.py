@@ -6,7 +6,9 @@ import pytest
 import torch.distributed as dist
 from detectron2.engine import default_argument_parser
 
-from gn_detect.engine.launch import argument_parser, launch, parse_args
+from gn_detect.config import ConfigError
+from gn_detect.engine.launch import _gpu, argument_parser, launch, parse_args
+from gn_detect.engine.meeting import Place
 
 
 @pytest.fixture
@@ -87,3 +89,14 @@ def test_a_batch_script_that_starts_the_processes_itself(step, tasks, parse, mon
     monkeypatch.setattr(f"{module}._in_group", lambda *_: started.append("a task"))
     launch(None, parse("--num-gpus", "2"))
     assert started == ["a task" if tasks else "processes"]
+
+
+def test_one_process_for_each_gpu():
+    def place(local_rank: int, started_by: str) -> Place:
+        return Place(local_rank, 4, local_rank, 0, "tcp://gpu1:1", started_by)
+
+    assert [_gpu(place(rank, "torchrun"), 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert _gpu(place(3, "srun"), 1) == 0  # bound to its own one
+    for started_by, count in (("torchrun", 1), ("srun", 2)):
+        with pytest.raises(ConfigError, match=rf"local rank 2 on .* sees {count} GPU"):
+            _gpu(place(2, started_by), count)
