@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -183,6 +184,7 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
             )
         arguments = (main, args, url)
         received: list[int] = []
+        _start_tracker()
         with _passed_on(received):
             processes = start_processes(_child, arguments, args.num_gpus or 1, join=False)
             try:
@@ -195,6 +197,16 @@ def _start(main: Callable, args: argparse.Namespace) -> None:
                 if 1 not in codes and error.signal_name:
                     raise
                 sys.exit(1 if 1 in codes else error.exit_code)  # they have said why
+
+
+def _start_tracker() -> None:
+    """Start the resource tracker of multiprocessing, which ignores SIGINT and SIGTERM, with SIGUSR1
+    blocked: Slurm signals all processes of a step."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child(local_rank: int, main: Callable, args: argparse.Namespace, url: str) -> None:
