@@ -27,7 +27,7 @@ from gn_detect.config import ConfigError
 from .errors import errors_as_sentences, run_directory
 from .meeting import Place, meet
 from .prepare import check_num_gpus
-from .stopping import SIGNALS, handle_signals
+from .stopping import handle_signals, handled_by
 from .watch import Watch
 
 # Seconds that the others have to end by themselves once one has ended.
@@ -219,6 +219,8 @@ def _child(local_rank: int, main: Callable, args: argparse.Namespace, url: str) 
         url=url,
         started_by="--num-gpus",
     )
+    # Loading workers start as they do elsewhere (on Linux fast, by fork), not as this process has.
+    multiprocessing.set_start_method(None, force=True)
     with handle_signals(), errors_as_sentences():
         _in_group(main, args, place)
 
@@ -237,9 +239,5 @@ def _passed_on(received: list[int]) -> Iterator[None]:
         for process in multiprocessing.active_children():
             process.kill() if again else os.kill(process.pid, signum)
 
-    before = {signum: signal.signal(signum, pass_on) for signum in SIGNALS}
-    try:
+    with handled_by(pass_on):
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

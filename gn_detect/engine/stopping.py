@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds that a process has to stop by itself once another one has.
 GRACE = 10.0
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -138,13 +138,24 @@ def handle_signals(
     """
     request.reset(so_far)
     request.raised = False
-    previous = {signum: signal.signal(signum, request.receive) for signum in SIGNALS}
+    try:
+        with handled_by(request.receive):
+            yield
+    finally:
+        request.reset("")
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within it, ``handler`` is that of ``SIGNALS``; SIGHUP stays ignored where it is (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signals = [signum for signum in SIGNALS if not (ignored and signum == signal.SIGHUP)]
+    previous = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-        request.reset("")
+        for signum, before in previous.items():
+            signal.signal(signum, signal.SIG_DFL if before is None else before)
 
 
 def stop_as_others(signum: int) -> None:

@@ -133,6 +133,8 @@ class Watch:
             # The main thread may wait for the other process for ever. Or it ends by itself, as the
             # process that failed does, whose error is then the first that a launcher sees.
             time.sleep(GRACE)
+            if self._over and not self._told:  # this process is done, and so were the others
+                return
             if self._told != text:
                 message = f"{self.names[rank]} {text}"
                 logger.error(message)  # on the terminal, too, in the first process

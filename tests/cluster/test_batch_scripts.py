@@ -84,6 +84,7 @@ class Job:
             **os.environ,
             "PATH": os.pathsep.join(map(str, path)),
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_NODELIST": "localhost",
@@ -109,10 +110,11 @@ class Job:
         return f"--config-file {config} {self.data}"
 
     def start(self, script: str, *args: str) -> subprocess.Popen:
-        (self.directory / "script.sh").write_text(script)
+        path = self.directory / f"script{len(self._started)}.sh"  # bash reads on while it runs
+        path.write_text(script)
         with self.log.open("a") as log:  # --open-mode=append
             process = subprocess.Popen(
-                ["bash", "script.sh", *args],
+                ["bash", path.name, *args],
                 cwd=self.directory,
                 env=self._env,
                 stdout=log,
@@ -152,6 +154,10 @@ class Job:
         """The exit code; nothing is left running."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
+        if process.returncode is None:
+            for pid in self.running():  # shows where it stands (PYTHONFAULTHANDLER)
+                os.kill(pid, signal.SIGABRT)
+            time.sleep(2)
         assert process.returncode is not None, self.end_of_output
         deadline = time.monotonic() + 10
         while process is self._started[-1] and (left := self.running()):
