@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.utils import comm
 from helpers import TINY, config
 from safetensors.torch import save_file
 
@@ -33,6 +34,7 @@ def _serve(rank, root, pipe, function, arguments):
     os.chdir(root / f"machine{rank}")
     store, timeout = f"file://{root}/store", datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", store, timeout, rank=rank, world_size=2)
+    comm.create_local_process_group(1)
     try:
         pipe.send(function(rank, *arguments))
     except Exception as error:
@@ -187,7 +189,7 @@ def prepare(rank, files, resume, *opts):
     register_coco_json("own", str(files.json_file), str(files.image_root))
     data = ("DATASETS.TRAIN", ("own",), "DATASETS.TEST", ("own",), "OUTPUT_DIR", "output")
     cfg = config(R18, *TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 2, *data, *opts)
-    prepare_run(cfg, num_gpus=2, resume=resume)
+    prepare_run(cfg, processes=2, resume=resume)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on a CPU")
