@@ -16,8 +16,7 @@ from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import default_argument_parser
-from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.engine import DEFAULT_TIMEOUT, default_argument_parser
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, start_processes
 

@@ -14,7 +14,7 @@ from gn_detect.solver import resolve_schedule
 pytestmark = pytest.mark.slow
 
 compare_norms = runpy.run_path(str(ROOT / "tools/compare_norms.py"))["main"]
-parse_train_args = runpy.run_path(str(ROOT / "tools/train_net.py"))["parse_args"]
+parse_train_args = runpy.run_path(str(ROOT / "tools/train_net.py"))["parse_arguments"]
 
 
 @pytest.fixture
