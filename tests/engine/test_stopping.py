@@ -317,3 +317,14 @@ def test_a_lazy_run_is_stopped_too(lazy_data, tmp_path, monkeypatch):
     assert_equal(run("run", resume=True), whole)
     assert trained == [0, 1, 2, 3]
     assert not latest.exists()
+
+
+def test_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handle_signals():
+            send(signal.SIGHUP)
+            assert not request.signum
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
