@@ -142,21 +142,22 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, list[int], list[str]
     store = _store(place, deadline, timeout)
     host = socket.gethostname()
     me = f"rank {place.rank} of {place.world_size} on {host} (process {os.getpid()})"
-    if store.add(f"taken/{place.rank}", 1) > 1:
-        raise ProcessesError(
-            f"{me} comes to {place.url} as the second of this rank: either another run meets "
-            "there, which wants a port of its own, or two machines have the same --machine-rank"
-        )
-    others = store.compare_set("world_size", "", str(place.world_size)).decode()
-    if others != str(place.world_size):
-        refusal = f"{me} meets those of a run of {others} processes: start the same command, with "
-        refusal += "as many processes, on each machine"
-        store.set("refusal", refusal)
-        raise ProcessesError(refusal)
-    cuda = torch.cuda.is_available()
-    store.set(f"here/{place.rank}", json.dumps([host, place.machine, os.getpid(), cuda]))
     keys = [f"here/{rank}" for rank in range(place.world_size)]
     try:
+        if store.add(f"taken/{place.rank}", 1) > 1:
+            raise ProcessesError(
+                f"{me} comes to {place.url} as the second of this rank: either another run meets "
+                "there, which wants a port of its own, or two machines have the same --machine-rank"
+            )
+        if place.rank == 0:
+            store.set("world_size", str(place.world_size))
+        if (count := int(store.get("world_size"))) != place.world_size:
+            refusal = f"{me} meets rank 0 of {count} processes at {place.url}: start the same "
+            refusal += "command, with as many processes, on each machine"
+            store.set("refusal", refusal)
+            raise ProcessesError(refusal)
+        cuda = torch.cuda.is_available()
+        store.set(f"here/{place.rank}", json.dumps([host, place.machine, os.getpid(), cuda]))
         _wait(store, keys, place, deadline, timeout)
         found = [json.loads(store.get(key)) for key in keys]
         store.set(f"read/{place.rank}", "")
@@ -255,6 +256,7 @@ def _wait(store: dist.Store, keys: list[str], place: Place, deadline: float, tim
     reminder = start + _REMIND
     while not store.check(keys):
         if store.check(["refusal"]):
+            time.sleep(1)  # others that are refused hear it from the store, not from its end
             raise ProcessesError(store.get("refusal").decode())
         now = time.monotonic()
         if now >= min(reminder, deadline):
