@@ -51,9 +51,10 @@ class Place:
 
     def __post_init__(self):
         if not 0 <= self.rank < self.world_size:
+            by_hand = self.started_by == "--num-gpus"
             raise ConfigError(
-                f"{self.started_by} has started rank {self.rank} of {self.world_size} process(es): "
-                "they are counted from 0"
+                f"{'--machine-rank gives' if by_hand else f'{self.started_by} has started'} rank "
+                f"{self.rank} of {self.world_size} process(es): they are counted from 0"
             )
 
     @property

@@ -211,6 +211,11 @@ def test_variables_that_are_wrong(env, message):
         Place.of_torchrun(TORCHRUN | env)
 
 
+def test_a_machine_that_is_not_counted_from_0(url):
+    with pytest.raises(ConfigError, match="--machine-rank gives rank 2 of 2 process"):
+        place(2, 2, url, "--num-gpus")
+
+
 def test_port_in_use(url):
     with socket.create_server(("127.0.0.1", port_of(url))):
         start = time.monotonic()
