@@ -29,7 +29,7 @@ def set_run_directory(directory: str) -> None:
 
 
 def run_directory() -> str:
-    """ "" where no run has begun."""
+    """Empty where no run has begun."""
     return _run_directory
 
 

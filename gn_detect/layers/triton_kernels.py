@@ -20,16 +20,14 @@ expression, rounding included, that made y, or read from y where a residual was 
 import contextlib
 import functools
 import math
-import operator
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from . import triton_device as device
+from .triton_launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESIDENT = 8192  # elements of the largest group that is kept in registers
@@ -242,7 +240,7 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
     how, n, c, g, hwv, tile = _described(x, mean)
     with _current(x):
         if how.resident:
-            _launch(
+            launch(
                 device.resident, n * triton.cdiv(g, how.groups), how.warps,
                 x, residual, weight, bias, y, mean, rstd, eps, hwv, g, known, relu, c // g, *tile,
             )  # fmt: skip
@@ -250,11 +248,11 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
         rows, sizes, part = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block), None
         if not known:
             part = _floats(x, n * g, 2 * how.pairs + 1)
-            _launch(
+            launch(
                 device.statistics, rows * how.splits, how.warps,
                 x, part, *sizes, how.splits, how.pairs, how.split_iters, *tile,
             )  # fmt: skip
-        _launch(
+        launch(
             device.apply, rows * how.chunks, how.warps,
             x, residual, weight, bias, y, part, mean, rstd, eps, *sizes, how.chunks, how.pairs,
             how.chunk_iters, relu, *tile, how.pair_lanes,
@@ -267,7 +265,7 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
     how, n, c, g, hwv, tile = _described(x, mean)
     sums = _floats(x, n * how.splits, 2, c) if wants_sums else None
     if how.resident:
-        _launch(
+        launch(
             device.resident_gradient, n * triton.cdiv(g, how.groups), how.warps,
             dy, x, y, weight, bias, mean, rstd, dz, sums, dx, hwv, g, relu, c // g, *tile,
         )  # fmt: skip
@@ -276,7 +274,7 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
     part = None if dx is None else _floats(x, n * g, 2 * how.pairs + 1)
     # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
     shrink = 2 if how.pixels > 1 else 1
-    _launch(
+    launch(
         device.gradient_sums, rows * how.splits, how.warps,
         dy, x, y, weight, bias, mean, rstd, dz, part, sums, *sizes, how.splits, how.pairs,
         how.split_iters * shrink, relu, *tile[:-1], how.pixels // shrink,
@@ -284,57 +282,12 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
     if dx is not None:
         if dz is not None and dz.dtype == dy.dtype:
             dy, y, relu = dz, None, False  # one tensor to read instead of two
-        _launch(
+        launch(
             device.gradient, rows * how.chunks, how.warps,
             dy, x, y, weight, bias, mean, rstd, part, dx, *sizes, how.chunks, how.pairs,
             how.chunk_iters, relu, *tile, how.pair_lanes,
         )  # fmt: skip
     return sums
-
-
-def _launch(kernel, programs: int, warps: int, *arguments) -> None:
-    """Launches a kernel.
-
-    Triton looks at each argument of each launch, to find what it compiled for its like. That takes
-    longer than many a kernel runs, so here it is done once for all tensors of the same dtypes, and
-    sizes that the kernel is not compiled for count for nothing.
-    """
-    if not isinstance(kernel, triton.JITFunction):  # the interpreter
-        kernel[(programs,)](*arguments, num_warps=warps)
-        return
-    pointers, numbers = _parameters(kernel.__name__)
-    key, addresses = [kernel.__name__, arguments[0].get_device(), warps, numbers(arguments)], 0
-    for tensor in arguments[:pointers]:
-        if tensor is None:
-            key.append(None)
-        else:
-            key.append(tensor.dtype)
-            addresses |= tensor.data_ptr()
-    key, aligned = tuple(key), addresses % 16 == 0
-    compiled = _compiled.get(key)
-    if compiled is not None and aligned:
-        compiled[(programs, 1, 1)](*arguments)
-        return
-    compiled = kernel[(programs,)](*arguments, num_warps=warps)
-    if aligned and isinstance(compiled, CompiledKernel):
-        _compiled[key] = compiled
-
-
-_compiled: dict[tuple, CompiledKernel] = {}
-
-
-@functools.cache
-def _parameters(name: str) -> tuple[int, Callable[[tuple], tuple]]:
-    """How many parameters of a kernel are tensors, the first ones; and what gives of its arguments
-    the numbers that it is compiled for."""
-    kernel = getattr(device, name)
-    pointers = min(kernel.arg_names.index(n) for n in ("eps", "HWV") if n in kernel.arg_names)
-    numbers = [
-        i
-        for i, parameter in enumerate(kernel.arg_names)
-        if i >= pointers and parameter not in (*kernel.do_not_specialize, "eps")
-    ]
-    return pointers, operator.itemgetter(*numbers)
 
 
 def _described(x: Tensor, mean: Tensor) -> tuple[Plan, int, int, int, int, tuple]:

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
+from gn_detect.layers import triton_launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -213,7 +214,7 @@ def launched(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(kernels, "device", module)
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_compiled", {})
     return found
 
 
@@ -251,10 +252,10 @@ def test_what_was_compiled_is_launched_again(launched, monkeypatch, resident):
         base | {"layout": NCHW},
     ]
     first = [run(**case) for case in cases]
-    kept = dict(kernels._compiled)
+    kept = dict(triton_launch._compiled)
     again = [run(**case) for case in cases]
-    assert kept and kernels._compiled == kept
+    assert kept and triton_launch._compiled == kept
     monkeypatch.setattr(
-        kernels, "_launch", lambda kernel, n, warps, *a: kernel[(n,)](*a, num_warps=warps)
+        kernels, "launch", lambda kernel, n, warps, *a: kernel[(n,)](*a, num_warps=warps)
     )
     assert first == again == [run(**case) for case in cases]
