@@ -4,6 +4,8 @@ Then a YAML file can name ``build_gn_resnet_fpn_backbone``, ``GNFastRCNNConvFCHe
 ``GNMaskRCNNConvUpsampleHead``, after ``add_gn_config(cfg)`` has added the ``MODEL.GN`` keys.
 """
 
+import warnings
+
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
@@ -19,6 +21,9 @@ except ModuleNotFoundError as error:
 from . import modeling as _modeling  # noqa: F401  # only registration
 from .config import add_gn_config, get_config_file
 from .data import shapes as _shapes  # noqa: F401  # only registration
+
+# What supervision says when it is imported; it draws with Pillow and NumPy then.
+warnings.filterwarnings("ignore", "OpenCV .* is not installed", UserWarning)
 
 __version__ = "0.1.0"
 __all__ = ["add_gn_config", "get_config_file"]

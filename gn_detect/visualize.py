@@ -1,42 +1,29 @@
-"""Predictions and training curves as pictures, drawn from the files that a run leaves behind.
+"""Predictions beside the ground truth, and the curves of a training.
 
-Needs no model, GPU, display or OpenCV: `draw_predictions` reads the dataset and the
+Needs no model, GPU, display or OpenCV: `draw_predictions` and `draw_pairs` read the dataset and the
 ``coco_instances_results.json`` of an evaluation, `draw_curves` the ``metrics.json`` of a training.
 """
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import matplotlib
 import msgspec
 import numpy as np
-from detectron2.structures.masks import polygons_to_bitmask
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from pycocotools import mask as mask_util
+from PIL import Image, ImageDraw, ImageFont
 
+from gn_detect.data import DataError
 from gn_detect.data.coco import check_coco_json, load_coco
 from gn_detect.data.coco_check import check_masks
 from gn_detect.data.coco_results import read_results
 from gn_detect.data.images import read_image
 from gn_detect.data.paths import find_files
+from gn_detect.drawing import XYWH_TO_XYXY, draw, find_font, from_coco
 
-MANY = 30  # objects, above which only masks are drawn
-ALPHA = 0.45  # opacity of masks
-CROWD_COLOR = (0.6, 0.6, 0.6)
-
-
-class _Object(NamedTuple):
-    category: int  # position of its class
-    bbox: Any  # x, y, width, height
-    segmentation: Any  # polygons, a compressed RLE, or nothing
-    crowd: bool
-    score: float | None = None
+SIDE, GAP = 640, 10  # pixels of the longer side of an image in a pair, and between both
 
 
 def draw_predictions(
@@ -52,25 +39,59 @@ def draw_predictions(
     """Draw ground truth and predictions side by side into one picture.
 
     Args:
-        dataset_json: COCO-format dataset.
-        image_root: folder that the "file_name" of its images is relative to.
-        results_json: COCO results, a list of image_id, category_id, score, bbox (XYWH) and, if
-            there are masks, segmentation. An empty list is fine.
-        output: file to write, PNG or another format of Matplotlib; folders are made as needed.
+        output: file to write, PNG or another format of Pillow; folders are made as needed.
         num_images: how many images at most. They range from the fewest objects to the most; one
             without objects is among them if the dataset has any.
-        score_threshold: predictions below it are not drawn.
-        bit_depth_range: ``INPUT.BIT_DEPTH_RANGE`` of the training.
+        dataset_json, image_root, results_json, score_threshold, bit_depth_range: of `draw_pairs`.
 
     Returns:
         The path of the picture.
 
     Raises:
-        ValueError (DataError): if a file cannot be read, or if results, dataset and images do not
-            match.
+        ValueError (DataError): of `draw_pairs`.
     """
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; it must be at least 1")
+    options = {"score_threshold": score_threshold, "bit_depth_range": bit_depth_range}
+    pairs = draw_pairs(dataset_json, image_root, results_json, num_images, **options)
+    pictures = [Image.fromarray(picture) for _, picture in pairs]
+    columns = min(2, len(pictures))
+    step = np.max([picture.size for picture in pictures], axis=0) + 2 * GAP
+    sheet = Image.new("RGB", tuple(step * (columns, -(-len(pictures) // columns))), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, tuple(step * (number % columns, number // columns) + GAP))
+    output = _folder_made(output)
+    sheet.save(output)
+    return output
+
+
+def draw_pairs(
+    dataset_json: str | os.PathLike,
+    image_root: str | os.PathLike,
+    results_json: str | os.PathLike,
+    images: Iterable[int | str] | int,
+    *,
+    score_threshold: float = 0.5,
+    bit_depth_range: Sequence[float] = (),
+) -> Iterator[tuple[int | str, np.ndarray]]:
+    """Draw ground truth, left, and predictions, right, of each of some images.
+
+    Args:
+        dataset_json: COCO-format dataset.
+        image_root: folder that the "file_name" of its images is relative to.
+        results_json: COCO results, a list of image_id, category_id, score, bbox (XYWH) and, if
+            there are masks, segmentation. An empty list is fine.
+        images: their ids, or how many, of which `draw_predictions` says which.
+        score_threshold: predictions below it are not drawn.
+        bit_depth_range: ``INPUT.BIT_DEPTH_RANGE`` of the training.
+
+    Yields:
+        Image id; its picture, (H, W, 3) uint8 RGB, with the image twice, `SIDE` pixels long.
+
+    Raises:
+        ValueError (DataError): if a file cannot be read, or if results, dataset, images and ids do
+            not match.
+    """
     dataset_json, image_root = os.fspath(dataset_json), os.fspath(image_root)
     needs = ("masks", "training", "evaluation", "box_format", "exact_names")
     needs = dict.fromkeys(needs, False)
@@ -79,35 +100,57 @@ def draw_predictions(
     files, _ = find_files(dataset_json, image_root, data.file_names, exact=False)
     check_masks(data, ~data.no_mask, scored=False)  # an object may have none
     predicted = read_results(os.fspath(results_json), data, score_threshold)
-    chosen = _choose(np.bincount(data.image, minlength=len(data.image_ids)), num_images)
-    columns = 2 * min(2, len(chosen))
-    rows = -(-2 * len(chosen) // columns)
-    figure = Figure((4.8 * columns, 4.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in panels:
-        axes.set_axis_off()
     classes, names = list(data.classes), list(data.classes.values())
-    right_title = f"predictions ≥ {score_threshold:g}"
-    for number, left, right in zip(chosen, panels[::2], panels[1::2], strict=False):
+    if isinstance(images, int):
+        chosen = _choose(np.bincount(data.image, minlength=len(data.image_ids)), images)
+    else:
+        position = {id_: number for number, id_ in enumerate(data.image_ids)}
+        images = list(images)
+        if unknown := [id_ for id_ in images if id_ not in position]:
+            raise DataError(f"{dataset_json} has no image {unknown[0]!r}; give ids that it has")
+        chosen = [position[id_] for id_ in images]
+    for number in chosen:
         path = os.path.join(image_root, files[number])
-        image = read_image(path, "RGB", bit_depth_range=bit_depth_range)
-        truth = [
-            _Object(data.category[i], data.bbox[i], data.segmentation(i), bool(data.crowd[i]))
-            for i in np.flatnonzero(data.image == number)
-        ]
-        _draw_panel(left, "ground truth", image, truth, names)
-        found = [
-            _Object(classes.index(r.category_id), r.bbox, r.segmentation, False, r.score)
-            for r in predicted[data.image_ids[number]]
-        ]
-        _draw_panel(right, right_title, image, found, names)
-    return _save(figure, output)
+        image = Image.fromarray(read_image(path, "RGB", bit_depth_range=bit_depth_range))
+        size, scale = (image.height, image.width), SIDE / max(image.size)
+        image = np.asarray(image.resize([max(1, round(side * scale)) for side in image.size]))
+        own = np.flatnonzero(data.image == number)
+        truth = from_coco(
+            data.bbox[own] @ XYWH_TO_XYXY,
+            data.category[own],
+            [data.segmentation(i) for i in own],
+            size,
+            data={"crowd": data.crowd[own]},
+        )
+        results = predicted[data.image_ids[number]]
+        found = from_coco(
+            np.reshape([r.bbox for r in results], (-1, 4)) @ XYWH_TO_XYXY,
+            np.array([classes.index(r.category_id) for r in results], int),
+            [r.segmentation for r in results],
+            size,
+            confidence=np.array([r.score for r in results]),
+        )
+        titles = (
+            ("ground truth", truth, int((~data.crowd[own]).sum())),
+            (f"predictions ≥ {score_threshold:g}", found, len(results)),
+        )
+        pair = Image.new("RGB", (2 * image.shape[1] + GAP, image.shape[0] + 3 * GAP), "white")
+        for left, (title, objects, count) in zip((0, image.shape[1] + GAP), titles, strict=True):
+            objects.xyxy *= scale
+            objects.mask = objects.mask and objects.mask.resize(image.shape[:2])
+            pair.paste(Image.fromarray(draw(image, objects, names)), (left, 3 * GAP))
+            title = f"{title}: {count} object{'s' * (count != 1)}"
+            pen = ImageDraw.Draw(pair)
+            pen.text((left, 0), title, "black", ImageFont.truetype(find_font(title), 20))
+        yield data.image_ids[number], np.array(pair)
 
 
 def draw_curves(metrics_json: str | os.PathLike, output: str | os.PathLike) -> Path:
     """Draw losses, learning rate and AP of a training into one picture, ``output``, as
     `draw_predictions` does, of the ``metrics.json`` of a run; raises what `read_curves` does."""
-    return _save(_curves_figure(read_curves(metrics_json)), output)
+    figure, output = _curves_figure(read_curves(metrics_json)), _folder_made(output)
+    figure.savefig(output, dpi=110)
+    return output
 
 
 def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], list[float]]]:
@@ -121,7 +164,10 @@ def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], l
         ValueError: if the file cannot be read, holds no complete line, or an unreadable one, which
             is named by its number.
     """
-    lines = _read_text(metrics_json).rstrip().split("\n")
+    try:
+        lines = Path(metrics_json).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{metrics_json} cannot be read ({error}); check the path") from None
     curves = defaultdict(lambda: ([], []))
     for number, line in enumerate(lines, start=1):
         try:
@@ -168,13 +214,6 @@ def _curves_figure(curves: dict[str, tuple[list[int], list[float]]]) -> Figure:
     return figure
 
 
-def _read_text(path: str | os.PathLike) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); check the path") from None
-
-
 def _choose(counts: np.ndarray, num_images: int) -> list[int]:
     """Images from the fewest objects to the most, then one without, or as needed.
 
@@ -188,50 +227,7 @@ def _choose(counts: np.ndarray, num_images: int) -> list[int]:
     return [*chosen.tolist(), *empty[: num_images - number].tolist()]
 
 
-def _draw_panel(
-    axes: Axes, title: str, image: np.ndarray, objects: list[_Object], names: list[str]
-) -> None:
-    """The image with masks, boxes and, if they are not too many, labels."""
-    count = sum(not item.crowd for item in objects)
-    axes.set_title(f"{title}: {count} object{'s' * (count != 1)}", loc="left")
-    blend = image.astype(np.float32) / 255
-    # Small objects go on top of large ones, and those on crowds.
-    for item in sorted(objects, key=lambda o: (not o.crowd, -o.bbox[2] * o.bbox[3])):
-        color = CROWD_COLOR if item.crowd else _color(item.category)
-        if item.segmentation:
-            blend[mask := _mask(item.segmentation, *image.shape[:2])] *= 1 - ALPHA
-            blend[mask] += ALPHA * np.array(color)
-            if count > MANY:
-                continue
-        x, y, width, height = item.bbox
-        far = 2 * max(image.shape)  # beyond which Matplotlib loses count
-        x, y, right, bottom = np.clip([x, y, x + width, y + height], -far, far)
-        axes.add_patch(Rectangle((x, y), right - x, bottom - y, fill=False, edgecolor=color))
-        name = names[item.category] if len(names) > 1 else ""
-        score = "" if item.score is None else f"{item.score:.2f}"
-        label = "crowd" if item.crowd else f"{name} {score}".strip()
-        if label and count <= MANY:
-            box = {"facecolor": color, "linewidth": 0, "pad": 0.5}
-            above = "bottom" if y > image.shape[0] / 20 else "top"
-            style = {"va": above, "size": 8, "clip_on": True, "bbox": box, "parse_math": False}
-            axes.text(x, y, label, **style)
-    axes.imshow(blend)
-
-
-def _color(number: int) -> tuple[float, float, float]:
-    """Steps of the golden ratio around the hues: each class is far from those before it."""
-    return matplotlib.colormaps["hsv"]((0.53 + 0.618034 * number) % 1)[:3]
-
-
-def _mask(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """(H, W) bool."""
-    if isinstance(segmentation, dict):
-        return mask_util.decode(segmentation).astype(bool)
-    return polygons_to_bitmask([np.asarray(polygon) for polygon in segmentation], height, width)
-
-
-def _save(figure: Figure, output: str | os.PathLike) -> Path:
+def _folder_made(output: str | os.PathLike) -> Path:
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
     return output

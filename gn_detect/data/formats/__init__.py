@@ -1,13 +1,9 @@
 """Other formats of annotations as COCO JSON, and back: ``tools/convert_dataset.py``."""
 
-import warnings
-
-with warnings.catch_warnings():  # supervision asks for OpenCV, which it does not need
-    warnings.simplefilter("ignore")
-    from .from_coco import from_coco
-    from .labelme import read_labelme
-    from .voc import read_voc
-    from .yolo import read_yolo
+from .from_coco import from_coco
+from .labelme import read_labelme
+from .voc import read_voc
+from .yolo import read_yolo
 
 __all__ = ["READERS", "from_coco"]
 # (folder or data.yaml, folder of the images, split, classes in the order of their ids), the last
