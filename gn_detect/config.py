@@ -81,6 +81,16 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("CHECKPOINT_SECONDS", 0)
     # "float16" (with a gradient scaler) or "bfloat16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.setdefault("DTYPE", "float16")
+    # An exponential moving average of the weights, evaluated beside them (metrics under ema/), and
+    # written as model_final_ema.safetensors. DECAY is reached after 9 / (1 - DECAY) iterations: the
+    # average of t iterations decays by (1 + t) / (10 + t).
+    ema = cfg.SOLVER.setdefault("EMA", CfgNode())
+    ema.setdefault("ENABLED", False)
+    ema.setdefault("DECAY", 0.999)
+    # End the run after so many evaluations (TEST.EVAL_PERIOD) without gain in TEST.BEST_METRIC, in
+    # the points of which a gain is more than MIN_DELTA; 0: train to MAX_ITER.
+    cfg.SOLVER.setdefault("EARLY_STOP", 0)
+    cfg.SOLVER.setdefault("EARLY_STOP_MIN_DELTA", 0.0)
 
     # Large-scale jitter (Ghiasi et al., https://arxiv.org/abs/2012.07177) in place of the
     # training sizes: scale the image by a factor of this range, then cut or pad it to a square.
@@ -102,6 +112,11 @@ def add_gn_config(cfg: CfgNode) -> None:
     # What scores by COCO's rules: "pycocotools"; "fast": faster-coco-eval, whose numbers are equal,
     # in a quarter of the time; "auto": "fast" where it is installed.
     cfg.TEST.setdefault("COCO_EVAL", "auto")
+
+    # What decides which evaluation is the best, whose weights are kept as model_best.pth and
+    # .safetensors, such as "bbox/AP50"; of several test sets their mean. "auto": segm/AP, else
+    # keypoints/AP, else bbox/AP.
+    cfg.TEST.setdefault("BEST_METRIC", "auto")
 
     # What is refused, or warned of, before it wastes a run: docs/small_batches.md has the reasons.
     # False lets it pass.

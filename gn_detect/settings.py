@@ -53,6 +53,11 @@ _KEYS = {
     "warmup_iters": ("SOLVER.WARMUP_ITERS", ""),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     "checkpoint_seconds": ("SOLVER.CHECKPOINT_SECONDS", "train.checkpointer.seconds"),
+    "ema": ("SOLVER.EMA.ENABLED", "train.ema.enabled"),
+    "ema_decay": ("SOLVER.EMA.DECAY", "train.ema.decay"),
+    "early_stop": ("SOLVER.EARLY_STOP", "train.early_stop"),
+    "early_stop_min_delta": ("SOLVER.EARLY_STOP_MIN_DELTA", "train.early_stop_min_delta"),
+    "best_metric": ("TEST.BEST_METRIC", "train.best_metric"),
     "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
     "coco_eval": ("TEST.COCO_EVAL", "dataloader.evaluator.coco_eval"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
@@ -23,6 +24,7 @@ from .origin import Origin
 from .resumed import check_resumed
 from .saving import (
     PERIODIC,
+    metrics_of,
     periodic_checkpoints,
     remove_checkpoints,
     remove_partial_files,
@@ -46,6 +48,7 @@ class Checkpointer(DetectionCheckpointer):
         config: of the run, as YAML, saved with the weights.
         names: of the ``"classes"`` and, where the model has them, the ``"keypoints"`` of the data,
             in order, saved with the weights.
+        averaged: the model with the average of the weights (EMA), saved at the end.
         evaluation: the model is only evaluated, so that all of it must be in the weights. Otherwise
             what is not starts afresh, with a warning.
     """
@@ -59,6 +62,7 @@ class Checkpointer(DetectionCheckpointer):
         keep: int = 0,
         config: str = "",
         names: Mapping[str, Sequence[str]] | None = None,
+        averaged: nn.Module | None = None,
         evaluation: bool = False,
         **checkpointables,
     ):
@@ -69,28 +73,42 @@ class Checkpointer(DetectionCheckpointer):
         self._saved: list[str] = []  # periodic checkpoints of this run, oldest first
         self._config = config
         self._names = {kind: list(found) for kind, found in (names or {}).items()}
+        self._averaged = averaged
         self._evaluation = evaluation
+        self._progress: dict[str, Any] = {}  # iteration and metrics of what was saved or loaded
 
     @property
     def origin(self) -> Origin:
         """Of the weights of this model."""
         return dataclasses.replace(self._guards.ours, **norms_of(self.model))
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(
+        self,
+        name: str,
+        *,
+        iteration: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Save ``<name>.pth``, and ``model_final`` also as ``.safetensors``.
+
+        Args:
+            iteration: the last one that was done, from 0.
+            metrics: of these weights, by their flat names (``bbox/AP``), as far as they were
+                evaluated; those that are nan are left out.
 
         Raises:
             CheckpointError: the disk is full, or not writable.
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        self._progress = {"iteration": iteration, "metrics": _finite(metrics or {})}
         data = {
             "model": self.model.state_dict(),
             **{key: obj.state_dict() for key, obj in self.checkpointables.items()},
             **kwargs,
-            "origin": dataclasses.asdict(self.origin),
+            **self._known(self._progress),
             "config": self._config,
-            **self._names,
         }
         basename = f"{name}.pth"
         # Fewer are to be kept than before, perhaps because there is no room for another one.
@@ -146,9 +164,14 @@ class Checkpointer(DetectionCheckpointer):
             self._last = from_first_process(find)
         return super().resume_or_load(path, resume=resume)
 
+    def _known(self, progress: Mapping[str, Any]) -> dict[str, Any]:
+        origin = dataclasses.asdict(self.origin)
+        return {"origin": origin, **self._names, **progress}
+
     def save_safetensors(self) -> None:
         """Save the weights alone, readable without pickle, as ``model_final.safetensors`` beside
-        ``model_final.pth``; nothing where that is not the last checkpoint.
+        ``model_final.pth``, and their average as ``model_final_ema.safetensors``; nothing where
+        that is not the last checkpoint.
 
         Raises:
             CheckpointError: the disk is full, or not writable.
@@ -157,9 +180,29 @@ class Checkpointer(DetectionCheckpointer):
             return
         if os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
             return
-        known = {"origin": dataclasses.asdict(self.origin), **self._names}
-        content = to_safetensors(self.model.state_dict(), known, config=self._config)
-        self._write("model_final.safetensors", lambda f: f.write(content))
+        for ema, name in [(False, "model_final"), (True, "model_final_ema")]:
+            if not ema or self._averaged is not None:
+                self.save_weights(name, ema=ema, pth=False, **self._progress)
+
+    def save_weights(
+        self, name: str, *, ema: bool, iteration: int, metrics: Mapping[str, float], pth: bool
+    ) -> None:
+        """Save the weights alone, or their average, and what is known of them, as
+        ``<name>.safetensors`` and, if asked to, ``.pth``. The last checkpoint stays what it is.
+
+        Raises:
+            CheckpointError: the disk is full, or not writable.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = (self._averaged if ema else self.model).state_dict()
+        metrics = _finite(metrics_of(metrics, ema=ema))
+        known = self._known({"iteration": iteration, "metrics": metrics})
+        if pth:
+            content = {"model": state, **known, "config": self._config}
+            self._write(f"{name}.pth", lambda f: torch.save(content, f))
+        tensors = to_safetensors(state, known, config=self._config)
+        self._write(f"{name}.safetensors", lambda f: f.write(tensors))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and from a checkpoint of this project also the state of the training.
@@ -193,6 +236,7 @@ class Checkpointer(DetectionCheckpointer):
         if resumes:
             last = weights.rest.get("iteration", -1)
             self._saved = periodic_checkpoints(self.path_manager, self.save_dir, last)
+            self._progress = {"iteration": last, "metrics": weights.rest.get("metrics", {})}
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:
                 self.checkpointables[key].load_state_dict(weights.rest.pop(key))
@@ -235,3 +279,7 @@ class Checkpointer(DetectionCheckpointer):
             )
         logger.warning(f"{lacking}. These layers start afresh")
         return coverage
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -155,6 +155,12 @@ def remove_checkpoints(path_manager: PathManager, directory: str, names: list[st
             logger.warning(f"{name} in {directory}, an old checkpoint, cannot be removed: {error}")
 
 
+def metrics_of(metrics: Mapping[str, float], *, ema: bool) -> dict[str, float]:
+    """Of the metrics of an evaluation, those of the weights, or of their average (``ema/``)."""
+    average = {k.removeprefix("ema/"): v for k, v in metrics.items() if k.startswith("ema/")}
+    return average if ema else {k: v for k, v in metrics.items() if not k.startswith("ema/")}
+
+
 def to_safetensors(
     tensors: Mapping[str, torch.Tensor], known: Mapping[str, Any], **texts: str
 ) -> bytes:

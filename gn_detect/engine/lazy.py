@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 
@@ -19,6 +20,8 @@ from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import masks_one_by_one, takes_items
 from gn_detect.settings import Settings
 
+from .best import best_of
+from .ema import evaluate_both
 from .hooks import EvalHook, FirstIterations, Saving
 from .lazy_config import instantiate_key
 from .prepare import dataset_names
@@ -61,7 +64,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     optimizer = instantiate_key(cfg, "optimizer")
     read_canonical(*dataset_names(run, "train"), exact_names=run["FILE_NAMES"])
     loader = instantiate_key(cfg, "dataloader.train")
-    trainer, checkpointer, progress = build_loop(
+    trainer, checkpointer, progress, ema = build_loop(
         run,
         model,
         loader,
@@ -75,15 +78,17 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
 
     def evaluate() -> dict:
         with preserved_random_state():
-            results.update(do_test(cfg, trainer.model))
+            test = functools.partial(do_test, cfg)
+            results.update(evaluate_both(test, trainer.model, ema))
         return results
 
     schedule = hooks.LRScheduler(scheduler=instantiate_key(cfg, "lr_multiplier"))
     eval_period = train.eval_period if "evaluator" in cfg.dataloader else 0
     periodic = {k: v for k, v in train.checkpointer.items() if k != "max_to_keep"}
     saving = Saving(checkpointer, progress, eval_period=eval_period, **periodic)
-    trainer.register_hooks([progress, hooks.IterationTimer(), schedule, saving])
-    trainer.register_hooks([EvalHook(train.eval_period, evaluate)])
+    trainer.register_hooks([ema, progress, hooks.IterationTimer(), schedule, saving])
+    evaluation = EvalHook(train.eval_period, evaluate, best_of(run), saving, run.keys)
+    trainer.register_hooks([evaluation])
     if comm.is_main_process():  # last, so that it writes what the others have measured
         writers = default_writers(train.output_dir, train.max_iter)
         trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])

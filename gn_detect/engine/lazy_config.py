@@ -50,6 +50,12 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
     cfg.train.amp.setdefault("dtype", defaults.SOLVER.AMP.DTYPE)
     for name in ("ims_per_gpu", "accumulate_steps", "reference_batch_size"):
         cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
+    for name in ("early_stop", "early_stop_min_delta"):
+        cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
+    cfg.train.setdefault("best_metric", defaults.TEST.BEST_METRIC)
+    cfg.train.setdefault("ema", {})
+    for name, value in defaults.SOLVER.EMA.items():
+        cfg.train.ema.setdefault(name.lower(), value)
     cfg.train.checkpointer.setdefault("seconds", defaults.SOLVER.CHECKPOINT_SECONDS)
     cfg.train.setdefault("guards", {})
     for name, on in defaults.GUARDS.items():

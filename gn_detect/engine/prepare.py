@@ -24,6 +24,7 @@ from gn_detect.evaluation import EVALUATORS, check_evaluator
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
+from .best import check_best
 from .describe_data import describe_data
 from .errors import set_run_directory
 from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
@@ -107,6 +108,7 @@ def prepare_run(
             "save to the next, or 0 to save by iterations alone"
         )
     resolve_schedule(cfg, processes)
+    check_best(run, dataset_names(run, "test"))
 
     def check() -> None:
         train = dataset_names(run, "train")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, TrainerBase
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +21,20 @@ logger = logging.getLogger(__name__)
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class AccumulatingTrainer(SimpleTrainer):
+class EarlyStop(BaseException):
+    """Ends a training before its last iteration, as one that is finished: what raises it has set
+    ``iter`` and ``max_iter`` of the trainer. No ``Exception``, as it is no error."""
+
+
+class EndsEarly(TrainerBase):
+    """Detectron2's loop, which :class:`EarlyStop` ends."""
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        with contextlib.suppress(EarlyStop):
+            super().train(start_iter, max_iter)
+
+
+class AccumulatingTrainer(SimpleTrainer, EndsEarly):
     """Detectron2's SimpleTrainer and AMPTrainer in one, with gradient accumulation.
 
     An iteration draws ``accumulate_steps`` batches, runs the model forward and backward on each,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -24,11 +25,13 @@ from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import build_evaluator, masks_one_by_one
 from gn_detect.settings import Settings
 
+from .best import best_of
+from .ema import EMA, evaluate_both
 from .errors import shorten_expected_error
 from .hooks import EvalHook, FirstIterations, ProgressBar, Saving
 from .prepare import dataset_names
 from .resume import Resume, preserved_random_state
-from .train_loop import AMP_DTYPES, AccumulatingTrainer
+from .train_loop import AMP_DTYPES, AccumulatingTrainer, EndsEarly
 
 
 def build_loop(
@@ -41,8 +44,9 @@ def build_loop(
     ddp: dict,
     remedy: str,
     check_gradients: bool = True,
-) -> tuple[AccumulatingTrainer, Checkpointer, Resume]:
-    """What a training consists of, whichever kind of config tells it.
+) -> tuple[AccumulatingTrainer, Checkpointer, Resume, EMA | None]:
+    """What a training consists of, whichever kind of config tells it. The EMA, where there is one,
+    is the first hook to register.
 
     Args:
         run: its settings, as :func:`.prepare.prepare_run` has left them.
@@ -52,6 +56,7 @@ def build_loop(
     """
     # Slurm may let each process see its own GPU alone, whatever its place among them.
     devices = None if run["device"] == "cpu" else [torch.cuda.current_device()]
+    ema = EMA(model, run["ema_decay"]) if run["ema"] else None
     model = create_ddp_model(model, **ddp, device_ids=devices)
     keep_workers(loader)
     loop = AccumulatingTrainer(
@@ -70,9 +75,10 @@ def build_loop(
         keep=run["keep"] or 0,
         config=config,
         names=output_names(dataset_names(run, "train"), run["keypoints"]),
+        averaged=ema.model if ema else None,
     )
     logging.getLogger(TrainerBase.__module__).addFilter(shorten_expected_error)
-    return loop, checkpointer, Resume(run, loop, checkpointer)
+    return loop, checkpointer, Resume(run, loop, checkpointer), ema
 
 
 def load_to_evaluate(run: Settings, model: nn.Module, resume: bool = False) -> None:
@@ -88,7 +94,7 @@ def load_to_evaluate(run: Settings, model: nn.Module, resume: bool = False) -> N
     checkpointer.resume_or_load(run["weights"], resume=resume)
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer, EndsEarly):
     """Train, evaluate and resume a detector from a config.
 
     What it changes in DefaultTrainer: data parallel training on CPUs (gloo); gradient
@@ -104,7 +110,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         clip = cfg.SOLVER.CLIP_GRADIENTS
-        self._trainer, self.checkpointer, self._resume = build_loop(
+        self._trainer, self.checkpointer, self._resume, self._ema = build_loop(
             Settings(cfg),
             model,
             loader,
@@ -120,7 +126,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self.register_hooks([self._resume, *self.build_hooks()])
+        self.register_hooks([self._ema, self._resume, *self.build_hooks()])
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -161,12 +167,15 @@ class Trainer(DefaultTrainer):
         )
 
         def evaluate():
-            self._last_eval_results = self.test(self.cfg, self.model)
+            test = functools.partial(self.test, self.cfg)
+            self._last_eval_results = evaluate_both(test, self.model, self._ema)
             return self._last_eval_results
 
         ret = [h for h in ret if not isinstance(h, hooks.PeriodicCheckpointer)]
         place = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
-        ret[place : place + 1] = [saving, EvalHook(test.EVAL_PERIOD, evaluate)]
+        run = Settings(self.cfg)
+        evaluation = EvalHook(test.EVAL_PERIOD, evaluate, best_of(run), saving, run.keys)
+        ret[place : place + 1] = [saving, evaluation]
         if comm.is_main_process():
             ret.append(FirstIterations(self.max_iter))
         return ret
