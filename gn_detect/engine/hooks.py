@@ -142,7 +142,13 @@ class Saving(HookBase):
 
     def _write(self, names: list[str], done: int, metrics: dict[str, float]) -> None:
         self._resume.gather_random_states()
-        from_first_process(lambda: self._save(names, done - 1, metrics))
+        # An evaluation may be before the first step, or after the last one: iter, which the
+        # checkpoint has, is beyond what is done.
+        iteration, self.trainer.iter = self.trainer.iter, done - 1
+        try:
+            from_first_process(lambda: self._save(names, done - 1, metrics))
+        finally:
+            self.trainer.iter = iteration
         self._saved_at = time.monotonic()
         file = os.path.join(self._checkpointer.save_dir, f"{names[-1]}.pth")
         request.so_far = f"after iteration {done}; {file} has it: {GO_ON}"

@@ -185,7 +185,8 @@ def test_a_run_goes_on_from_before_the_evaluation_that_ended_it(train, tmp_path,
     resumed.train()
     assert_equal(weights(resumed), weights(whole))
     names = {path.name for path in (tmp_path / "whole").glob("*.pth")}
-    assert names == {"model_0000002.pth", "model_0000005.pth", "model_final.pth"}
+    periodic = {"model_0000002.pth", "model_0000005.pth"}
+    assert names == {*periodic, "model_final.pth", "model_best.pth"}
     assert names == {path.name for path in run.glob("*.pth")}
 
 

@@ -40,11 +40,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(lazy_data, tmp_path):
         prepare_run(cfg, resume=resume)
         seed_all_rng(99 if resume else 3)
         cfg.train.max_iter = stop
-        do_train(cfg, resume=resume)
-        return load_file(tmp_path / output / "model_final.safetensors")
+        results = do_train(cfg, resume=resume)
+        assert {"bbox", "segm"} == set(results["ema"]) == set(results) - {"ema"}
+        names = ("model_final", "model_final_ema", "model_best")
+        files = {n: load_file(tmp_path / output / f"{n}.safetensors") for n in names}
+        return {f"{n}.{key}": v for n, weights in files.items() for key, v in weights.items()}
 
     # A constant rate, so that the first half does not depend on the length of the run.
     rate = ("lr_multiplier.scheduler.end_value=1.0", "lr_multiplier.warmup_length=0.0")
+    rate += ("train.ema.enabled=True", "train.best_metric=bbox/AP")
     whole = train("whole", *rate)
     half = train("stopped", *rate, stop=2)
     assert any(not torch.equal(value, whole[key]) for key, value in half.items())

@@ -11,6 +11,8 @@ from gn_detect.checkpoint import CheckpointError
 from gn_detect.config import ConfigError, load_config
 from gn_detect.data.coco import DataError, register_coco_json
 from gn_detect.engine import prepare_run, sentence
+from gn_detect.engine.best import Best, best_of
+from gn_detect.settings import Settings
 
 
 @pytest.fixture
@@ -149,6 +151,25 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
         (["SOLVER.IMS_PER_BATCH", 0], {}, "IMS_PER_BATCH is 0"),
         (["SOLVER.CHECKPOINT_KEEP", -1], {}, "CHECKPOINT_KEEP is -1; .* or 0 for all"),
         (["SOLVER.CHECKPOINT_SECONDS", -1], {}, "CHECKPOINT_SECONDS is -1; .* or 0 to save by"),
+        (["SOLVER.EARLY_STOP", -1], {}, "EARLY_STOP is -1; it must be the evaluations"),
+        (["SOLVER.EARLY_STOP_MIN_DELTA", -0.1], {}, "EARLY_STOP_MIN_DELTA is -0.1; it must be the"),
+        (
+            ["SOLVER.EARLY_STOP", 3, "TEST.EVAL_PERIOD", 0],
+            {},
+            "EARLY_STOP is 3, .*, but TEST.EVAL_PERIOD is 0; set .* or set SOLVER.EARLY_STOP 0",
+        ),
+        (
+            ["SOLVER.EARLY_STOP", 3, "DATASETS.TEST", ()],
+            {},
+            r"EARLY_STOP is 3, .* nothing to evaluate on; name test data \(DATASETS.TEST\), or",
+        ),
+        (["SOLVER.EMA.DECAY", 1.0], {}, r"EMA.DECAY is 1.0; it must be in \[0, 1\)"),
+        (
+            ["TEST.BEST_METRIC", "segm/mAP"],
+            {},
+            "BEST_METRIC is 'segm/mAP', .* bbox/AP, .* segm/APl; of a class: bbox/AP-dog",
+        ),
+        (["TEST.BEST_METRIC", "keypoints/AP"], {}, "'keypoints/AP', which .* does not measure"),
         (["SOLVER.AMP.DTYPE", "bf16"], {}, "AMP.DTYPE is 'bf16'; known: float16, bfloat16"),
         (["DATASETS.TEST", ("voc_2007_val",)], {}, "needs .*VOC2007, which does not exist"),
         (
@@ -167,6 +188,17 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
 def test_what_cannot_run_is_refused(own_data, opts, kwargs, message):
     with pytest.raises((ConfigError, DataError), match=message):
         prepare([*own_data, *opts], **kwargs)
+
+
+@pytest.mark.parametrize("metric", ["auto", "bbox/AP50", "segm/AP-cat"])
+def test_the_metric_of_the_best_evaluation(own_data, metric):
+    stop = ("SOLVER.EARLY_STOP", 2, "TEST.EVAL_PERIOD", 5)
+    run = Settings(prepare([*own_data, "TEST.BEST_METRIC", metric, *stop]))
+    assert best_of(run) == Best("segm/AP" if metric == "auto" else metric, 2)
+    run["masks"] = False
+    assert best_of(run).metric == ("bbox/AP" if metric == "auto" else metric)
+    run["keypoints"] = True
+    assert best_of(run).metric == ("keypoints/AP" if metric == "auto" else metric)
 
 
 def test_resume_from_a_checkpoint_that_is_gone(own_data, tmp_path):

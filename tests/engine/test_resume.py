@@ -25,11 +25,15 @@ SAMPLER = (*NO_TEST, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
 SAMPLER += ("DATALOADER.REPEAT_THRESHOLD", 0.9)
 
 
-STEPS = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2)
+EMA = ("SOLVER.EMA.ENABLED", True)
+STEPS = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2, *EMA)
+STEPS += ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+HOOKS = ("EMA", "EvalHook")
+EVALUATED = ("TEST.EVAL_PERIOD", 2, *EMA, "SOLVER.EMA.DECAY", 0.5)
 
 
 @pytest.mark.parametrize(
-    "changes", [("TEST.EVAL_PERIOD", 2), (*NO_TEST, "MODEL.CHANNELS_LAST", True), SAMPLER, STEPS]
+    "changes", [EVALUATED, (*NO_TEST, "MODEL.CHANNELS_LAST", True, *EMA), SAMPLER, STEPS]
 )
 def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, changes):
     options = ("SOLVER.CHECKPOINT_PERIOD", 4, *changes)
@@ -48,6 +52,14 @@ def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, changes):
     assert resumed.start_iter == 4
     resumed.train()
     assert_equal(weights(resumed), weights(whole))
+    states = [torch.load(tmp_path / name / "model_final.pth") for name in ("whole", "stopped")]
+    whole, resumed = ({k: s["trainer"]["hooks"].get(k) for k in HOOKS} for s in states)
+    assert resumed["EvalHook"] == whole["EvalHook"]
+    assert ("ema/bbox/AP" in whole["EvalHook"]["metrics"]) == (changes is EVALUATED)
+    assert (whole["EMA"] is None) == (changes is SAMPLER)
+    if whole["EMA"]:
+        assert_equal(resumed["EMA"], whole["EMA"])
+        assert any((whole["EMA"][f"module.{k}"] != v).any() for k, v in final.items())
 
 
 @pytest.mark.parametrize("old, new", [(True, False), (False, True)])

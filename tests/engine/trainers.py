@@ -65,6 +65,7 @@ def train_and_resume(files: CocoFiles, output: Path) -> None:
     def train(name, stop, seed, resume=False, signalled=False):
         periods = ("SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2)  # both are saved at
         options = (*TWO_IMAGES, *periods, "SEED", seed + comm.get_rank())
+        options += ("SOLVER.EMA.ENABLED", True)
         trainer = build_trainer(files, output / name, *options, resume=resume)
         seen = []  # what the model sees of an image tells its augmentation: size and flip
         trainer.model.register_forward_pre_hook(
@@ -82,7 +83,7 @@ def train_and_resume(files: CocoFiles, output: Path) -> None:
             assert torch.load(file)["iteration"] == 0
         else:
             trainer.train()
-        return seen, clone(unwrapped(trainer))
+        return seen, {**clone(unwrapped(trainer)), **trainer._ema.state_dict()}
 
     trainer = build_trainer(files, output / "two_processes", *SAME_IMAGES)
     seen = comm.gather(train_seeded_by_image(trainer))
