@@ -228,6 +228,21 @@ def assert_equal(actual: dict, expected: dict) -> None:
     assert not different
 
 
+def differences(actual, expected, at="") -> list[str]:
+    """Where two nested contents of checkpoints differ, in a bit."""
+    if isinstance(expected, dict):
+        keys = [f"{at}: {k}" for k in actual.keys() ^ expected.keys()]
+        both = actual.keys() & expected.keys()
+        return keys + [d for k in both for d in differences(actual[k], expected[k], f"{at}.{k}")]
+    if isinstance(expected, list) and len(actual) == len(expected):
+        pairs = enumerate(zip(actual, expected, strict=True))
+        return [d for i, (a, e) in pairs for d in differences(a, e, f"{at}[{i}]")]
+    if isinstance(expected, torch.Tensor):
+        return [] if torch.equal(actual, expected) else [at]
+    nans = expected != expected and actual != actual
+    return [] if nans or actual == expected else [f"{at}: {actual!s:.80}, not {expected!s:.80}"]
+
+
 def record_images(trainer) -> list[list[str]]:
     """The image files of each forward pass in training, from now on."""
     seen = []

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from gn_detect.checkpoint import metrics_of
 from gn_detect.config import ConfigError
+from gn_detect.data.coco import output_names
 from gn_detect.evaluation import build_evaluator
 from gn_detect.settings import Settings
 
@@ -147,19 +148,16 @@ def check_best(run: Settings, test: Sequence[str]) -> None:
     if type(decay) not in (int, float) or not 0 <= decay < 1:
         raise ConfigError(f"{keys['ema_decay']} is {decay!r}; it must be in [0, 1), such as 0.999")
     yaml = isinstance(cfg, CfgNode)
-    evaluator = None if yaml else OmegaConf.select(cfg, "dataloader.evaluator")
-    nothing = not test if yaml else not evaluator
-    if stop and (nothing or not run["eval_period"] > 0):
-        lacking = "there is nothing to evaluate on" if nothing else f"{keys['eval_period']} is 0"
+    counts = f"{keys['early_stop']} is {stop}, which counts evaluations during the training, but"
+    if stop and not (test if yaml else OmegaConf.select(cfg, "dataloader.evaluator")):
+        where = keys["test_data"] if yaml else "dataloader.evaluator"
         raise ConfigError(
-            f"{keys['early_stop']} is {stop}, which counts evaluations during the training, but "
-            f"{lacking}; "
-            + (
-                f"name test data ({keys.get('test_data', 'dataloader.evaluator')})"
-                if nothing
-                else "set the iterations from one to the next"
-            )
-            + f", or set {keys['early_stop']} 0"
+            f"{counts} there is nothing to evaluate on; name data ({where}), or set it 0"
+        )
+    if stop and not run["eval_period"] > 0:
+        raise ConfigError(
+            f"{counts} {keys['eval_period']} is {run['eval_period']}; set it to the iterations "
+            f"from one to the next, or {keys['early_stop']} 0"
         )
     ours = yaml or OmegaConf.select(cfg, "dataloader.evaluator._target_") is build_evaluator
     kinds = {MetadataCatalog.get(name).get("evaluator_type") for name in test}
@@ -170,7 +168,7 @@ def check_best(run: Settings, test: Sequence[str]) -> None:
 def _check_metric(run: Settings, test: Sequence[str]) -> None:
     tasks = ["bbox", *["segm"] * bool(run["masks"]), *["keypoints"] * bool(run["keypoints"])]
     names = [f"{task}/{name}" for task in tasks for name in _OF_COCO[task]]
-    classes = MetadataCatalog.get(test[0]).get("thing_classes", [])
+    classes = output_names(test, False).get("classes", [])
     of_classes = [f"{task}/AP-{c}" for task in tasks for c in classes if len(classes) > 1]
     metric = best_of(run).metric
     sets = [f"{name}/" for name in test] if len(test) > 1 else []

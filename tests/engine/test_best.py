@@ -12,7 +12,7 @@ import safetensors
 import torch
 from detectron2.engine import HookBase
 from engine.pair import two_machines
-from helpers import assert_equal, config
+from helpers import assert_equal, config, differences
 from torch import nn
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards, newest_checkpoint
@@ -159,21 +159,6 @@ def train(
 
 def state(directory: Path, name: str = "model_final.pth") -> dict:
     return torch.load(directory / name)
-
-
-def differences(actual, expected, at="") -> list[str]:
-    """Where two nested contents of checkpoints differ, in a bit."""
-    if isinstance(expected, dict):
-        keys = [f"{at}: {k}" for k in actual.keys() ^ expected.keys()]
-        both = actual.keys() & expected.keys()
-        return keys + [d for k in both for d in differences(actual[k], expected[k], f"{at}.{k}")]
-    if isinstance(expected, list) and len(actual) == len(expected):
-        pairs = enumerate(zip(actual, expected, strict=True))
-        return [d for i, (a, e) in pairs for d in differences(a, e, f"{at}[{i}]")]
-    if isinstance(expected, torch.Tensor):
-        return [] if torch.equal(actual, expected) else [at]
-    nans = expected != expected and actual != actual
-    return [] if nans or actual == expected else [f"{at}: {actual!s:.80}, not {expected!s:.80}"]
 
 
 def test_what_a_run_leaves(tmp_path, caplog):

@@ -41,7 +41,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(lazy_data, tmp_path):
         seed_all_rng(99 if resume else 3)
         cfg.train.max_iter = stop
         results = do_train(cfg, resume=resume)
-        assert {"bbox", "segm"} == set(results["ema"]) == set(results) - {"ema"}
+        assert "AP" in results["ema"]["bbox"]
         names = ("model_final", "model_final_ema", "model_best")
         files = {n: load_file(tmp_path / output / f"{n}.safetensors") for n in names}
         return {f"{n}.{key}": v for n, weights in files.items() for key, v in weights.items()}

@@ -99,7 +99,10 @@ def test_a_bad_file_is_named(tmp_path, name, text, message):
         (["train.checkpointer.max_to_keep=-1"], "max_to_keep is -1; .* or 0 for all"),
         (["train.checkpointer.seconds=-1"], "checkpointer.seconds is -1; .* or 0 to save by"),
         (["train.checkpointer.seconds=null"], "checkpointer.seconds is None; .* or 0 to save by"),
-        (["train.early_stop=2"], "early_stop is 2, .* but train.eval_period is 0; set the iter"),
+        (
+            ["train.early_stop=2", "train.eval_period=0"],
+            "early_stop is 2, .* but train.eval_period is 0; set it to the",
+        ),
         (["train.ema.decay=1.5"], r"train.ema.decay is 1.5; it must be in \[0, 1\)"),
         (["train.best_metric=segm/mAP"], "best_metric is 'segm/mAP', .*; it measures bbox/AP, "),
         (["train.amp.dtype=fp16"], "train.amp.dtype is 'fp16'; known: float16, bfloat16"),

@@ -156,12 +156,12 @@ def test_masks_are_not_asked_for_where_none_are_trained(own_data, coco_files):
         (
             ["SOLVER.EARLY_STOP", 3, "TEST.EVAL_PERIOD", 0],
             {},
-            "EARLY_STOP is 3, .*, but TEST.EVAL_PERIOD is 0; set .* or set SOLVER.EARLY_STOP 0",
+            "EARLY_STOP is 3, .*, but TEST.EVAL_PERIOD is 0; set .*, or SOLVER.EARLY_STOP 0",
         ),
         (
             ["SOLVER.EARLY_STOP", 3, "DATASETS.TEST", ()],
             {},
-            r"EARLY_STOP is 3, .* nothing to evaluate on; name test data \(DATASETS.TEST\), or",
+            r"EARLY_STOP is 3, .* nothing to evaluate on; name data \(DATASETS.TEST\), or",
         ),
         (["SOLVER.EMA.DECAY", 1.0], {}, r"EMA.DECAY is 1.0; it must be in \[0, 1\)"),
         (
