@@ -236,7 +236,7 @@ class Checkpointer(DetectionCheckpointer):
         if resumes:
             last = weights.rest.get("iteration", -1)
             self._saved = periodic_checkpoints(self.path_manager, self.save_dir, last)
-            self._progress = {"iteration": last, "metrics": weights.rest.get("metrics", {})}
+            self._progress = {"iteration": last, "metrics": {}, **weights.progress}
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:
                 self.checkpointables[key].load_state_dict(weights.rest.pop(key))

@@ -30,13 +30,15 @@ def write_weights(path: str, weights: Weights) -> None:
     Raises:
         WeightsError, CheckpointError: the file cannot be written.
     """
-    known = {"origin": dataclasses.asdict(weights.origin)}
+    known = {"origin": dataclasses.asdict(weights.origin), **weights.progress}
     if weights.partial:
         known["matching_heuristics"] = True
     known |= {kind: names for kind in KINDS if (names := weights.names(kind))}
     if weights.batch_norms:  # which folded BN does not show, nor convolutions alone
         known["batch_norms"] = sorted(weights.batch_norms)
-    _write(path, {"model": weights.state, **known}, weights.state, known)
+    config = weights.rest.get("config")
+    texts = {"config": config} if isinstance(config, str) else {}
+    _write(path, {"model": weights.state, **known, **texts}, weights.state, known, **texts)
 
 
 def write_state_dict(path: str, state: Mapping[str, torch.Tensor]) -> None:
@@ -44,12 +46,12 @@ def write_state_dict(path: str, state: Mapping[str, torch.Tensor]) -> None:
     _write(path, state, state, {})
 
 
-def _write(path: str, content: Mapping, state: Mapping, known: Mapping) -> None:
+def _write(path: str, content: Mapping, state: Mapping, known: Mapping, **texts: str) -> None:
     check_output(path)
     if path.endswith(".pth"):
         write_atomically(path, lambda f: torch.save(content, f))
     else:
-        write_atomically(path, lambda f: f.write(to_safetensors(state, known)))
+        write_atomically(path, lambda f: f.write(to_safetensors(state, known, **texts)))
 
 
 def check_output(path: str) -> None:

@@ -136,8 +136,13 @@ def test_what_is_written_is_read_again(name, tmp_path):
     origin = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization="timm", num_groups=8)
     state = {"fpn_lateral2.weight": torch.rand(3, 4, 1, 1), "backbone.x": torch.rand(2).half()}
     path = str(tmp_path / name)
-    write_weights(path, Weights("Detectron2", state, True, origin, {"res2.0.conv1.norm"}))
+    rest = {"iteration": 7, "metrics": {"bbox/AP": 1.5}, "config": "A: 1\n"}
+    write_weights(
+        path, Weights("Detectron2", state, True, origin, {"res2.0.conv1.norm"}, rest=rest)
+    )
     weights = read_weights(path)
+    assert weights.progress == {"iteration": 7, "metrics": {"bbox/AP": 1.5}}
+    assert weights.rest["config"] == "A: 1\n"
     assert weights.origin == origin and weights.partial
     assert weights.batch_norms == {"res2.0.conv1.norm"} and not weights.rest.get("origin")
     assert all(torch.equal(weights.state[n], t) for n, t in state.items())

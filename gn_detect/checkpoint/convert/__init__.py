@@ -28,6 +28,9 @@ _DETECTORS = ("backbone.", "proposal_generator.", "roi_heads.")
 _WRAPPERS = ("module.", "_orig_mod.")  # for training on several GPUs, of torch.compile
 # What only Detectron2 and this project save beside a model.
 _CHECKPOINT = ("__author__", "iteration", "matching_heuristics", "origin", "trainer")
+# What is beside the model in a .pth, and in the metadata of a safetensors file.
+_AS_JSON = ("origin", "matching_heuristics", "batch_norms", "classes", "keypoints")
+_AS_JSON += ("iteration", "metrics")
 
 
 def read_weights(name: str, model_names: Collection[str] = ()) -> Weights:
@@ -115,14 +118,16 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
                 "alone or under model, model_state, state_dict or blobs"
             )
         state[key.removeprefix(wrapper)] = value
-    # Where metadata is that of safetensors, it has as JSON what is beside the model in a .pth.
+    # Where it is that of safetensors.
     metadata = rest.get("metadata")
-    for key in ("origin", "matching_heuristics", "batch_norms", "classes", "keypoints"):
+    for key in _AS_JSON:
         if isinstance(metadata, Mapping) and f"gn_detect.{key}" in metadata:
             try:
                 rest[key] = json.loads(metadata[f"gn_detect.{key}"])
             except (TypeError, ValueError, RecursionError):
                 raise WeightsError(f"{name}: gn_detect.{key} in its metadata is no JSON") from None
+    if isinstance(metadata, Mapping) and "gn_detect.config" in metadata:
+        rest["config"] = metadata["gn_detect.config"]
     return state, rest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,3 +48,14 @@ class Weights:
         not known."""
         names = self.rest.get(kind)
         return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """The last ``iteration`` of their training, from 0, and the ``metrics`` of their evaluation
+        (``bbox/AP`` -> float), as far as they are known."""
+        iteration, metrics = self.rest.get("iteration"), self.rest.get("metrics")
+        known: dict[str, Any] = {"iteration": iteration} if isinstance(iteration, int) else {}
+        if isinstance(metrics, Mapping):
+            numbers = {str(k): v for k, v in metrics.items() if isinstance(v, (int, float))}
+            known["metrics"] = numbers
+        return known
