@@ -148,7 +148,7 @@ def _best_first(directory: _Directory, unusable: dict[str, str]) -> Iterator[tup
         iterations = {}
         for name in names:
             try:
-                iterations[name] = _iteration(os.path.join(path, name))
+                iterations[name] = iteration_of(os.path.join(path, name))
             except WeightsError as error:
                 reason = str(error).removeprefix(f"{os.path.join(path, name)} ")
                 unusable[name] = reason.partition(". ")[0]
@@ -161,8 +161,9 @@ def _best_first(directory: _Directory, unusable: dict[str, str]) -> Iterator[tup
     yield from best([n for n in written if n not in unusable])
 
 
-def _iteration(path: str) -> int:
-    """
+def iteration_of(path: str) -> int:
+    """The last iteration, from 0, of a checkpoint; -1 where the file has none.
+
     Raises:
         WeightsError: the file cannot be read.
     """

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
-from gn_detect.checkpoint import metrics_of
+from gn_detect.checkpoint import WeightsError, metrics_of
+from gn_detect.checkpoint.newest import iteration_of
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import output_names
 from gn_detect.evaluation import build_evaluator
@@ -97,6 +100,21 @@ class Best:
     def describe(self) -> str:
         of = "the average of the weights" if self.ema else "the weights"
         return f"{self.metric} {self.value:.3f} of {of} after iteration {self.best_done}"
+
+    def look_for_others(self, directory: str, start: int) -> None:
+        """Warn where ``model_best.pth`` in ``directory`` is not of this run, which begins after
+        ``start`` iterations: it goes on from an earlier checkpoint, or another one was there."""
+        path = os.path.join(directory, "model_best.pth")
+        found = 0
+        if os.path.isfile(path):
+            with contextlib.suppress(WeightsError):
+                found = iteration_of(path) + 1
+        # That of start was perhaps saved before it counted: the run evaluates again.
+        if found not in (self.best_done, start) and "://" not in directory:
+            logger.warning(
+                f"{path} is of iteration {found}, but the best evaluation of this run is, so far, "
+                f"that of iteration {self.best_done} (0: none): the next that is better replaces it"
+            )
 
     def state_dict(self) -> dict:
         options = ("early_stop", "min_delta")

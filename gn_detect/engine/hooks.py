@@ -83,6 +83,7 @@ class Saving(HookBase):
         self._period = period
         self._seconds = seconds
         self._eval_period = eval_period
+        self.directory = checkpointer.save_dir
 
     def before_train(self) -> None:
         """
@@ -150,16 +151,15 @@ class Saving(HookBase):
         finally:
             self.trainer.iter = iteration
         self._saved_at = time.monotonic()
-        file = os.path.join(self._checkpointer.save_dir, f"{names[-1]}.pth")
+        file = os.path.join(self.directory, f"{names[-1]}.pth")
         request.so_far = f"after iteration {done}; {file} has it: {GO_ON}"
 
     def _save(self, names: list[str], iteration: int, metrics: dict[str, float]) -> None:
         for name in names:
             self._checkpointer.save(name, iteration=iteration, metrics=metrics)
-        directory, latest = self._checkpointer.save_dir, f"{LATEST}.pth"
-        path_manager = self._checkpointer.path_manager
-        if names != [LATEST] and path_manager.exists(os.path.join(directory, latest)):
-            remove_checkpoints(path_manager, directory, [latest])
+        latest, path_manager = f"{LATEST}.pth", self._checkpointer.path_manager
+        if names != [LATEST] and path_manager.exists(os.path.join(self.directory, latest)):
+            remove_checkpoints(path_manager, self.directory, [latest])
 
     def after_train(self) -> None:
         request.waits = False
@@ -201,6 +201,8 @@ class EvalHook(hooks.EvalHook):
 
     def before_train(self) -> None:
         start, best = self.trainer.start_iter, self._best
+        if best and comm.is_main_process():
+            best.look_for_others(self._saving.directory, start)
         if best and best.stops and best.done == start < self.trainer.max_iter:
             self._stop()
         if 0 < start < self.trainer.max_iter and _every(self._period, start):
@@ -230,7 +232,8 @@ class EvalHook(hooks.EvalHook):
             logger.info(f"the best evaluation so far: {best.describe()}; saved as model_best")
         elif names := best.unknown():
             text = f"{self._keys['best_metric']}: {best.metric} is not measured, so that no "
-            log_first_n(logging.WARNING, f"{text}evaluation is the best; there are {names}")
+            text += f"evaluation is the best; there are {names}"
+            log_first_n(logging.WARNING, text, key="message")
         if best.stops and done < last:
             self._stop(is_best)
         self._saving.evaluated(best, is_best, final=done == last)

@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,18 @@ def test_killed_at_any_write_and_resumed(tmp_path, early_stop, end):
             later = [done for done, _ in evaluated if done >= again[0][0]]
             assert [done for done, _ in again] == later
     assert writes > 20
+
+
+def test_going_back_behind_the_best(tmp_path, caplog):
+    train(tmp_path)
+    before = contents(tmp_path)
+    for name in ("model_final.pth", "model_0000007.pth", "last_checkpoint"):
+        (tmp_path / name).unlink()
+    with caplog.at_level(logging.WARNING, "gn_detect"):
+        train(tmp_path)
+    text = "model_best.pth is of iteration 6, but .* is, so far, that of iteration 4"
+    assert len(re.findall(text, caplog.text)) == 1
+    assert differences(contents(tmp_path), before) == []
 
 
 def contents(directory: Path) -> dict:
