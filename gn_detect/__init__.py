@@ -5,6 +5,7 @@ Then a YAML file can name ``build_gn_resnet_fpn_backbone``, ``GNFastRCNNConvFCHe
 """
 
 import warnings
+from typing import Any
 
 try:
     import detectron2  # noqa: F401
@@ -26,4 +27,12 @@ from .data import shapes as _shapes  # noqa: F401  # only registration
 warnings.filterwarnings("ignore", "OpenCV .* is not installed", UserWarning)
 
 __version__ = "0.1.0"
-__all__ = ["add_gn_config", "get_config_file"]
+__all__ = ["Predictor", "add_gn_config", "get_config_file"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Predictor":  # what it imports takes time, and needs more than the registration
+        from .predict import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,20 +59,30 @@ def read_image(
         DataError: the file cannot be decoded, or holds values beyond the range.
     """
     with naming(file_name), PathManager.open(file_name, "rb") as f:
-        image = Image.open(f)
-        mode = deep_mode(image)
-        image.load()  # a TIFF is turned here, and then has no orientation any more
-        image = _apply_exif_orientation(image)
-        if mode and (defect := depth_defect(mode, *extremes(image, mode), bit_depth_range)):
-            raise DataError(f"{file_name} has {defect}")
-        if mode not in ("", DEEP_COLOR):
-            lowest, highest = value_range(mode, bit_depth_range)
-            # float32 holds 16 bits exactly, but not 32.
-            dtype = np.float64 if mode == "I" else np.float32
-            values = np.subtract(np.asarray(image), lowest, dtype=dtype)
-            values *= 255 / (highest - lowest)
-            image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
-        return convert_PIL_to_numpy(image, format)
+        return to_pixels(Image.open(f), format, bit_depth_range=bit_depth_range, name=file_name)
+
+
+def to_pixels(
+    image: Image.Image,
+    format: str | None = None,
+    *,
+    bit_depth_range: Sequence[float] = (),
+    name: str = "the image",
+) -> np.ndarray:
+    """What :func:`read_image` returns, of an image that is open, which messages call ``name``."""
+    mode = deep_mode(image)
+    image.load()  # a TIFF is turned here, and then has no orientation any more
+    image = _apply_exif_orientation(image)
+    if mode and (defect := depth_defect(mode, *extremes(image, mode), bit_depth_range)):
+        raise DataError(f"{name} has {defect}")
+    if mode not in ("", DEEP_COLOR):
+        lowest, highest = value_range(mode, bit_depth_range)
+        # float32 holds 16 bits exactly, but not 32.
+        dtype = np.float64 if mode == "I" else np.float32
+        values = np.subtract(np.asarray(image), lowest, dtype=dtype)
+        values *= 255 / (highest - lowest)
+        image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    return convert_PIL_to_numpy(image, format)
 
 
 def read_labels(

@@ -1,0 +1,155 @@
+"""Weights that predict: they know their config, their classes, and how to be fed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Union
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.structures import Instances
+from PIL import Image
+
+from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
+from gn_detect.data import DataError
+from gn_detect.data.images import naming, read_image, to_pixels
+from gn_detect.engine.prepare import dataset_names
+from gn_detect.evaluation import masks_one_by_one
+from gn_detect.evaluation.masks import PastedMasks
+from gn_detect.settings import Settings
+
+from .saved_config import build_mapper, build_model, find_config
+
+AnyImage = Union[str, os.PathLike, np.ndarray, Image.Image]  # noqa: UP007  # an alias, at run time
+
+
+class Predictor:
+    """A trained detector, of a file of weights.
+
+    Args:
+        weights: a checkpoint of this project, ``.pth`` or ``.safetensors``, which needs nothing
+            else; or any name of weights that ``checkpoint.sources.locate`` knows.
+        config_file: YAML or lazy config, for weights that have none, and in place of theirs.
+        opts: of the config, as on the command line: KEY, VALUE, ... or, of a lazy one, key=value.
+        device: ``"cpu"``, ``"cuda"``, ...; None for CUDA where it is available.
+        batch_size: of a list, how many images of one size go through the model at once. The
+            results of 1 are those of an evaluation; others may differ in the last digits.
+
+    Attributes:
+        cfg: the config, YAML (``CfgNode``) or lazy (``DictConfig``).
+        model: on ``device``, in evaluation mode.
+        class_names: in the order of ``pred_classes``.
+
+    Raises:
+        ConfigError, WeightsError: the weights cannot be read, have no config, or are not those of
+            it. Nothing in the file is run.
+    """
+
+    def __init__(
+        self,
+        weights: str | os.PathLike,
+        *,
+        config_file: str | os.PathLike = "",
+        opts: Sequence[str] = (),
+        device: str | torch.device | None = None,
+        batch_size: int = 1,
+    ):
+        name = os.fspath(weights)
+        found = read_weights(name)
+        self.cfg = find_config(found, name, os.fspath(config_file), list(opts))
+        run = Settings(self.cfg)
+        run["device"] = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(run["device"])
+        self.batch_size = batch_size
+        self.model = build_model(self.cfg).eval()
+        mapper = build_mapper(self.cfg)
+        self._augmentations, self._format = mapper.augmentations, mapper.image_format
+        self.bit_depth_range = tuple(getattr(mapper, "bit_depth_range", ()))
+        guards = WeightGuards.from_config(self.cfg)
+        checkpointer = Checkpointer(self.model, guards=guards, evaluation=True)
+        self.model.load_state_dict(checkpointer.check(found, name).loaded, strict=False)
+        self.class_names = found.names("classes") or _class_names(run)
+
+    def __call__(self, images: AnyImage | list[AnyImage]) -> Instances | list[Instances]:
+        """Detect objects.
+
+        Args:
+            images: of :meth:`read`; or a list of them.
+
+        Returns:
+            on the CPU, in pixels of the image (its EXIF orientation applied): ``pred_boxes``
+            (XYXY), ``scores``, ``pred_classes``, and of models that have them ``pred_masks``,
+            (N, height, width) bool, and ``pred_keypoints``, (N, K, 3) of x, y and score. A list of
+            these for a list.
+
+        Raises:
+            DataError: an image cannot be read, is of another kind, or too large.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self([images])[0]
+        return [_with_tensors(found) for found in self.stream(images)]
+
+    def stream(self, images: Iterable[AnyImage]) -> Iterator[Instances]:
+        """As a call of a list, without holding it. ``pred_masks`` are a sequence of (height, width)
+        bool, each made when it is asked for, so that large images need no memory for all."""
+        inputs = (self._input(self.read(image)) for image in images)
+        for _, same in itertools.groupby(inputs, lambda one: one["image"].shape):
+            while batch := list(itertools.islice(same, self.batch_size)):
+                with torch.no_grad(), masks_one_by_one(self.model):
+                    results = self.model(batch)
+                yield from (result["instances"].to("cpu") for result in results)
+
+    def read(self, image: AnyImage) -> np.ndarray:
+        """(height, width, 3) uint8 RGB, of a path, an image of Pillow, or an array of RGB pixels,
+        (height, width, 3) or, of gray ones, (height, width), uint8.
+
+        Raises:
+            DataError: it cannot be read, or is of another kind.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(os.fspath(image), "RGB", bit_depth_range=self.bit_depth_range)
+        if isinstance(image, Image.Image):
+            with naming("of Pillow"):
+                return to_pixels(image, "RGB", bit_depth_range=self.bit_depth_range)
+        if not isinstance(image, np.ndarray):
+            raise DataError(
+                f"an image is a {type(image).__name__}; give a path, an image of Pillow, or an "
+                "array of RGB pixels, (height, width, 3) uint8"
+            )
+        gray, color = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
+        if image.dtype != np.uint8 or not (gray or color) or 0 in image.shape:
+            raise DataError(
+                f"an array of {image.dtype} {image.shape} is no image; give RGB pixels, uint8 of 0 "
+                "to 255, (height, width, 3), or (height, width) of gray ones"
+            )
+        return np.repeat(image[..., None], 3, axis=2) if gray else image
+
+    def _input(self, pixels: np.ndarray) -> dict:
+        """What the model takes of RGB pixels, as the mapper of an evaluation makes it."""
+        height, width = pixels.shape[:2]
+        augmented = T.AugInput(convert_PIL_to_numpy(Image.fromarray(pixels), self._format))
+        self._augmentations(augmented)
+        image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        return {"image": torch.as_tensor(image), "height": height, "width": width}
+
+
+def _class_names(run: Settings) -> list[str]:
+    """Of the data that the config names, where they are registered; else "class 0", ..."""
+    count = run["num_classes"] or 0
+    for name in (n for split in ("train", "test") for n in dataset_names(run, split)):
+        if len(names := MetadataCatalog.get(name).get("thing_classes", ())) == count:
+            return list(names)
+    return [f"class {number}" for number in range(count)]
+
+
+def _with_tensors(found: Instances) -> Instances:
+    if found.has("pred_masks") and isinstance(found.pred_masks, PastedMasks):
+        masks = list(found.pred_masks)
+        empty = torch.zeros(0, *found.image_size, dtype=torch.bool)
+        found.pred_masks = torch.stack(masks) if masks else empty
+    return found
