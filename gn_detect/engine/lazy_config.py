@@ -39,6 +39,14 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
         cfg = LazyConfig.load(config_file)
     except (ImportError, OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{config_file}: {error}") from None
+    complete_lazy_config(cfg, config_file, overrides)
+    return cfg
+
+
+def complete_lazy_config(
+    cfg: DictConfig, config_file: str, overrides: list[str] | None = None
+) -> None:
+    """What :func:`load_lazy_config` does with a config, of ``config_file``, that is loaded."""
     missing = [key for key in _REQUIRED if OmegaConf.select(cfg, key) is None]
     if missing:
         raise ConfigError(
@@ -65,7 +73,6 @@ def load_lazy_config(config_file: str, overrides: list[str] | None = None) -> Di
         mapper.setdefault("instance_mask_format", "polygon")  # which then follows the data
     for override in overrides or []:
         _apply_override(cfg, override)
-    return cfg
 
 
 def _apply_override(cfg: DictConfig, override: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,15 +10,16 @@ from typing import Union
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
 from PIL import Image
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
+from gn_detect.config import ConfigError
 from gn_detect.data import DataError
-from gn_detect.data.images import naming, read_image, to_pixels
+from gn_detect.data.images import naming, to_pixels
 from gn_detect.engine.prepare import dataset_names
 from gn_detect.evaluation import masks_one_by_one
 from gn_detect.evaluation.masks import PastedMasks
@@ -25,6 +27,8 @@ from gn_detect.settings import Settings
 
 from .saved_config import build_mapper, build_model, find_config
 
+MAX_PIXELS = 178_956_970  # as Pillow, beyond which a file may be a "decompression bomb"
+MAX_TILED_PIXELS = 3 * MAX_PIXELS  # which take 4 GB while they are decoded
 AnyImage = Union[str, os.PathLike, np.ndarray, Image.Image]  # noqa: UP007  # an alias, at run time
 
 
@@ -44,6 +48,8 @@ class Predictor:
         cfg: the config, YAML (``CfgNode``) or lazy (``DictConfig``).
         model: on ``device``, in evaluation mode.
         class_names: in the order of ``pred_classes``.
+        keypoint_names: in the order of ``pred_keypoints``; empty for models without.
+        bit_depth_range: ``INPUT.BIT_DEPTH_RANGE``, for images with more than 8 bits.
 
     Raises:
         ConfigError, WeightsError: the weights cannot be read, have no config, or are not those of
@@ -63,17 +69,20 @@ class Predictor:
         found = read_weights(name)
         self.cfg = find_config(found, name, os.fspath(config_file), list(opts))
         run = Settings(self.cfg)
-        run["device"] = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.device = torch.device(run["device"])
+        self.device = _device(device)
+        run["device"] = str(self.device)
         self.batch_size = batch_size
-        self.model = build_model(self.cfg).eval()
         mapper = build_mapper(self.cfg)
+        self.model = build_model(self.cfg).eval()
         self._augmentations, self._format = mapper.augmentations, mapper.image_format
         self.bit_depth_range = tuple(getattr(mapper, "bit_depth_range", ()))
         guards = WeightGuards.from_config(self.cfg)
         checkpointer = Checkpointer(self.model, guards=guards, evaluation=True)
         self.model.load_state_dict(checkpointer.check(found, name).loaded, strict=False)
-        self.class_names = found.names("classes") or _class_names(run)
+        self.class_names = found.names("classes") or _names(run, "num_classes")
+        self.keypoint_names = []
+        if run["keypoints"] and run["num_keypoints"]:
+            self.keypoint_names = found.names("keypoints") or _names(run, "num_keypoints")
 
     def __call__(self, images: AnyImage | list[AnyImage]) -> Instances | list[Instances]:
         """Detect objects.
@@ -100,20 +109,34 @@ class Predictor:
         inputs = (self._input(self.read(image)) for image in images)
         for _, same in itertools.groupby(inputs, lambda one: one["image"].shape):
             while batch := list(itertools.islice(same, self.batch_size)):
-                with torch.no_grad(), masks_one_by_one(self.model):
+                with _no_memory_as_sentence(), torch.no_grad(), masks_one_by_one(self.model):
                     results = self.model(batch)
+                if "instances" not in results[0]:
+                    raise ConfigError(
+                        f"a {type(self.model).__name__} finds no instances, which are what is "
+                        "predicted here; use the weights of a detector"
+                    )
                 yield from (result["instances"].to("cpu") for result in results)
 
-    def read(self, image: AnyImage) -> np.ndarray:
-        """(height, width, 3) uint8 RGB, of a path, an image of Pillow, or an array of RGB pixels,
-        (height, width, 3) or, of gray ones, (height, width), uint8.
+    def read(self, image: AnyImage, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """(height, width, 3) uint8 RGB, of a path, an image of Pillow (its EXIF orientation is
+        applied), or an array of RGB pixels, (height, width, 3) or, of gray ones, (height, width),
+        uint8.
+
+        Args:
+            max_pixels: that are decoded.
 
         Raises:
-            DataError: it cannot be read, or is of another kind.
+            DataError: it cannot be read, is of another kind, or larger.
         """
         if isinstance(image, (str, os.PathLike)):
-            return read_image(os.fspath(image), "RGB", bit_depth_range=self.bit_depth_range)
+            name = os.fspath(image)
+            with naming(name), _pillow_without_limit(), open(name, "rb") as file:
+                opened = Image.open(file)
+                _check_size(opened.size, max_pixels, name)
+                return to_pixels(opened, "RGB", bit_depth_range=self.bit_depth_range, name=name)
         if isinstance(image, Image.Image):
+            _check_size(image.size, max_pixels)
             with naming("of Pillow"):
                 return to_pixels(image, "RGB", bit_depth_range=self.bit_depth_range)
         if not isinstance(image, np.ndarray):
@@ -127,24 +150,77 @@ class Predictor:
                 f"an array of {image.dtype} {image.shape} is no image; give RGB pixels, uint8 of 0 "
                 "to 255, (height, width, 3), or (height, width) of gray ones"
             )
+        _check_size(image.shape[1::-1], max_pixels)
         return np.repeat(image[..., None], 3, axis=2) if gray else image
 
     def _input(self, pixels: np.ndarray) -> dict:
         """What the model takes of RGB pixels, as the mapper of an evaluation makes it."""
         height, width = pixels.shape[:2]
         augmented = T.AugInput(convert_PIL_to_numpy(Image.fromarray(pixels), self._format))
-        self._augmentations(augmented)
+        try:
+            self._augmentations(augmented)
+        except ValueError as error:  # of Pillow: a side would have no pixel
+            raise DataError(
+                f"an image of {width} x {height} pixels cannot be resized as the config says "
+                f"({error}); cut it into pieces"
+            ) from None
         image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         return {"image": torch.as_tensor(image), "height": height, "width": width}
 
 
-def _class_names(run: Settings) -> list[str]:
+def _check_size(size: tuple[int, int], max_pixels: int, name: str = "an image") -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name} has {width} x {height} pixels, more than the {max_pixels} that are decoded "
+            "here; a model sees it shrunk to a fraction, so look at it in tiles "
+            f"(gn_detect.predict.tiles, --tiles; up to {MAX_TILED_PIXELS} pixels), or cut it"
+        )
+
+
+@contextlib.contextmanager
+def _pillow_without_limit() -> Iterator[None]:
+    """In whose place :func:`_check_size` refuses, and nothing warns."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextlib.contextmanager
+def _no_memory_as_sentence() -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise ConfigError(
+            "the GPU has no memory left for the model's maps: lower batch_size (--batch) or "
+            "INPUT.MIN_SIZE_TEST, or run on the CPU (device, --device)"
+        ) from None
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device (--device) {device}: {reason}") from None
+    return torch.device(device)
+
+
+def _names(run: Settings, count: str) -> list[str]:
     """Of the data that the config names, where they are registered; else "class 0", ..."""
-    count = run["num_classes"] or 0
+    key, plain = {
+        "num_classes": ("thing_classes", "class"),
+        "num_keypoints": ("keypoint_names", "keypoint"),
+    }[count]
     for name in (n for split in ("train", "test") for n in dataset_names(run, split)):
-        if len(names := MetadataCatalog.get(name).get("thing_classes", ())) == count:
+        known = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
+        if known and len(names := known.get(key, ())) == run[count]:
             return list(names)
-    return [f"class {number}" for number in range(count)]
+    return [f"{plain} {number}" for number in range(run[count] or 0)]
 
 
 def _with_tensors(found: Instances) -> Instances:
