@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Union
 
 import numpy as np
 import torch
@@ -19,17 +18,13 @@ from PIL import Image
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
 from gn_detect.config import ConfigError
 from gn_detect.data import DataError
-from gn_detect.data.images import naming, to_pixels
 from gn_detect.engine.prepare import dataset_names
 from gn_detect.evaluation import masks_one_by_one
 from gn_detect.evaluation.masks import PastedMasks
 from gn_detect.settings import Settings
 
+from .pixels import AnyImage, read_rgb
 from .saved_config import build_mapper, build_model, find_config
-
-MAX_PIXELS = 178_956_970  # as Pillow, beyond which a file may be a "decompression bomb"
-MAX_TILED_PIXELS = 3 * MAX_PIXELS  # which take 4 GB while they are decoded
-AnyImage = Union[str, os.PathLike, np.ndarray, Image.Image]  # noqa: UP007  # an alias, at run time
 
 
 class Predictor:
@@ -88,7 +83,8 @@ class Predictor:
         """Detect objects.
 
         Args:
-            images: of :meth:`read`; or a list of them.
+            images: a path, an image of Pillow, or an array of RGB pixels, (height, width, 3)
+                uint8 (:func:`.pixels.read_rgb`); or a list of these.
 
         Returns:
             on the CPU, in pixels of the image (its EXIF orientation applied): ``pred_boxes``
@@ -118,40 +114,9 @@ class Predictor:
                     )
                 yield from (result["instances"].to("cpu") for result in results)
 
-    def read(self, image: AnyImage, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """(height, width, 3) uint8 RGB, of a path, an image of Pillow (its EXIF orientation is
-        applied), or an array of RGB pixels, (height, width, 3) or, of gray ones, (height, width),
-        uint8.
-
-        Args:
-            max_pixels: that are decoded.
-
-        Raises:
-            DataError: it cannot be read, is of another kind, or larger.
-        """
-        if isinstance(image, (str, os.PathLike)):
-            name = os.fspath(image)
-            with naming(name), _pillow_without_limit(), open(name, "rb") as file:
-                opened = Image.open(file)
-                _check_size(opened.size, max_pixels, name)
-                return to_pixels(opened, "RGB", bit_depth_range=self.bit_depth_range, name=name)
-        if isinstance(image, Image.Image):
-            _check_size(image.size, max_pixels)
-            with naming("of Pillow"):
-                return to_pixels(image, "RGB", bit_depth_range=self.bit_depth_range)
-        if not isinstance(image, np.ndarray):
-            raise DataError(
-                f"an image is a {type(image).__name__}; give a path, an image of Pillow, or an "
-                "array of RGB pixels, (height, width, 3) uint8"
-            )
-        gray, color = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
-        if image.dtype != np.uint8 or not (gray or color) or 0 in image.shape:
-            raise DataError(
-                f"an array of {image.dtype} {image.shape} is no image; give RGB pixels, uint8 of 0 "
-                "to 255, (height, width, 3), or (height, width) of gray ones"
-            )
-        _check_size(image.shape[1::-1], max_pixels)
-        return np.repeat(image[..., None], 3, axis=2) if gray else image
+    def read(self, image: AnyImage, **options) -> np.ndarray:
+        """:func:`.pixels.read_rgb`, with the ``bit_depth_range`` of the config."""
+        return read_rgb(image, bit_depth_range=self.bit_depth_range, **options)
 
     def _input(self, pixels: np.ndarray) -> dict:
         """What the model takes of RGB pixels, as the mapper of an evaluation makes it."""
@@ -166,26 +131,6 @@ class Predictor:
             ) from None
         image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         return {"image": torch.as_tensor(image), "height": height, "width": width}
-
-
-def _check_size(size: tuple[int, int], max_pixels: int, name: str = "an image") -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise DataError(
-            f"{name} has {width} x {height} pixels, more than the {max_pixels} that are decoded "
-            "here; a model sees it shrunk to a fraction, so look at it in tiles "
-            f"(gn_detect.predict.tiles, --tiles; up to {MAX_TILED_PIXELS} pixels), or cut it"
-        )
-
-
-@contextlib.contextmanager
-def _pillow_without_limit() -> Iterator[None]:
-    """In whose place :func:`_check_size` refuses, and nothing warns."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 @contextlib.contextmanager

@@ -105,14 +105,20 @@ def _outline(data: CocoData, index: int) -> np.ndarray | None:
     ways, which holds no area. (Filled by even and odd, outlines of holes remain holes.)"""
     mask = data.segmentation(index)
     if isinstance(mask, dict):
-        x, y, width, height = mask_util.toBbox(mask).astype(int)
-        part = mask_util.decode(mask)[y : y + height, x : x + width].astype(bool)
-        # supervision traces through the centres of the border pixels: of pixels cut into 3 x 3,
-        # the nearest corners of whole pixels are the border itself.
-        fine = part.repeat(3, axis=0).repeat(3, axis=1)
-        mask = [np.round((polygon + 0.5) / 3) + [x, y] for polygon in mask_to_polygons(fine)]
+        mask = outlines(mask)
     parts = [np.reshape(polygon, (-1, 2)) for polygon in mask or []]
     if len(parts) > 1:
         parts = [np.concatenate([p, p[:1]]) for p in parts]
         parts += [p[:1] for p in parts[-2::-1]]
     return np.concatenate(parts) if parts else None
+
+
+def outlines(rle: dict) -> list[np.ndarray]:
+    """The borders of a mask that is a compressed RLE, of its parts and of holes in them, each
+    (N, 2): x and y of corners of pixels."""
+    x, y, width, height = mask_util.toBbox(rle).astype(int)
+    part = mask_util.decode(rle)[y : y + height, x : x + width].astype(bool)
+    # supervision traces through the centres of the border pixels: of pixels cut into 3 x 3, the
+    # nearest corners of whole pixels are the border itself.
+    fine = part.repeat(3, axis=0).repeat(3, axis=1)
+    return [np.round((polygon + 0.5) / 3) + [x, y] for polygon in mask_to_polygons(fine)]
