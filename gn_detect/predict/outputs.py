@@ -73,7 +73,8 @@ def written_as(path: Path) -> Iterator[Path]:
             "another folder with --output"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -172,7 +173,8 @@ def _annotation(result: dict) -> dict | None:
     if rle := result.get("segmentation"):
         if not (area := mask_util.area(rle).item()):
             return None
-        annotation.update(segmentation=_polygons(rle) or rle, area=area)
+        box = mask_util.toBbox(rle).tolist()  # which a model's is not exactly
+        annotation.update(segmentation=_polygons(rle) or rle, area=area, bbox=box)
     if keypoints := result.get("keypoints"):
         labeled = np.reshape(keypoints, (-1, 3))
         labeled[:, 2] = 2  # visible, in place of a score
@@ -183,7 +185,8 @@ def _annotation(result: dict) -> dict | None:
 def _polygons(rle: dict) -> list[list[float]] | None:
     """A mask as tools for labelling have it; None where polygons are another mask, as with holes
     and single pixels."""
-    polygons = [outline.ravel().tolist() for outline in outlines(rle) if len(outline) > 2]
+    polygons = [o[(o != np.roll(o, 1, axis=0)).any(axis=1)] for o in outlines(rle)]
+    polygons = [polygon.ravel().tolist() for polygon in polygons if len(polygon) > 2]
     if not polygons:
         return None
     drawn = mask_util.merge(mask_util.frPyObjects(polygons, *rle["size"]))

@@ -27,7 +27,7 @@ def read_rgb(
         image: a path; an image of Pillow; or an array of RGB pixels, (height, width, 3) uint8, or
             of gray ones, (height, width) uint8.
         bit_depth_range: see :func:`gn_detect.data.images.value_range`.
-        max_pixels: that are decoded.
+        max_pixels: of a path or an image of Pillow, which are decoded here.
 
     Returns:
         (height, width, 3) uint8 RGB, the EXIF orientation of a path or of Pillow's applied.
@@ -56,7 +56,6 @@ def read_rgb(
             f"an array of {image.dtype} {image.shape} is no image; give RGB pixels, uint8 of 0 to "
             "255, (height, width, 3), or (height, width) of gray ones"
         )
-    _check_size(image.shape[1::-1], max_pixels)
     return np.repeat(image[..., None], 3, axis=2) if gray else image
 
 

@@ -26,6 +26,8 @@ from gn_detect.settings import Settings
 from .pixels import AnyImage, read_rgb
 from .saved_config import build_mapper, build_model, find_config
 
+MAX_MASKS = 2**32  # bytes of the masks of an image
+
 
 class Predictor:
     """A trained detector, of a file of weights.
@@ -170,7 +172,13 @@ def _names(run: Settings, count: str) -> list[str]:
 
 def _with_tensors(found: Instances) -> Instances:
     if found.has("pred_masks") and isinstance(found.pred_masks, PastedMasks):
+        count, (height, width) = len(found), found.image_size
+        if (size := count * height * width) > MAX_MASKS:
+            raise DataError(
+                f"{count} masks of {width} x {height} pixels take {size / 2**30:.0f} GiB: iterate "
+                "over predictor.stream([image]), whose masks are made one by one"
+            )
         masks = list(found.pred_masks)
-        empty = torch.zeros(0, *found.image_size, dtype=torch.bool)
+        empty = torch.zeros(0, height, width, dtype=torch.bool)
         found.pred_masks = torch.stack(masks) if masks else empty
     return found

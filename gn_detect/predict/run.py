@@ -60,7 +60,7 @@ class Summary:
         where = " and ".join(f"{count} {kind}" for count, kind in kinds if count) or "no image"
         text = f"{output}: {self.found} objects in {where}, {self.shown} of score >= {score:g}"
         if self.found and not self.shown:
-            text += f": the highest score is {self.highest:.3f}, so nothing is drawn; lower --score"
+            text += f": the highest score is {self.highest:.4f}, so nothing is drawn; lower --score"
         if self.images:
             text += f"\n{output / 'predictions.json'}: all of them"
             text += f"\n{output / 'annotations.json'}: those of score >= {score:g}, "

@@ -47,6 +47,7 @@ _OTHERS = (
     *(ResNet.make_default_stages, ResNet.make_stage, ShapeSpec, Matcher, Box2BoxTransform),
     *(GroupNormFactory, build_detector, DatasetMapper, NamingDatasetMapper),
 )
+_UNUSABLE = (AssertionError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def find_config(
@@ -112,13 +113,11 @@ def _saved_config(weights: Weights, name: str, opts: list[str]) -> CfgNode | Dic
             return _yaml_config(saved, name, opts)
         if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
             return _lazy_config(saved, name, opts)
-    except (AssertionError, TypeError, ValueError, KeyError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise WeightsError(f"{name}: its config cannot be used ({error}): {_REMEDY}") from None
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except (*_UNUSABLE, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise WeightsError(f"{name}: its config cannot be read ({reason}): {_REMEDY}") from None
+        raise WeightsError(f"{name}: its config cannot be used ({reason}): {_REMEDY}") from None
     raise WeightsError(f"{name}: its config is of no known kind: {_REMEDY}")
 
 
@@ -135,7 +134,7 @@ def _yaml_config(saved: dict, name: str, opts: list[str]) -> CfgNode:
     try:
         cfg.merge_from_list(opts)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"opts: {error.args[0]}") from None
+        raise ConfigError(f"opts (--opts): {error.args[0]}") from None
     return cfg
 
 
