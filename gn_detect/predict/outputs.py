@@ -14,11 +14,10 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
 from pycocotools import mask as mask_util
-from supervision.detection.compact_mask import CompactMask
 
 from gn_detect.config import ConfigError
 from gn_detect.data.formats.from_coco import outlines
-from gn_detect.visualize import draw
+from gn_detect.drawing import XYWH_TO_XYXY, draw, from_coco
 
 from .inputs import Input
 
@@ -194,19 +193,17 @@ def _polygons(rle: dict) -> list[list[float]] | None:
 
 
 def draw_results(pixels: np.ndarray, results: list[dict], names: Sequence[str]) -> np.ndarray:
-    """:func:`gn_detect.visualize.draw`, of :func:`to_results`."""
+    """:func:`gn_detect.drawing.draw`, of :func:`to_results`."""
     if not results:
         return pixels
-    boxes = np.array([result["bbox"] for result in results])
-    boxes[:, 2:] += boxes[:, :2]
-    masks = [result["segmentation"] for result in results if "segmentation" in result]
     keypoints = np.array([result.get("keypoints", ()) for result in results])
     keypoints = keypoints.reshape(len(results), -1, 3) + [0.5, 0.5, 0]  # COCO counts from 0
-    detections = sv.Detections(
-        xyxy=boxes,
-        mask=CompactMask.from_coco_rle(masks, boxes, pixels.shape[:2]) if masks else None,
+    detections = from_coco(
+        np.array([result["bbox"] for result in results]) @ XYWH_TO_XYXY,
+        np.array([result["category_id"] for result in results]),
+        [result["segmentation"] for result in results if "segmentation" in result],
+        pixels.shape[:2],
         confidence=np.array([result["score"] for result in results]),
-        class_id=np.array([result["category_id"] for result in results]),
     )
     return draw(pixels, detections, names, keypoints if keypoints.size else None)
 

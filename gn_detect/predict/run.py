@@ -56,9 +56,10 @@ class Summary:
 
     def text(self, score: float, output: Path, root: Path) -> str:
         """For a person."""
-        kinds = [(self.images, "images"), (self.frames, "frames of videos")]
-        where = " and ".join(f"{count} {kind}" for count, kind in kinds if count) or "no image"
-        text = f"{output}: {self.found} objects in {where}, {self.shown} of score >= {score:g}"
+        kinds = [(self.images, "image"), (self.frames, "frame")]
+        where = [f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count]
+        where = " and ".join(where) or "no image"
+        text = f"{output}: {self.found} object{'s' * (self.found != 1)} in {where}, {self.shown} of score >= {score:g}"
         if self.found and not self.shown:
             text += f": the highest score is {self.highest:.4f}, so nothing is drawn; lower --score"
         if self.images:

@@ -156,7 +156,7 @@ def test_video_of_the_same_frames_and_speed(weights, tmp_path):
     write_video(tmp_path / "clip.mp4", 12)
     arguments = ("--output", tmp_path / "out", "--device", "cpu", "--batch", 8)
     shown = run_tool("predict.py", weights, tmp_path / "clip.mp4", *arguments).stdout
-    assert "12 frames of videos" in shown
+    assert "objects in 12 frames, " in shown
     with av.open(tmp_path / "out/clip.mp4") as video:
         stream = video.streams.video[0]
         assert (stream.average_rate, stream.width, stream.height) == (24, 34, 48)
