@@ -72,10 +72,10 @@ def user(tmp_path, monkeypatch):
         path.parents[1].joinpath(f"{split}2017").symlink_to(tmp_path / "images")
     Path("GN.yaml").write_text(f"_BASE_: configs/{PHOTOS}\n")
     Path("output/quickstart").mkdir(parents=True)
-    for path, norm in (("output/quickstart/model_final", "GN"), ("bn", "BN")):
+    for folder, name, norm in (("output/quickstart", "model_final", "GN"), (".", "bn", "BN")):
         cfg = config(PHOTOS, *TINY, "MODEL.RESNETS.NORM", norm)
-        guards = WeightGuards.from_config(cfg)
-        Checkpointer(build_model(cfg), str(tmp_path), guards=guards).save(path)
+        saved = {"guards": WeightGuards.from_config(cfg), "config": cfg.dump()}
+        Checkpointer(build_model(cfg), str(tmp_path / folder), **saved).save(name)
     return tmp_path
 
 
