@@ -59,7 +59,8 @@ class Summary:
         kinds = [(self.images, "image"), (self.frames, "frame")]
         where = [f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count]
         where = " and ".join(where) or "no image"
-        text = f"{output}: {self.found} object{'s' * (self.found != 1)} in {where}, {self.shown} of score >= {score:g}"
+        text = f"{output}: {self.found} object{'s' * (self.found != 1)} in {where}, "
+        text += f"{self.shown} of score >= {score:g}"
         if self.found and not self.shown:
             text += f": the highest score is {self.highest:.4f}, so nothing is drawn; lower --score"
         if self.images:
