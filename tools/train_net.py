@@ -82,7 +82,7 @@ def main(args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_to_evaluate(Settings(cfg), model, args.resume)
-        return Trainer.test(cfg, model)
+        return {**Trainer.test(cfg, model), **Trainer.test_with_tta(cfg, model)}
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gn_detect.checkpoint import Origin, WeightGuards
 from gn_detect.config import ConfigError
+from gn_detect.evaluation import check_tta
 from gn_detect.settings import Settings
 
 from .lazy_config import instantiate_key
@@ -199,13 +200,9 @@ def _check_batch_norm(run: Settings, model: nn.Module, processes: int) -> None:
 def check_options(cfg: CfgNode, *, training: bool) -> None:
     """
     Raises:
-        ConfigError: training would need what is not installed, or fail in Detectron2 itself.
+        ConfigError: the run would need what is not installed, or fail in Detectron2 itself.
     """
-    if cfg.TEST.AUG.ENABLED:
-        logger.warning(
-            "TEST.AUG.ENABLED is ignored: images are evaluated as they are. For test-time "
-            "augmentation wrap the model in detectron2.modeling.GeneralizedRCNNWithTTA"
-        )
+    check_tta(cfg)
     if not training:
         return
     if cfg.VIS_PERIOD > 0 and importlib.util.find_spec("cv2") is None:

@@ -22,7 +22,7 @@ from gn_detect.checkpoint import Checkpointer, WeightGuards
 from gn_detect.data.coco import output_names
 from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.data.workers import keep_workers
-from gn_detect.evaluation import build_evaluator, masks_one_by_one
+from gn_detect.evaluation import build_evaluator, describe_tta, masks_one_by_one, with_tta
 from gn_detect.settings import Settings
 
 from .best import best_of
@@ -32,6 +32,8 @@ from .hooks import EvalHook, FirstIterations, ProgressBar, Saving
 from .prepare import dataset_names
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer, EndsEarly
+
+logger = logging.getLogger(__name__)
 
 
 def build_loop(
@@ -155,6 +157,20 @@ class Trainer(DefaultTrainer, EndsEarly):
         with preserved_random_state(), masks_one_by_one(model, when=ours and evaluators is None):
             return super().test(cfg, model, evaluators)
 
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model) -> dict:
+        """Evaluate with test-time augmentation; empty unless ``TEST.AUG.ENABLED``. The names of the
+        results end in "_TTA", as in Detectron2's ``tools/train_net.py``; ``OUTPUT_DIR/TTA`` has
+        the predictions."""
+        if not (cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST):
+            return {}
+        logger.info(f"evaluation with test-time augmentation, {describe_tta(cfg)}")
+        augmented = cfg.clone()
+        augmented.defrost()
+        augmented.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "TTA")
+        results = cls.test(augmented, with_tta(cfg, model))
+        return {f"{name}_TTA": result for name, result in results.items()}
+
     def build_hooks(self) -> list:
         ret = super().build_hooks()
         solver, test = self.cfg.SOLVER, self.cfg.TEST
@@ -175,7 +191,9 @@ class Trainer(DefaultTrainer, EndsEarly):
         place = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
         run = Settings(self.cfg)
         evaluation = EvalHook(test.EVAL_PERIOD, evaluate, best_of(run), saving, run.keys)
-        ret[place : place + 1] = [saving, evaluation]
+        # At the end alone, as in Detectron2: it takes many times as long.
+        augmented = EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+        ret[place : place + 1] = [saving, evaluation, augmented]
         if comm.is_main_process():
             ret.append(FirstIterations(self.max_iter))
         return ret

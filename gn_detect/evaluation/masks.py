@@ -19,7 +19,7 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 from detectron2.layers import paste_masks_in_image
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, ROIMasks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,17 +36,24 @@ def takes_items(evaluator: DatasetEvaluator) -> bool:
 @contextlib.contextmanager
 def masks_one_by_one(model: nn.Module, when: bool = True) -> Iterator[None]:
     """Within it, ``pred_masks`` of the results of ``model`` are :class:`PastedMasks`, if it is a
-    ``GeneralizedRCNN``, or of a subclass with the same inference. Others are left as they are."""
+    ``GeneralizedRCNN``, or of a subclass with the same inference, or Detectron2's of augmented
+    images. Others are left as they are."""
     rcnn = model.module if isinstance(model, DistributedDataParallel) else model
     methods = [getattr(type(rcnn), name, None) for name in ("forward", "inference")]
-    if not when or methods != [GeneralizedRCNN.forward, GeneralizedRCNN.inference]:
+    if type(rcnn) is GeneralizedRCNNWithTTA:
+        name, method = "_reduce_pred_masks", _mean_masks
+    elif methods == [GeneralizedRCNN.forward, GeneralizedRCNN.inference]:
+        name, method = "inference", _inference
+    else:
+        when = False
+    if not when:
         yield
         return
-    rcnn.inference = functools.partial(_inference, rcnn)  # which its forward calls
+    setattr(rcnn, name, functools.partial(method, rcnn))  # which its forward calls
     try:
         yield
     finally:
-        del rcnn.inference
+        delattr(rcnn, name)
 
 
 def _inference(model: GeneralizedRCNN, batched_inputs: list[dict]) -> list[dict]:
@@ -58,6 +65,11 @@ def _inference(model: GeneralizedRCNN, batched_inputs: list[dict]) -> list[dict]
             result.pred_masks = _UnpastedMasks(masks)
     sizes = [result.image_size for result in results]
     return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)
+
+
+def _mean_masks(model: GeneralizedRCNNWithTTA, *outputs_and_transforms) -> _UnpastedMasks:
+    masks = GeneralizedRCNNWithTTA._reduce_pred_masks(model, *outputs_and_transforms)
+    return _UnpastedMasks(masks[:, 0])
 
 
 class _UnpastedMasks(ROIMasks):

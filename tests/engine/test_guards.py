@@ -223,11 +223,3 @@ def test_a_schedule_that_fails_at_its_end():
         for _ in range(cfg.SOLVER.MAX_ITER):
             optimizer.step()
             schedule.step()
-
-
-def test_what_is_ignored_is_said(caplog):
-    cfg = config()
-    cfg.TEST.AUG.ENABLED = True
-    with caplog.at_level(logging.WARNING, "gn_detect"):
-        check_options(cfg, training=False)
-    assert "TEST.AUG.ENABLED is ignored" in caplog.text
