@@ -1,0 +1,1 @@
+"""Trained detectors as ONNX files, and what runs these without PyTorch."""
