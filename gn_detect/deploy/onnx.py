@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import numpy as np
 import torch
 from detectron2.data import transforms as T
+from PIL import Image
 
+import gn_detect
+from gn_detect.checkpoint.saving import write_atomically
 from gn_detect.config import ConfigError
+from gn_detect.data.shapes import draw_image
 from gn_detect.predict.saved_config import build_mapper
 from gn_detect.settings import Settings
 
@@ -20,6 +27,8 @@ from .tracing import Detector, traceable
 
 if TYPE_CHECKING:
     from gn_detect.predict import Predictor
+
+    from .agreement import Agreement
 
 GROUP_NORMS = "decomposed", "op"
 _OPSET = 20  # the newest that PyTorch writes of a trace
@@ -32,42 +41,94 @@ def export_onnx(
     *,
     static: tuple[int, int] | None = None,
     group_norm: str = "decomposed",
-) -> None:
-    """Write the detector as ONNX: ``deploy/runtime.py`` says what is in it, and runs it.
+    image: str | None = None,
+) -> Agreement:
+    """Write a detector as ONNX: ``deploy/runtime.py`` says what is in the file, and runs it.
 
     Args:
+        predictor: on the CPU.
         static: height and width of the images; None for any.
-        group_norm: ``"op"`` for the operator GroupNormalization, ``"decomposed"`` for others.
+        group_norm: ``"op"`` for the operator GroupNormalization of opset 21, ``"decomposed"`` for
+            others, of opset 20.
+        image: on which the file is compared with the model; None for one that is drawn.
+
+    Returns:
+        what the comparison gave.
 
     Raises:
-        ConfigError: the model is of another kind, or cannot be traced.
+        ConfigError: the model is of another kind, or the file does not find what the model finds;
+            there is no file then.
+        CheckpointError: it cannot be written.
+        DataError: ``image`` cannot be read.
     """
-    import onnx  # the extra `export`; here, so that this module needs it in a call alone
+    try:
+        import onnx
 
+        from . import runtime
+        from .agreement import compare
+    except ImportError as error:
+        raise ConfigError(
+            f"{error}: install the extra, `pip install 'gn_detect[export]'`"
+        ) from None
     facts = describe(predictor, static)
-    detector = Detector(predictor.model, bgr=facts["input_format"] == "BGR")
-    shape = static or (96, 128)
-    image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
-    names = detector.output_names
-    axes = {name: {0: "detections"} for name in names}
-    with _quiet(), traceable(detector.model), _group_norm(group_norm):
+    detector = Detector(predictor.model, bgr=facts["input_format"] == "BGR").eval()
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "model.onnx")
+        try:
+            _trace(detector, file, static, group_norm)
+        except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"the model cannot be exported: {reason}") from error
+        model = onnx.load(file)
+        if group_norm == "op":  # of what else is in the file the two have the same
+            next(o for o in model.opset_import if not o.domain).version = _OPSET_OF_OP
+        model.producer_name, model.producer_version = "gn_detect", gn_detect.__version__
+        onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
+        onnx.checker.check_model(model)
+        onnx.save(model, file)
+        found, expected = _both(predictor, runtime.Detector(file), static, image)
+    agreement = compare(found, expected)
+    if not agreement.good:
+        raise ConfigError(
+            f"{path} is not written, as it does not find what the model does: {agreement}"
+        )
+    write_atomically(path, lambda f: f.write(model.SerializeToString()))
+    return agreement
+
+
+def _trace(detector: Detector, path: str, static: tuple[int, int] | None, group_norm: str) -> None:
+    image = torch.randint(0, 256, (*(static or (96, 128)), 3), dtype=torch.uint8)
+    axes = {name: {0: "objects"} for name in detector.output_names}
+    if not static:
+        axes["image"] = {0: "height", 1: "width"}
+    with warnings.catch_warnings(), traceable(detector.model), _group_norm(group_norm):
+        warnings.simplefilter("ignore")  # of what a trace may miss: the file is compared instead
         torch.onnx.export(
-            detector.eval(),
+            detector,
             (image,),
             path,
             dynamo=False,
             opset_version=_OPSET,
             input_names=["image"],
-            output_names=names,
-            dynamic_axes=axes if static else axes | {"image": {0: "height", 1: "width"}},
+            output_names=detector.output_names,
+            dynamic_axes=axes,
         )
-    model = onnx.load(path)
-    if group_norm == "op":  # what else is in a model is in both the same
-        next(o for o in model.opset_import if not o.domain).version = _OPSET_OF_OP
-    model.producer_name, model.producer_version = "gn_detect", "1"
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+
+
+def _both(predictor, exported, static: tuple[int, int] | None, image: str | None) -> tuple:
+    """What both find in an image of another size than that of the trace, or of the static one."""
+    if image:
+        pixels = Image.fromarray(predictor.read(image))
+    else:
+        pixels = draw_image(np.random.default_rng(4), 256)[0].resize((317, 203))
+    if not static:
+        return exported(pixels), predictor(pixels)
+    pixels = np.array(pixels.resize(static[::-1]))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    if exported.metadata["input_format"] == "BGR":
+        image = image.flip(0)
+    with torch.no_grad():
+        return exported(pixels), predictor.model([{"image": image}])[0]["instances"]
 
 
 def describe(predictor: Predictor, static: tuple[int, int] | None = None) -> dict:
@@ -105,18 +166,10 @@ def describe(predictor: Predictor, static: tuple[int, int] | None = None) -> dic
 
 @contextlib.contextmanager
 def _group_norm(kind: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if kind == "op":
-            ours = _GroupNormalization.apply
-            stack.enter_context(mock.patch.object(torch, "group_norm", ours))
+    if kind == "decomposed":
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of a trace: the file is compared with the model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        return
+    with mock.patch.object(torch, "group_norm", _GroupNormalization.apply):
         yield
 
 

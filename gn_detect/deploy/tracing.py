@@ -168,7 +168,7 @@ def _heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
     """Detectron2's, of (N, K, M, M) logits and (N, 4) boxes, in operations that ONNX has within a
     loop: (N, K, 4) of x, y, logit and score."""
     num_keypoints = maps.shape[1]
-    found = torch.zeros([0, num_keypoints, 4])
+    found = torch.zeros([0, num_keypoints, 4], dtype=torch.float32)
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     for i in range(maps.shape[0]):
         width, height = sides[i].ceil().to(torch.int64).unbind()
@@ -179,7 +179,7 @@ def _heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
         score = 1 / (maps[i] - logit[:, None, None]).exp().sum(dim=[1, 2])
         x = position % width
         y = (position - x) // width
-        center = torch.stack([x, y], dim=1).to(maps.dtype) + 0.5
+        center = torch.stack([x, y], dim=1).float() + 0.5
         pixels = center * (sides[i] / sides[i].ceil()) + boxes[i, :2]
         found = torch.cat([found, torch.cat([pixels, logit[:, None], score[:, None]], dim=1)[None]])
     return found
