@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
     from .agreement import Agreement
 
-GROUP_NORMS = "decomposed", "op"
 _OPSET = 20  # the newest that PyTorch writes of a trace
 _OPSET_OF_OP = 21  # since which gamma and beta of GroupNormalization are per channel
 
@@ -101,7 +98,8 @@ def _trace(detector: Detector, path: str, static: tuple[int, int] | None, group_
     axes = {name: {0: "objects"} for name in detector.output_names}
     if not static:
         axes["image"] = {0: "height", 1: "width"}
-    with warnings.catch_warnings(), traceable(detector.model), _group_norm(group_norm):
+    form = mock.patch.object(torch, "group_norm", _GROUP_NORMS[group_norm].apply)
+    with warnings.catch_warnings(), traceable(detector.model), form:
         warnings.simplefilter("ignore")  # of what a trace may miss: the file is compared instead
         torch.onnx.export(
             detector,
@@ -164,22 +162,45 @@ def describe(predictor: Predictor, static: tuple[int, int] | None = None) -> dic
     }
 
 
-@contextlib.contextmanager
-def _group_norm(kind: str) -> Iterator[None]:
-    if kind == "decomposed":
-        yield
-        return
-    with mock.patch.object(torch, "group_norm", _GroupNormalization.apply):
-        yield
+class _GroupNorm(torch.autograd.Function):
+    """``torch.group_norm`` with a form of ours in ONNX. PyTorch's cannot take an N of 0."""
 
-
-class _GroupNormalization(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_groups, weight, bias, eps, *_):
         size = x[:1, :1].numel()
         return torch.native_group_norm(x, weight, bias, *x.shape[:2], size, num_groups, eps)[0]
 
+
+class _Operator(_GroupNorm):
     @staticmethod
     def symbolic(g, x, num_groups, weight, bias, eps, *_):
         y = g.op("GroupNormalization", x, weight, bias, num_groups_i=num_groups, epsilon_f=eps)
         return y.setType(x.type())
+
+
+class _Decomposed(_GroupNorm):
+    @staticmethod
+    def symbolic(g, x, num_groups, weight, bias, eps, *_):
+        def constant(value):
+            return g.op("Constant", value_t=torch.as_tensor(value))
+
+        values = g.op("ReduceProd", g.op("Shape", x, start_i=1), keepdims_i=1)
+        groups = constant([num_groups])
+        grouped = g.op(
+            "Concat", g.op("Shape", x, end_i=1), groups, g.op("Div", values, groups), axis_i=0
+        )
+        y = g.op(
+            "InstanceNormalization",
+            g.op("Reshape", x, grouped, allowzero_i=1),
+            constant(torch.ones(num_groups)),
+            constant(torch.zeros(num_groups)),
+            epsilon_f=eps,
+        )
+        y = g.op("Reshape", y, g.op("Shape", x), allowzero_i=1)
+        per_channel = constant(list(range(1, x.type().dim() - 1)))
+        y = g.op("Mul", y, g.op("Unsqueeze", weight, per_channel))
+        return g.op("Add", y, g.op("Unsqueeze", bias, per_channel)).setType(x.type())
+
+
+_GROUP_NORMS = {"decomposed": _Decomposed, "op": _Operator}
+GROUP_NORMS = tuple(_GROUP_NORMS)

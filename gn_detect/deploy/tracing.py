@@ -176,10 +176,10 @@ def _heatmaps_to_keypoints(maps: Tensor, boxes: Tensor) -> Tensor:
             maps[i : i + 1], size=[int(height), int(width)], mode="bicubic", align_corners=False
         )
         logit, position = heatmap.reshape([num_keypoints, -1]).max(dim=1)
-        score = 1 / (maps[i] - logit[:, None, None]).exp().sum(dim=[1, 2])
+        score = (maps[i] - logit[:, None, None]).exp().sum(dim=[1, 2]).reciprocal()
         x = position % width
         y = (position - x) // width
-        center = torch.stack([x, y], dim=1).float() + 0.5
+        center = torch.stack([x.float(), y.float()], dim=1) + 0.5
         pixels = center * (sides[i] / sides[i].ceil()) + boxes[i, :2]
         found = torch.cat([found, torch.cat([pixels, logit[:, None], score[:, None]], dim=1)[None]])
     return found
