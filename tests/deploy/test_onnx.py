@@ -167,7 +167,7 @@ def test_metadata(exported):
     facts = {p.key: json.loads(p.value) for p in model.metadata_props}
     assert model.producer_name == "gn_detect"
     assert facts["class_names"] == predictor.class_names
-    assert (facts["min_size"], facts["max_size"], facts["input_format"]) == (64, 96, "BGR")
+    assert (facts["min_size"], facts["max_size"], facts["input_format"]) == (64, 96, "RGB")
     assert facts["pixel_mean"] == pytest.approx(predictor.cfg.MODEL.PIXEL_MEAN)
     inputs = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
               for i in model.graph.input}  # fmt: skip
@@ -291,7 +291,6 @@ def test_paste_equals_detectron2(box):
     mask = np.zeros((20, 30), dtype=bool)
     runtime.paste(mask, box[0].numpy(), probability[0].numpy())
     np.testing.assert_array_equal(mask, paste_masks_in_image(probability, box, (20, 30))[0])
-    assert mask.any()
 
 
 class TestTool:
@@ -305,8 +304,8 @@ class TestTool:
     def test_refuses_what_differs(self, exported, tmp_path):
         predictor, _ = exported("Faster")
         pool = tracing._pool
-        with mock.patch.object(tracing, "_pool", lambda *args: 2 * pool(*args)):
-            with pytest.raises(ConfigError, match="a.onnx is not written, as it finds other"):
+        with mock.patch.object(tracing, "_pool", lambda *args: pool(*args).flip(3)):
+            with pytest.raises(ConfigError, match="a.onnx is not written, as it does not find"):
                 export_onnx(predictor, str(tmp_path / "a.onnx"))
         assert not list(tmp_path.iterdir())
 
