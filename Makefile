@@ -26,9 +26,9 @@ $(STAMP): constraints.txt setup.py pyproject.toml \
 	@set -e; \
 	if $(BIN)/python -c '$(HAS_REAL_DETECTRON2)'; then \
 		echo "Using the detectron2 already in $(VENV), with the torch beside it"; \
-		$(PIP) -e '.[fast-eval,test,dev]'; \
+		$(PIP) -e '.[fast-eval,export,test,dev]'; \
 	else \
-		$(PIP) -c constraints.txt ./tools/detectron2_alias -e '.[fast-eval,test,dev]'; \
+		$(PIP) -c constraints.txt ./tools/detectron2_alias -e '.[fast-eval,export,test,dev]'; \
 		$(PIP) --no-deps --ignore-requires-python LabGym==3.1.2; \
 	fi
 	@touch $@

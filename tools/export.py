@@ -49,7 +49,9 @@ def main(args):
     agreement = export_onnx(
         predictor, args.output, static=args.static, group_norm=args.group_norm, image=args.image
     )
-    print(agreement)
+    print(f"the file compared with the model: {agreement}")
+    if not agreement.count:
+        print("nothing was found to compare: name a photo with --image")
     print(f"written: {args.output}")
 
 
