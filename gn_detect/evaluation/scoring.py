@@ -217,7 +217,7 @@ class CocoEvaluator(COCOEvaluator):
         names = self._metadata.get("thing_classes")
         for task in sorted(self._tasks or self._tasks_from_predictions(results)):
             # Neither package takes results that are empty.
-            scored = self._score(results, task, img_ids) if results else None
+            scored = self.score(results, task, img_ids) if results else None
             self._results[task] = self._derive_coco_results(scored, task, class_names=names)
 
     def _check(self, results: list[dict]) -> None:
@@ -232,9 +232,10 @@ class CocoEvaluator(COCOEvaluator):
                 f"{len(self._classes)} classes, from 0 on; set the number of classes to that"
             )
 
-    def _score(
-        self, results: list[dict], task: str, img_ids: Sequence[int | str] | None
+    def score(
+        self, results: list[dict], task: str, img_ids: Sequence[int | str] | None = None
     ) -> COCOevalMaxDets:
+        """COCO's evaluation of results as Detectron2 makes them, with classes of the model."""
         detections = [
             {
                 "image_id": self._images[r["image_id"]],
