@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
+
+_TABLE = {"tablefmt": "simple", "floatfmt": ".1f"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,39 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: lists in place of arrays, None in place of NaN."""
         return _plain(dataclasses.asdict(self))
+
+    def text(self, most: int = 10) -> str:
+        """Tables for a terminal, of at most so many classes and images."""
+        classes = sorted(self.per_class, key=lambda c: (math.isnan(c.ap), c.ap))[:most]
+        columns = ("name", "objects", "ap", "ap50", "ap75", "ar")
+        rows = [[getattr(c, column) for column in columns] for c in classes]
+        lowest = f", the {most} lowest" if len(self.classes) > most else ""
+        share = self.true_positives + self.false_positives
+        worst = [f"  {image.file_name}: {image.reason}" for image in self.worst[:most]]
+        return "\n".join(
+            [
+                f"{self.num_results} results ({self.iou_type}) on {self.num_images} images with "
+                f"{self.num_objects} objects: AP {self.scores['AP']:.2f}, "
+                f"AP50 {self.scores['AP50']:.2f}, AP75 {self.scores['AP75']:.2f}",
+                tabulate(rows, [f"class{lowest}", "objects", "AP", "AP50", "AP75", "AR"], **_TABLE),
+                "",
+                f"at scores >= {self.score_threshold:g} and IoU 0.5, {self.true_positives} of "
+                f"{share} results are right; the errors, and what mending each kind adds to AP50:",
+                tabulate(
+                    [(e.kind, e.count, 100 * e.share, e.delta_ap) for e in self.errors],
+                    ["error", "count", "percent", "AP50 +"],
+                    **_TABLE,
+                ),
+                "",
+                f"expected calibration error of the scores: {self.calibration_error:.3f}",
+                *(
+                    [f"images with the most errors ({len(worst)} of {len(self.worst)}):"]
+                    if worst
+                    else []
+                ),
+                *worst,
+            ]
+        )
 
 
 def _plain(value: Any) -> Any:

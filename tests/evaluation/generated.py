@@ -8,6 +8,8 @@ import torch
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 HEIGHT, WIDTH = 160, 200
 
@@ -115,6 +117,28 @@ def results(content, found: list[Instances], task: str) -> list[dict]:
         for image, instances in zip(content["images"], copy.deepcopy(found), strict=True)
         for result in instances_to_coco_json(instances, image["id"])
     ]
+
+
+def reference(content, found, task, sigmas=(), max_dets=100) -> COCOeval:
+    """pycocotools alone."""
+    return reference_of(content, results(content, found, task), task, sigmas, max_dets)
+
+
+def reference_of(content, rows, task, sigmas=(), max_dets=100) -> COCOeval:
+    """Of detections in COCO's format of results, with or without boxes beside the masks."""
+    if task == "segm":  # pycocotools would take the areas from the boxes
+        rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+    truth = COCO()
+    truth.dataset = copy.deepcopy(content)
+    truth.createIndex()
+    scored = COCOeval(truth, truth.loadRes(copy.deepcopy(rows)), task)
+    if sigmas and task == "keypoints":
+        scored.params.kpt_oks_sigmas = np.array(sigmas)
+    if task != "keypoints":
+        scored.params.maxDets = [1, 10, max_dets]
+    scored.evaluate()
+    scored.accumulate()
+    return scored
 
 
 def scores_of(evaluator, images, outputs):

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import _LOG_COUNTER
-from evaluation.generated import detections, ground_truth, results, scores_of
+from evaluation.generated import detections, ground_truth, reference, scores_of
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -26,21 +26,6 @@ from gn_detect.evaluation import build_evaluator, scoring
 BACKENDS = ("pycocotools", "fast")
 TASKS = ("bbox", "keypoints", "segm")
 SIGMAS = (0.05, 0.1, 0.2)
-
-
-def reference(content, found, task, sigmas=(), max_dets=100) -> COCOeval:
-    """pycocotools alone."""
-    truth = COCO()
-    truth.dataset = copy.deepcopy(content)
-    truth.createIndex()
-    scored = COCOeval(truth, truth.loadRes(results(content, found, task)), task)
-    if sigmas and task == "keypoints":
-        scored.params.kpt_oks_sigmas = np.array(sigmas)
-    if task != "keypoints":
-        scored.params.maxDets = [1, 10, max_dets]
-    scored.evaluate()
-    scored.accumulate()
-    return scored
 
 
 def table(scored: COCOeval) -> list[str]:
