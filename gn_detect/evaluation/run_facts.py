@@ -1,0 +1,197 @@
+"""What a run leaves behind in its output directory, read for its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from omegaconf import OmegaConf
+
+from gn_detect.settings import Settings
+from gn_detect.visualize import read_curves
+
+# The evaluations of a page, in the order in which it shows them, by their keys in metrics.json.
+METRICS = {
+    "segm/AP": "mask AP",
+    "keypoints/AP": "keypoint AP",
+    "bbox/AP": "box AP",
+    "panoptic_seg/PQ": "panoptic quality",
+    "sem_seg/mIoU": "semantic mIoU",
+}
+_RECORD = re.compile(r"^\[\d\d/\d\d \d\d:\d\d:\d\d\]", re.MULTILINE)  # begins one of the log
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
+# Rows of Detectron2's table that say nothing of a run.
+_LEFT_OUT = ("sys.platform", "detectron2._C", "Compiler ($CXX)", "DETECTRON2_ENV_MODULE", "cv2")
+_LEFT_OUT += ("PyTorch debug build", "torch._C._GLIBCXX_USE_CXX11_ABI")
+# Name -> a pattern of the value in the log.
+_LOGGED = {
+    "training took": r"Total training time: (\S+)",
+    "GPU memory, at most": r"max_mem: (\d+)M",
+    "seconds per iteration": r"Overall training speed: .*\((\S+) s / it\)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What a report tells of a run; what is empty is left out.
+
+    Attributes:
+        curves: of :func:`gn_detect.visualize.read_curves`.
+        max_iter: of the training; 0 where it is not known.
+        best_metric: ``TEST.BEST_METRIC``, by which one evaluation is the best; "": the first of
+            ``METRICS`` that there is.
+        schedule, environment: (name, value).
+        data: (dataset, what was printed of it at the start).
+        config: as YAML.
+        notes: sentences on what the report lacks.
+    """
+
+    curves: dict[str, tuple[list[int], list[float]]] = dataclasses.field(default_factory=dict)
+    max_iter: int = 0
+    best_metric: str = ""
+    schedule: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    environment: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    data: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    config: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def evaluations(self) -> list[tuple[int, dict[str, float]]]:
+        """(iterations done, metric -> value), in order; the metrics are those of ``METRICS``, of
+        several test sets each with the name of its own in front."""
+        found: dict[int, dict[str, float]] = {}
+        for key in sorted(self.curves, key=metric_order):
+            if metric_name(key):
+                for iteration, value in zip(*self.curves[key], strict=True):
+                    # Detectron2 counts from 0, but has the last evaluation after all iterations.
+                    done = min(iteration + 1, self.max_iter or iteration + 1)
+                    found.setdefault(done, {})[key] = value
+        return sorted(found.items())
+
+    def best(self) -> tuple[str, int] | None:
+        """(metric, iterations done) of the best evaluation; the earliest of equal ones."""
+        evaluations = self.evaluations()
+        keys = list(dict.fromkeys(key for _, values in evaluations for key in values))
+        key = next((k for k in keys if k == self.best_metric), keys[0] if keys else "")
+        scored = [
+            (values[key], -done)
+            for done, values in evaluations
+            if done and math.isfinite(values.get(key, math.nan))
+        ]
+        return (key, -max(scored)[1]) if scored else None
+
+
+def metric_order(key: str) -> tuple:
+    """Sorts keys of metrics.json: test set by test set, the metrics in their order."""
+    prefix, metric = _split(key)
+    return prefix, list(METRICS).index(metric) if metric in METRICS else len(METRICS), key
+
+
+def metric_name(key: str) -> str:
+    """``bbox/AP`` is "box AP", ``photos/bbox/AP`` "photos: box AP"; "" for what is none."""
+    prefix, metric = _split(key)
+    name = METRICS.get(metric, "")
+    return f"{prefix}: {name}" if prefix and name else name
+
+
+def _split(key: str) -> tuple[str, str]:
+    *prefix, task, metric = key.split("/") if "/" in key else ("", key)
+    return "/".join(prefix), f"{task}/{metric}"
+
+
+def read_run(directory: str | os.PathLike, *, training: bool = True) -> RunFacts:
+    """
+    Args:
+        directory: the output directory of a run; a file that is not there is told in ``notes``.
+        training: False for an evaluation alone: its page has no curves and no schedule, though
+            another run may have left some there.
+    """
+    directory, notes, facts = Path(directory), [], {}
+    config = _read(directory / "config.yaml", notes)
+    log = _COLOR.sub("", _read(directory / "log.txt", notes))
+    starts = [match.start() for match in _RECORD.finditer(log)] + [len(log)]
+    records = [log[a:b].rstrip() for a, b in zip(starts, starts[1:], strict=False)]
+    environment = [r.partition("Environment info:")[2] for r in records]
+    if training:
+        try:
+            facts["curves"] = read_curves(directory / "metrics.json")
+        except ValueError as error:
+            notes.append(f"No curves: {error}.")
+        described = (
+            re.search(r"describe_data INFO: data of (.+?): (.*)", r, re.S) for r in records
+        )
+        facts["data"] = list(dict(match.groups() for match in described if match).items())
+        logged = {
+            name: values[-1]
+            for name, pattern in _LOGGED.items()
+            if (values := re.findall(pattern, log))
+        }
+        if config:
+            run = _settings(config)
+            facts |= _schedule(run, logged)
+    return RunFacts(
+        **facts,
+        environment=_table(next(filter(None, reversed(environment)), "")),
+        config=config,
+        notes=notes,
+    )
+
+
+def _read(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{path} cannot be read ({error.strerror}).")
+        return ""
+
+
+def _settings(config: str) -> Settings:
+    """Of a config as a run saves it: complete, and without code."""
+    content = yaml.safe_load(config)
+    return Settings(OmegaConf.create(content) if "train" in content else CfgNode(content))
+
+
+def _schedule(run: Settings, logged: dict[str, str]) -> dict[str, Any]:
+    steps, accumulated = run["milestones"], run["accumulate_steps"] or 1
+    if run["num_updates"] and steps:  # of a lazy config, which need not be in iterations
+        steps = [round(step / run["num_updates"] * run["max_iter"]) for step in steps]
+    images = f"{run['ims_per_batch']:,}"
+    if accumulated > 1:
+        images += f" ({accumulated} forward passes)"
+    precision = run["amp_dtype"] if run["amp"] else "float32"
+    rows = {
+        "trained on": _names(run["train_data"]),
+        "evaluated on": _names(run["test_data"]),
+        "classes": run["num_classes"],
+        "started from": run["weights"] or "random weights",
+        "iterations": f"{run['max_iter']:,}",
+        "images per iteration": images,
+        "learning rate": f"{run['base_lr']:.4g}",
+        "lowered at": ", ".join(f"{step:,}" for step in steps or ()),
+        "warm-up, iterations": run["warmup_iters"],
+        "precision": precision,
+        "device": run["device"],
+        **logged,
+    }
+    shown = [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
+    return {"max_iter": run["max_iter"], "schedule": shown}
+
+
+def _names(datasets: Any) -> str:
+    return datasets if isinstance(datasets, str) else ", ".join(datasets or ())
+
+
+def _table(text: str) -> list[tuple[str, str]]:
+    """The first table of Detectron2's ``collect_env_info``."""
+    _, *parts = re.split(r"^-[ -]+$", text, flags=re.MULTILINE)
+    rows = [re.split(r"\s{2,}", row.strip(), maxsplit=1) for row in "".join(parts[:1]).splitlines()]
+    return [
+        (name, value[0].partition(" @")[0])  # without the path
+        for name, *value in rows
+        if value and name not in _LEFT_OUT
+    ]
