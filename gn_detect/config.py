@@ -109,6 +109,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     # type, 0 to 65535 of integers and 0 to 1 of floats.
     cfg.INPUT.setdefault("BIT_DEPTH_RANGE", ())
 
+    # At its end, a run writes report.html: scores, curves, where the detector errs, pictures, data,
+    # environment and config (docs/report.md); after --eval-only, inference/report.html.
+    cfg.TEST.setdefault("REPORT", True)
+
     # What scores by COCO's rules: "pycocotools"; "fast": faster-coco-eval, whose numbers are equal,
     # in a quarter of the time; "auto": "fast" where it is installed.
     cfg.TEST.setdefault("COCO_EVAL", "auto")

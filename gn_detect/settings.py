@@ -59,6 +59,7 @@ _KEYS = {
     "early_stop_min_delta": ("SOLVER.EARLY_STOP_MIN_DELTA", "train.early_stop_min_delta"),
     "best_metric": ("TEST.BEST_METRIC", "train.best_metric"),
     "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
+    "report": ("TEST.REPORT", "train.report"),
     "coco_eval": ("TEST.COCO_EVAL", "dataloader.evaluator.coco_eval"),
 }
 

@@ -14,6 +14,7 @@ from gn_detect.engine.launch import argument_parser, launch, parse_args
 from gn_detect.engine.lazy import build_lazy_model, do_test, do_train
 from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.engine.prepare import start_log
+from gn_detect.engine.report import report_run
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
@@ -27,7 +28,9 @@ def main(args):
     if args.eval_only:
         model = build_lazy_model(cfg)
         load_to_evaluate(Settings(cfg), model, args.resume)
-        return do_test(cfg, model)
+        results = do_test(cfg, model)
+        report_run(Settings(cfg), training=False)
+        return results
     return do_train(cfg, resume=args.resume)
 
 

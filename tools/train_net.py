@@ -17,6 +17,7 @@ from gn_detect.engine import Trainer, prepare_run
 from gn_detect.engine.agreement import check_same
 from gn_detect.engine.launch import argument_parser, launch, parse_args
 from gn_detect.engine.prepare import claim_output, start_log
+from gn_detect.engine.report import report_run
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
 
@@ -82,7 +83,9 @@ def main(args):
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_to_evaluate(Settings(cfg), model, args.resume)
-        return {**Trainer.test(cfg, model), **Trainer.test_with_tta(cfg, model)}
+        results = {**Trainer.test(cfg, model), **Trainer.test_with_tta(cfg, model)}
+        report_run(Settings(cfg), training=False)
+        return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

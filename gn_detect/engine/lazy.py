@@ -25,6 +25,7 @@ from .ema import evaluate_both
 from .hooks import EvalHook, FirstIterations, Saving
 from .lazy_config import instantiate_key
 from .prepare import dataset_names
+from .report import Report
 from .resume import preserved_random_state
 from .trainer import build_loop
 
@@ -92,7 +93,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     if comm.is_main_process():  # last, so that it writes what the others have measured
         writers = default_writers(train.output_dir, train.max_iter)
         trainer.register_hooks([hooks.PeriodicWriter(writers, period=train.log_period)])
-        trainer.register_hooks([FirstIterations(train.max_iter, train.log_period)])
+        first = FirstIterations(train.max_iter, train.log_period)
+        trainer.register_hooks([first, Report(run)])
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     resumes = resume and checkpointer.has_checkpoint()
     start_iter = progress.start(trainer.iter + 1) if resumes else 0

@@ -61,6 +61,7 @@ def complete_lazy_config(
     for name in ("early_stop", "early_stop_min_delta"):
         cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
     cfg.train.setdefault("best_metric", defaults.TEST.BEST_METRIC)
+    cfg.train.setdefault("report", defaults.TEST.REPORT)
     cfg.train.setdefault("ema", {})
     for name, value in defaults.SOLVER.EMA.items():
         cfg.train.ema.setdefault(name.lower(), value)

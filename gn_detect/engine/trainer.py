@@ -30,6 +30,7 @@ from .ema import EMA, evaluate_both
 from .errors import shorten_expected_error
 from .hooks import EvalHook, FirstIterations, ProgressBar, Saving
 from .prepare import dataset_names
+from .report import Report
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer, EndsEarly
 
@@ -195,7 +196,7 @@ class Trainer(DefaultTrainer, EndsEarly):
         augmented = EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
         ret[place : place + 1] = [saving, evaluation, augmented]
         if comm.is_main_process():
-            ret.append(FirstIterations(self.max_iter))
+            ret += [FirstIterations(self.max_iter), Report(run)]
         return ret
 
     def resume_or_load(self, resume: bool = True) -> None:

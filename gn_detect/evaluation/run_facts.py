@@ -6,6 +6,8 @@ import dataclasses
 import math
 import os
 import re
+import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ METRICS = {
     "panoptic_seg/PQ": "panoptic quality",
     "sem_seg/mIoU": "semantic mIoU",
 }
+_AVERAGED = " (EMA)"
 _RECORD = re.compile(r"^\[\d\d/\d\d \d\d:\d\d:\d\d\]", re.MULTILINE)  # begins one of the log
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
 # Rows of Detectron2's table that say nothing of a run.
@@ -44,8 +47,8 @@ class RunFacts:
     Attributes:
         curves: of :func:`gn_detect.visualize.read_curves`.
         max_iter: of the training; 0 where it is not known.
-        best_metric: ``TEST.BEST_METRIC``, by which one evaluation is the best; "": the first of
-            ``METRICS`` that there is.
+        best_metric: ``TEST.BEST_METRIC``, by which one evaluation is the best; "auto": the first
+            of ``METRICS`` that there is.
         schedule, environment: (name, value).
         data: (dataset, what was printed of it at the start).
         config: as YAML.
@@ -54,7 +57,7 @@ class RunFacts:
 
     curves: dict[str, tuple[list[int], list[float]]] = dataclasses.field(default_factory=dict)
     max_iter: int = 0
-    best_metric: str = ""
+    best_metric: str = "auto"
     schedule: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     environment: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     data: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -62,46 +65,57 @@ class RunFacts:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
-        """(iterations done, metric -> value), in order; the metrics are those of ``METRICS``, of
-        several test sets each with the name of its own in front."""
-        found: dict[int, dict[str, float]] = {}
-        for key in sorted(self.curves, key=metric_order):
-            if metric_name(key):
-                for iteration, value in zip(*self.curves[key], strict=True):
-                    # Detectron2 counts from 0, but has the last evaluation after all iterations.
-                    done = min(iteration + 1, self.max_iter or iteration + 1)
-                    found.setdefault(done, {})[key] = value
-        return sorted(found.items())
+        """(iterations done, key of metrics.json -> value), in order, of the ``METRICS``; of several
+        test sets each with its name in front, and those of the averaged weights after ``ema/``."""
+        return list(self._by_iteration(filter(metric_name, sorted(self.curves, key=_order))))
 
     def best(self) -> tuple[str, int] | None:
-        """(metric, iterations done) of the best evaluation; the earliest of equal ones."""
-        evaluations = self.evaluations()
-        keys = list(dict.fromkeys(key for _, values in evaluations for key in values))
-        key = next((k for k in keys if k == self.best_metric), keys[0] if keys else "")
-        scored = [
-            (values[key], -done)
-            for done, values in evaluations
-            if done and math.isfinite(values.get(key, math.nan))
-        ]
-        return (key, -max(scored)[1]) if scored else None
+        """What the best evaluation is called, and the iterations done at it, as the run decides
+        (:class:`gn_detect.engine.best.Best`); None where there is none."""
+        known = (m for m in METRICS if any(f"/{key}".endswith(f"/{m}") for key in self.curves))
+        metric = next(known, "") if self.best_metric == "auto" else self.best_metric
+        scored = []
+        for ema in (False, True):
+            keys = [k for k in self.curves if k.startswith("ema/") == ema]
+            keys = [k for k in keys if f"/{k}".endswith(f"/{metric}")]
+            for done, values in self._by_iteration(keys):
+                value = statistics.fmean(values.values())
+                if done and math.isfinite(value):
+                    scored.append((value, -done, not ema))
+        if not metric or not scored:
+            return None
+        _, done, raw = max(scored)
+        return f"{METRICS.get(metric, metric)}{'' if raw else _AVERAGED}", -done
 
-
-def metric_order(key: str) -> tuple:
-    """Sorts keys of metrics.json: test set by test set, the metrics in their order."""
-    prefix, metric = _split(key)
-    return prefix, list(METRICS).index(metric) if metric in METRICS else len(METRICS), key
+    def _by_iteration(self, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, float]]]:
+        found: dict[int, dict[str, float]] = {}
+        for key in keys:
+            for iteration, value in zip(*self.curves[key], strict=True):
+                # Detectron2 counts from 0, but has the last evaluation after all iterations.
+                done = min(iteration + 1, self.max_iter or iteration + 1)
+                found.setdefault(done, {})[key] = value
+        yield from sorted(found.items())
 
 
 def metric_name(key: str) -> str:
-    """``bbox/AP`` is "box AP", ``photos/bbox/AP`` "photos: box AP"; "" for what is none."""
-    prefix, metric = _split(key)
+    """``bbox/AP`` is "box AP", ``ema/photos/bbox/AP`` "photos: box AP (EMA)"; "" for others."""
+    ema, test, metric = _split(key)
     name = METRICS.get(metric, "")
-    return f"{prefix}: {name}" if prefix and name else name
+    test = f"{test}: " if test else ""
+    return name and f"{test}{name}{_AVERAGED if ema else ''}"
 
 
-def _split(key: str) -> tuple[str, str]:
-    *prefix, task, metric = key.split("/") if "/" in key else ("", key)
-    return "/".join(prefix), f"{task}/{metric}"
+def _split(key: str) -> tuple[bool, str, str]:
+    """Whether it is of the averaged weights, the test set, and the metric."""
+    *parts, task, metric = ["", *key.split("/")]
+    ema = parts[1:2] == ["ema"]
+    return ema, "/".join(parts[2 if ema else 1 :]), f"{task}/{metric}"
+
+
+def _order(key: str) -> tuple:
+    """Test set by test set, the metrics in their order."""
+    ema, test, metric = _split(key)
+    return ema, test, list(METRICS).index(metric) if metric in METRICS else len(METRICS), key
 
 
 def read_run(directory: str | os.PathLike, *, training: bool = True) -> RunFacts:
@@ -179,7 +193,8 @@ def _schedule(run: Settings, logged: dict[str, str]) -> dict[str, Any]:
         **logged,
     }
     shown = [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
-    return {"max_iter": run["max_iter"], "schedule": shown}
+    best = run["best_metric"] or "auto"
+    return {"max_iter": run["max_iter"], "schedule": shown, "best_metric": best}
 
 
 def _names(datasets: Any) -> str:
