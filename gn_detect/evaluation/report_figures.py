@@ -87,7 +87,7 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg .*?viewBox="[^"]*").*?>', r"\1>", svg, count=1, flags=re.S)
     svg = re.sub(r'<svg (?:[^>]*?)(viewBox="[^"]*")>', r'<svg \1 aria-hidden="true">', svg, count=1)
-    svg = re.sub(r' id="[a-z]\w*_\d+"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r' id="[a-z][\w.]*_\d+"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r"#fe00(\w\w)", lambda match: _css(int(match[1], 16)), svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
@@ -101,13 +101,12 @@ def _found(precision: np.ndarray) -> np.ndarray:
 
 def _thin(iterations: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Medians of as many parts as are seen; NaN where a part is nothing else."""
-    values = np.ma.masked_invalid(np.asarray(values, dtype=float))
-    parts = np.array_split(np.arange(len(values)), min(len(values), _POINTS))
-    middles = [np.ma.median(values[part]) for part in parts]
-    return (
-        np.array([np.mean(np.take(iterations, part)) for part in parts]),
-        np.ma.filled(np.ma.array(middles), np.nan),
-    )
+    number = min(len(values), _POINTS)
+    middles = [
+        np.median(finite) if len(finite := part[np.isfinite(part)]) else np.nan
+        for part in np.array_split(np.asarray(values, dtype=float), number)
+    ]
+    return np.array([part.mean() for part in np.array_split(iterations, number)]), np.array(middles)
 
 
 @matplotlib.rc_context(_STYLE)

@@ -47,7 +47,7 @@ def draw_report_pictures(
     pictures = []
     options = {"score_threshold": score_threshold, "bit_depth_range": bit_depth_range}
     for image_id, picture in draw_pairs(dataset_json, image_root, results_json, chosen, **options):
-        Image.fromarray(picture).save(file := io.BytesIO(), "WebP", quality=80)
+        Image.fromarray(picture).save(file := io.BytesIO(), "WebP", quality=80, method=1)
         reason = f": {reasons[image_id]}" if image_id in reasons else ""
         pictures.append((f"{names[image_id]}{reason}", file.getvalue()))
     return pictures

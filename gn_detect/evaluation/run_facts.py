@@ -35,7 +35,7 @@ _LEFT_OUT += ("PyTorch debug build", "torch._C._GLIBCXX_USE_CXX11_ABI")
 # Name -> a pattern of the value in the log.
 _LOGGED = {
     "training took": r"Total training time: (\S+)",
-    "GPU memory, at most": r"max_mem: (\d+)M",
+    "GPU memory, at most, MB": r"max_mem: (\d+)M",
     "seconds per iteration": r"Overall training speed: .*\((\S+) s / it\)",
 }
 
