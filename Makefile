@@ -60,3 +60,4 @@ demo: venv
 		last = [row for row in rows if "bbox/AP" in row][-1]; \
 		print("box AP {bbox/AP:.1f}, mask AP {segm/AP:.1f}".format(**last))'
 	@echo "Pictures: $(DEMO)/predictions.png $(DEMO)/curves.png"
+	@echo "Report, for a browser: $(DEMO)/report.html"

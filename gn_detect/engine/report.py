@@ -60,7 +60,7 @@ def report_run(run: Settings, *, training: bool = True) -> None:
     try:
         notes = _write(run, path, training)
     except Exception as error:
-        logger.warning(_reason(f"{path} was not written", error))
+        logger.warning(f"{path} was not written: {_reason(error)}")
     else:
         for note in notes:
             logger.warning(f"{path}: {note}")
@@ -115,7 +115,7 @@ def _test_set(run: Settings, name: str, results: Path, notes: list[str]):
         try:
             analysis = analyze(json_file, str(results))
         except Exception as error:
-            notes.append(_reason(f"No analysis of {name}", error))
+            notes.append(f"No analysis of {name}: {_reason(error)}.")
         try:
             pictures = draw_report_pictures(
                 *(json_file, image_root, str(results), analysis),
@@ -123,7 +123,9 @@ def _test_set(run: Settings, name: str, results: Path, notes: list[str]):
                 bit_depth_range=run["bit_depth_range"] or (),
             )
         except Exception as error:
-            notes.append(_reason(f"No pictures of {name}", error))
+            reason = _reason(error)
+            if not any(reason in note for note in notes):
+                notes.append(f"No pictures of {name}: {reason}.")
     return TestSet(name, analysis, pictures)
 
 
@@ -139,9 +141,8 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _reason(what: str, error: Exception) -> str:
-    reason = sentence(error) or f"{type(error).__name__}: {error}"
-    return f"{what}: {reason}".rstrip(". ") + "."
+def _reason(error: Exception) -> str:
+    return (sentence(error) or f"{type(error).__name__}: {error}").rstrip(".")
 
 
 def _cpu() -> str:

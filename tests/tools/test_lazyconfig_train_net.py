@@ -46,6 +46,7 @@ model.backbone.bottom_up.stages = [
 model.roi_heads.num_classes = 2
 model.roi_heads.box_predictor.test_score_thresh = 0.0
 train.log_period = 1
+train.report = False
 train.checkpointer.period = 1
 train.checkpointer.max_to_keep = 2
 """
@@ -75,7 +76,8 @@ def metrics(output) -> dict[int, dict]:
 
 def test_trains_resumes_and_evaluates(own_config, tmp_path):
     run = tmp_path / "run"
-    first = train_net("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
+    start = ("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
+    first = train_net(*start, "train.report=True")
     assert "Starting training from iteration 0" in first.stdout
     final = {"model_final.pth", "model_final.safetensors"}
     assert {p.name for p in run.glob("model_*")} == {
@@ -91,6 +93,10 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
         expected = cfg.optimizer.lr * multiplier(iteration / 3)
         assert trained[iteration]["lr"] == pytest.approx(expected)
     assert {"bbox/AP", "segm/AP", "bbox/AP50"} <= set(max(trained.items())[1])
+    report = (run / "report.html").read_text()
+    assert f"<b>{max(trained.items())[1]['segm/AP']:.1f}</b><span>mask AP</span>" in report
+    for text in ("Where it errs: own", "own</h3>", "<dt>iterations</dt><dd>3</dd>", "max_iter: 3"):
+        assert text in report
     saved = LazyConfig.load(str(run / "config.yaml"))
     assert saved.train.max_iter == 3
     assert isinstance(instantiate(saved.model), torch.nn.Module)

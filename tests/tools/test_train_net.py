@@ -76,20 +76,21 @@ def test_coco_with_official_ids_trains_evaluates_and_resumes(coco, tmp_path):
     assert max(coco) == 90 and {r["category_id"] for r in results} <= coco
 
 
-def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
+def test_own_data_then_eval_only_gives_the_same_ap_and_reports(shared_data, tmp_path):
     data = shared_data / "pennfudan"
     ten_images(data / "val.json", tmp_path / "val.json")
     arguments = [
         *("--config-file", QUICK, "--val-json", tmp_path / "val.json"),
         *("--val-images", data / "images"),
     ]
-    train_net(
+    training = [
         *arguments,
         *("--train-json", data / "train.json", "--train-images", data / "images"),
         *(*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SOLVER.MAX_ITER", 4),
-        *("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 2),
+        *("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 2, "TEST.REPORT", True),
         *("OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 0),
-    )
+    ]
+    train_net(*training)
     assert {p.name for p in (tmp_path / "run").glob("model_*")} == {
         *("model_0000002.pth", "model_0000003.pth", "model_final.pth", "model_final.safetensors"),
     }
@@ -97,7 +98,7 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
     output = train_net(
         "--eval-only",
         *arguments,
-        *(*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+        *(*TINY, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.REPORT", True),
         *("MODEL.WEIGHTS", tmp_path / "run/model_final.pth", "OUTPUT_DIR", tmp_path / "eval"),
     ).stdout
     values = [
@@ -111,6 +112,26 @@ def test_own_data_then_eval_only_gives_the_same_ap(shared_data, tmp_path):
     assert [v[:3] for v in values] == [[round(x, 4) for x in row] for row in expected]
     same = "inference/coco_instances_results.json"
     assert (tmp_path / "run" / same).read_bytes() == (tmp_path / "eval" / same).read_bytes()
+
+    report = (tmp_path / "run/report.html").read_text()
+    for key, name in (("segm/AP", "mask AP"), ("segm/AP50", "mask AP50"), ("bbox/AP", "box AP")):
+        assert f"<b>{trained[key]:.1f}</b><span>{name}</span>" in report
+    assert "Where it errs: custom_val" in report and report.count("<img ") == 10
+    for text in (
+        "custom_train</h3>",
+        "<dd>0.02</dd>",
+        "PyTorch</dt>",
+        "train_net.py",
+        "MAX_ITER: 4",
+    ):
+        assert text in report
+    # As a run that was killed before it came to the report.
+    (tmp_path / "run/report.html").unlink()
+    train_net("--resume", *training)
+    again = (tmp_path / "run/report.html").read_text()
+    assert "Where it errs: custom_val" in again and ">Loss</h3>" in again
+    evaluated = (tmp_path / "eval/inference/report.html").read_text()
+    assert f"<b>{trained['segm/AP']:.1f}</b><span>mask AP</span>" in evaluated
 
 
 def test_keypoints_of_own_data_train_and_are_evaluated(coco_files, tmp_path):
@@ -144,13 +165,15 @@ def test_two_processes_without_cuda(coco_files, tmp_path):
         *("train_net.py", "--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
         *(*coco_files.arguments("train"), "--val-fraction", 0.34, *TINY),
         *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "run"),
-        *("MODEL.DEVICE", "cuda"),
+        *("MODEL.DEVICE", "cuda", "TEST.REPORT", True),
     ).stdout
     assert "no CUDA device is available: MODEL.DEVICE = cpu" in output
     assert "Rank of current process: 0. World size: 2" in output
     assert "total_loss" in output
     assert metrics(tmp_path / "run")["iteration"] == 2
     assert "bbox/AP" in metrics(tmp_path / "run")
+    assert output.count("report of the run: ") == 1  # the other process waits for it
+    assert "Where it errs: custom_val" in (tmp_path / "run/report.html").read_text()
     assert (tmp_path / "run/model_final.pth").is_file()
 
 
