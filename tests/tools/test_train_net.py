@@ -93,6 +93,7 @@ def test_own_data_then_eval_only_gives_the_same_ap_and_reports(shared_data, tmp_
     train_net(*training)
     assert {p.name for p in (tmp_path / "run").glob("model_*")} == {
         *("model_0000002.pth", "model_0000003.pth", "model_final.pth", "model_final.safetensors"),
+        *("model_best.pth", "model_best.safetensors"),
     }
     trained = metrics(tmp_path / "run")
     output = train_net(
