@@ -24,6 +24,7 @@ from gn_detect.data.paths import find_files
 from gn_detect.drawing import XYWH_TO_XYXY, draw, find_font, from_coco
 
 SIDE, GAP = 640, 10  # pixels of the longer side of an image in a pair, and between both
+TITLE = 3 * GAP  # pixels above a pair
 
 
 def draw_predictions(
@@ -134,11 +135,11 @@ def draw_pairs(
             ("ground truth", truth, int((~data.crowd[own]).sum())),
             (f"predictions ≥ {score_threshold:g}", found, len(results)),
         )
-        pair = Image.new("RGB", (2 * image.shape[1] + GAP, image.shape[0] + 3 * GAP), "white")
+        pair = Image.new("RGB", (2 * image.shape[1] + GAP, image.shape[0] + TITLE), "white")
         for left, (title, objects, count) in zip((0, image.shape[1] + GAP), titles, strict=True):
             objects.xyxy *= scale
             objects.mask = objects.mask and objects.mask.resize(image.shape[:2])
-            pair.paste(Image.fromarray(draw(image, objects, names)), (left, 3 * GAP))
+            pair.paste(Image.fromarray(draw(image, objects, names)), (left, TITLE))
             title = f"{title}: {count} object{'s' * (count != 1)}"
             pen = ImageDraw.Draw(pair)
             pen.text((left, 0), title, "black", ImageFont.truetype(find_font(title), 20))

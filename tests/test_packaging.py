@@ -53,7 +53,9 @@ def test_wheel_holds_every_module_and_config(wheel):
     }
     assert {f"gn_detect/configs/{name}" for name in (CONFIG, LAZY_CONFIG)} < set(expected)
     expected |= {
-        path.relative_to(REPO).as_posix(): path for path in (REPO / "gn_detect").rglob("*.py")
+        path.relative_to(REPO).as_posix(): path
+        for path in (REPO / "gn_detect").rglob("*")
+        if path.suffix in (".py", ".html")
     }
     with zipfile.ZipFile(wheel) as archive:
         info = {name for name in archive.namelist() if ".dist-info/" in name}

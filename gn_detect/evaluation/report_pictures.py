@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from gn_detect.data.coco import load_coco
-from gn_detect.visualize import draw_pairs
+from gn_detect.visualize import TITLE, draw_pairs
 
 from .analysis import Analysis
 
@@ -47,6 +47,7 @@ def draw_report_pictures(
     pictures = []
     options = {"score_threshold": score_threshold, "bit_depth_range": bit_depth_range}
     for image_id, picture in draw_pairs(dataset_json, image_root, results_json, chosen, **options):
+        picture = picture[TITLE:]  # what it says is too small on a phone, and in the captions
         Image.fromarray(picture).save(file := io.BytesIO(), "WebP", quality=80, method=1)
         reason = f": {reasons[image_id]}" if image_id in reasons else ""
         pictures.append((f"{names[image_id]}{reason}", file.getvalue()))
