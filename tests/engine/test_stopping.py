@@ -211,7 +211,7 @@ def test_nothing_is_lost(train, tmp_path, whole, place, iteration, signum, file,
     assert_equal(weights(resumed), whole[0])
     assert list(map(names, seen + also_seen)) == list(map(names, whole[1]))
     left = {p.name for p in (tmp_path / "run").glob("*.pth")}
-    assert left == {"model_0000003.pth", "model_final.pth"}
+    assert left == {"model_0000003.pth", "model_final.pth", "model_best.pth"}
 
 
 def names(files: list[str]) -> list[str]:

@@ -79,8 +79,7 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
     start = ("--config-file", own_config, f"train.output_dir={run}", "train.max_iter=3")
     first = train_net(*start, "train.report=True")
     assert "Starting training from iteration 0" in first.stdout
-    kinds = ("pth", "safetensors")
-    final = {f"model_{name}.{kind}" for name in ("final", "best") for kind in kinds}
+    final = {f"model_{n}.{kind}" for n in ("final", "best") for kind in ("pth", "safetensors")}
     assert {p.name for p in run.glob("model_*")} == {
         *("model_0000001.pth", "model_0000002.pth", *final)
     }
