@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -19,7 +20,7 @@ from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
 from gn_detect.config import ConfigError
 from gn_detect.data import DataError
 from gn_detect.engine.prepare import dataset_names
-from gn_detect.evaluation import masks_one_by_one
+from gn_detect.evaluation import masks_one_by_one, with_tta
 from gn_detect.evaluation.masks import PastedMasks
 from gn_detect.settings import Settings
 
@@ -37,6 +38,7 @@ class Predictor:
             else; or any name of weights that ``checkpoint.sources.locate`` knows.
         config_file: YAML or lazy config, for weights that have none, and in place of theirs.
         opts: of the config, as on the command line: KEY, VALUE, ... or, of a lazy one, key=value.
+            ``TEST.AUG.ENABLED``: with test-time augmentation (:mod:`gn_detect.evaluation.tta`).
         device: ``"cpu"``, ``"cuda"``, ...; None for CUDA where it is available.
         batch_size: of a list, how many images of one size go through the model at once. The
             results of 1 are those of an evaluation; others may differ in the last digits.
@@ -44,6 +46,7 @@ class Predictor:
     Attributes:
         cfg: the config, YAML (``CfgNode``) or lazy (``DictConfig``).
         model: on ``device``, in evaluation mode.
+        augments: runs it on several sizes of each image.
         class_names: in the order of ``pred_classes``.
         keypoint_names: in the order of ``pred_keypoints``; empty for models without.
         bit_depth_range: ``INPUT.BIT_DEPTH_RANGE``, for images with more than 8 bits.
@@ -76,6 +79,8 @@ class Predictor:
         guards = WeightGuards.from_config(self.cfg)
         checkpointer = Checkpointer(self.model, guards=guards, evaluation=True)
         self.model.load_state_dict(checkpointer.check(found, name).loaded, strict=False)
+        self.augments = isinstance(self.cfg, CfgNode) and self.cfg.TEST.AUG.ENABLED
+        self._run = with_tta(self.cfg, self.model) if self.augments else self.model
         self.class_names = found.names("classes") or _names(run, "num_classes")
         self.keypoint_names = []
         if run["keypoints"] and run["num_keypoints"]:
@@ -107,8 +112,8 @@ class Predictor:
         inputs = (self._input(self.read(image)) for image in images)
         for _, same in itertools.groupby(inputs, lambda one: one["image"].shape):
             while batch := list(itertools.islice(same, self.batch_size)):
-                with _no_memory_as_sentence(), torch.no_grad(), masks_one_by_one(self.model):
-                    results = self.model(batch)
+                with _no_memory_as_sentence(), torch.no_grad(), masks_one_by_one(self._run):
+                    results = self._run(batch)
                 if "instances" not in results[0]:
                     raise ConfigError(
                         f"a {type(self.model).__name__} finds no instances, which are what is "
