@@ -158,7 +158,12 @@ class Dataset:
 def to_results(instances: Instances) -> list[dict]:
     """COCO results as Detectron2's evaluation makes them, with classes of the model in place of
     ids."""
-    return instances_to_coco_json(instances, 0)
+    masks = instances.get_fields().get("pred_masks")
+    if not hasattr(masks, "rles"):
+        return instances_to_coco_json(instances, 0)
+    fields = {k: v for k, v in instances.get_fields().items() if k != "pred_masks"}
+    results = instances_to_coco_json(Instances(instances.image_size, **fields), 0)
+    return [{**r, "segmentation": rle} for r, rle in zip(results, masks.rles(), strict=True)]
 
 
 def as_written(result: dict, image_id: int) -> dict:
