@@ -67,6 +67,9 @@ def export_onnx(
         raise ConfigError(
             f"{error}: install the extra, `pip install 'gn_detect[export]'`"
         ) from None
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: it is a folder, or in no folder to write to")
     facts = describe(predictor, static)
     detector = Detector(predictor.model, bgr=facts["input_format"] == "BGR").eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +150,7 @@ def describe(predictor: Predictor, static: tuple[int, int] | None = None) -> dic
             f"{run.keys['input_format']} is {run['input_format']!r}: only models of BGR and RGB "
             "images can be exported"
         )
-    edges, longest = [(r.short_edge_length, r.max_size) for r in resizing][0] or ((0,), 0)
+    (edges, longest), *_ = [*((r.short_edge_length, r.max_size) for r in resizing), ((0,), 0)]
     return {
         "class_names": list(predictor.class_names),
         "min_size": min(edges),
@@ -162,13 +165,15 @@ def describe(predictor: Predictor, static: tuple[int, int] | None = None) -> dic
     }
 
 
+_native_group_norm = torch.group_norm
+
+
 class _GroupNorm(torch.autograd.Function):
     """``torch.group_norm`` with a form of ours in ONNX. PyTorch's cannot take an N of 0."""
 
     @staticmethod
     def forward(ctx, x, num_groups, weight, bias, eps, *_):
-        size = x[:1, :1].numel()
-        return torch.native_group_norm(x, weight, bias, *x.shape[:2], size, num_groups, eps)[0]
+        return _native_group_norm(x, num_groups, weight, bias, eps)
 
 
 class _Operator(_GroupNorm):
