@@ -18,7 +18,7 @@ class Agreement:
         count: objects that the model finds.
         others: those that only one of both finds, the model or the file, whichever has more.
         boxes, keypoints: largest difference in pixels.
-        scores: largest difference; also of those of keypoints.
+        scores: largest difference; also of those of keypoints, relative where they exceed 1.
         mask_iou: lowest.
     """
 
@@ -64,8 +64,10 @@ def compare(found: Detections, expected: Instances, tolerance: float = 0.1) -> A
             a, b = expected.pred_masks[i].numpy(), found.masks[j]
             iou = min(iou, (a & b).sum() / max((a | b).sum(), 1)) if (a | b).any() else iou
     if found.keypoints is not None:
-        difference = np.abs(expected.pred_keypoints.numpy()[ours] - found.keypoints[theirs])
+        of_model = expected.pred_keypoints.numpy()[ours]
+        difference = np.abs(of_model - found.keypoints[theirs])
         points = difference[..., :2].max(initial=0)
-        scores.append(difference[..., 2].max(initial=0))
+        # Exponentials of logits, which may be far above 1.
+        scores.append((difference[..., 2] / of_model[..., 2].clip(1)).max(initial=0))
     worst = distance[ours, theirs].max()
     return Agreement(len(boxes), lost, *map(float, (worst, max(scores), iou, points)))
