@@ -15,8 +15,8 @@ from .matching import Matches
 
 _WORDS = {
     CLASSIFICATION: "{truth} taken for {name}",
-    LOCALIZATION: "{name} that does not fit well",
-    BOTH: "{name} beside an object of another class",
+    LOCALIZATION: "{name} badly placed",
+    BOTH: "{name} badly placed on another class",
     DUPLICATE: "{name} found again",
     BACKGROUND: "{name} where nothing is",
 }
