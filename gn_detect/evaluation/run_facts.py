@@ -146,8 +146,10 @@ def read_run(directory: str | os.PathLike, *, training: bool = True) -> RunFacts
             if (values := re.findall(pattern, log))
         }
         if config:
-            run = _settings(config)
-            facts |= _schedule(run, logged)
+            try:
+                facts |= _schedule(_settings(config), logged)
+            except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+                notes.append(f"No schedule: {directory / 'config.yaml'} is no config ({error}).")
     return RunFacts(
         **facts,
         environment=_table(next(filter(None, reversed(environment)), "")),
@@ -164,9 +166,19 @@ def _read(path: Path, notes: list[str]) -> str:
         return ""
 
 
+class _Loader(yaml.SafeLoader):
+    """Of lazy configs, too: what these call is the name of it, and is not called."""
+
+    def of_python(self, name: str, node: yaml.Node) -> str | list:
+        return self.construct_sequence(node) if isinstance(node, yaml.SequenceNode) else name
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _Loader.of_python)
+
+
 def _settings(config: str) -> Settings:
-    """Of a config as a run saves it: complete, and without code."""
-    content = yaml.safe_load(config)
+    """Of a config as a run saves it, complete."""
+    content = yaml.load(config, _Loader)
     return Settings(OmegaConf.create(content) if "train" in content else CfgNode(content))
 
 

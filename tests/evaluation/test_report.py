@@ -319,3 +319,13 @@ def test_files_that_are_not_there_are_named(tmp_path):
     assert len(facts.notes) == 3
     for name in ("config.yaml", "log.txt", "metrics.json"):
         assert sum(name in note for note in facts.notes) == 1
+
+
+def test_a_config_of_another_kind_costs_the_schedule_alone(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: [")
+    (tmp_path / "log.txt").write_text(LOG)
+    (tmp_path / "metrics.json").write_text('{"iteration": 9, "lr": 2.0}\n')
+    facts = read_run(tmp_path)
+    assert facts.curves and facts.data and not facts.schedule
+    (note,) = facts.notes
+    assert note.startswith(f"No schedule: {tmp_path}/config.yaml is no config (")
