@@ -75,6 +75,7 @@ def _axes(xlabel: str, **limits) -> tuple[Figure, Axes]:
     figure = Figure((3.7, 2.5))
     axes = figure.add_axes((0.13, 0.175, 0.85, 0.795))
     axes.set(xlabel=xlabel, **limits)
+    axes.locator_params(axis="x", nbins=6)
     return figure, axes
 
 
@@ -128,7 +129,9 @@ def training_figures(
         figure, axes = _axes("iteration", yscale="log")
         for i, key in enumerate(losses):
             axes.plot(*_thin(*curves[key]), color=_color(i), linewidth=2.2 if i == 0 else 1.1)
+        low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 8 * low else "")
         legend = [(_css(i), key.removeprefix("loss_")) for i, key in enumerate(losses)]
         drawings.append(
             Drawing(
