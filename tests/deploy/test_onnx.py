@@ -233,13 +233,14 @@ def test_file_of_another_producer(exported, tmp_path):
         runtime.Detector(tmp_path / "text.onnx")
 
 
+@pytest.fixture(scope="module")
+def both(exported):
+    predictor, path = exported("Faster")
+    return predictor, runtime.Detector(path)
+
+
 class TestReading:
     """Pixels as gn_detect reads them."""
-
-    @pytest.fixture(scope="class")
-    def both(self, exported):
-        predictor, path = exported("Faster")
-        return predictor, runtime.Detector(path)
 
     def equal(self, both, image):
         predictor, detector = both
