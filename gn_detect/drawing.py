@@ -156,19 +156,20 @@ def _palettes(count: int) -> tuple[sv.ColorPalette, sv.ColorPalette]:
     return sv.ColorPalette(colors), sv.ColorPalette(texts)
 
 
+def missing(file: str, text: str) -> set[str]:
+    """Characters of ``text`` that the font of a file has not."""
+    return set(text) - {*map(chr, FT2Font(file).get_charmap())}
+
+
 @functools.lru_cache
 def find_font(text: str) -> str:
     """The file of Matplotlib's own font if it has the characters of ``text``, else of that of this
     machine which has the most of them."""
-
-    def missing(file: str) -> set[str]:
-        return set(text) - {*map(chr, FT2Font(file).get_charmap())}
-
     font = findfont("DejaVu Sans")
-    if missing(font):
+    if missing(font, text):
         fonts = [font, *sorted(findSystemFonts(), key=lambda file: "Regular" not in file)]
-        font = min(fonts, key=lambda file: len(missing(file)))
-        if lacking := "".join(sorted(missing(font))):
+        font = min(fonts, key=lambda file: len(missing(file, text)))
+        if lacking := "".join(sorted(missing(font, text))):
             _log.warning(
                 "no font of this machine has all characters of the class names; %s lacks %r. "
                 "Install one, such as Debian's fonts-noto-cjk",
