@@ -49,8 +49,7 @@ def draw(
     crowd = detections.data.get("crowd", np.zeros(len(detections), bool))
     order = np.lexsort((-detections.box_area, ~crowd))  # small ones on large ones, those on crowds
     found, crowd = detections[order], crowd[order]
-    far = 2 * max(height, width)  # where a box may be, too
-    found.xyxy = np.sort(found.xyxy.clip(-far, far).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+    found.xyxy = np.sort(found.xyxy.reshape(-1, 2, 2), axis=1).reshape(-1, 4)  # as Pillow needs it
     found.class_id = np.where(crowd, len(names), found.class_id)
     colors, _ = _palettes(len(names))
     scale = sv.calculate_optimal_text_scale((width, height))
@@ -117,7 +116,8 @@ def from_coco(
     ]
     boxes = mask_util.toBbox(rles) @ XYWH_TO_XYXY - [0, 0, 1, 1]  # here the last pixel is inside
     compact = sv.CompactMask.from_coco_rle(rles, boxes, image_size) if rles else None
-    return sv.Detections(xyxy, mask=compact, class_id=class_id, **more)
+    far = 2 * max(image_size)  # a box of a file may be anywhere
+    return sv.Detections(xyxy.clip(-far, far), mask=compact, class_id=class_id, **more)
 
 
 def _write_labels(
