@@ -163,7 +163,8 @@ def _accept(store: dist.Store, world_size: int) -> dict[int, socket.socket]:
                     "the machines"
                 ) from None
             connection.settimeout(30)
-            with connection.makefile("rb") as lines:
+            # Unbuffered: what follows the line may be there already, and is for _listen.
+            with connection.makefile("rb", buffering=0) as lines:
                 theirs, _, rank = lines.readline(64).strip().decode("latin-1").partition(" ")
             if secrets.compare_digest(theirs, token):
                 connections[int(rank)] = connection

@@ -1,9 +1,11 @@
 """Processes that learn of each other's end, also while they wait for each other for ever."""
 
+import json
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -91,6 +93,19 @@ def end(tmp_path):
     yield end
     for child in children:
         child.kill()
+
+
+def test_what_a_process_says_before_it_is_accepted_is_heard(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    found = []
+    accepting = threading.Thread(target=lambda: found.append(watch._accept(store, 2)))
+    accepting.start()
+    port, token = json.loads(store.get("watch"))
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(f'{token} 1\n["stopped", 1, "15"]\n'.encode())
+        accepting.join(10)
+        with found[0][1] as accepted:
+            assert accepted.recv(4096) == b'["stopped", 1, "15"]\n'
 
 
 def test_processes_that_end_well(end):
