@@ -10,18 +10,15 @@ Needs no model. docs/report.md says what each figure means.
 
 import argparse
 import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from gn_detect.config import ConfigError
 from gn_detect.engine import errors_as_sentences
 from gn_detect.evaluation.errors import IOU_TYPES, analyze
-from gn_detect.evaluation.report import write_report
-from gn_detect.visualize import draw_pairs
+from gn_detect.evaluation.report import TestSet, write_report
+from gn_detect.evaluation.report_pictures import draw_report_pictures
 
 
 def parse_args():
@@ -70,11 +67,15 @@ def main(args) -> None:
     )
     print(analysis.text())
     title = f"{Path(args.results).name} on {Path(args.json).name}"
-    pictures = draw_worst(args, analysis)
+    pictures = draw_report_pictures(
+        *(args.json, args.images, args.results, analysis),
+        score_threshold=args.score_threshold,
+        bit_depth_range=args.bit_depth_range,
+    )
     numbers, page = args.output / "analysis.json", args.output / "report.html"
     with writing(args.output):
         numbers.write_text(json.dumps(analysis.to_dict(), indent=1, allow_nan=False))
-        write_report(page, title=title, analysis=analysis, pictures=pictures)
+        write_report(page, title=title, tests=[TestSet("", analysis, pictures)])
     print(f"written: {numbers}, {page}")
 
 
@@ -84,20 +85,6 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror or error}") from None
-
-
-def draw_worst(args, analysis) -> list[tuple[str, bytes]]:
-    """Of the worst images, what is wrong; ground truth, left, and predictions, right."""
-    pairs = draw_pairs(
-        *(args.json, args.images, args.results, [worst.image_id for worst in analysis.worst]),
-        score_threshold=args.score_threshold,
-        bit_depth_range=args.bit_depth_range,
-    )
-    pictures = []
-    for worst, (_, picture) in zip(analysis.worst, pairs, strict=True):
-        Image.fromarray(picture).save(content := io.BytesIO(), "JPEG", quality=85)
-        pictures.append((f"{worst.file_name}: {worst.reason}", content.getvalue()))
-    return pictures
 
 
 if __name__ == "__main__":

@@ -78,17 +78,9 @@ def _write(run: Settings, path: Path, training: bool) -> list[str]:
     here = [("gn_detect", __version__), ("command", shlex.join(sys.argv)), ("CPU", _cpu())]
     here.append(("processes", str(comm.get_world_size())))
     names = dataset_names(run, "test")
-    found = [_test_set(run, name, _results(run, name, len(names)), facts.notes) for name in names]
-    first, *more = found or [None]
-    write_report(
-        path,
-        title=output_dir.resolve().name,
-        analysis=first and first.analysis,
-        pictures=first.pictures if first else (),
-        name=first.name if first else "",
-        run=dataclasses.replace(facts, environment=[*here, *facts.environment]),
-        more=more,
-    )
+    tests = [_test_set(run, name, _results(run, name, len(names)), facts.notes) for name in names]
+    facts = dataclasses.replace(facts, environment=[*here, *facts.environment])
+    write_report(path, title=output_dir.resolve().name, tests=tests, run=facts)
     return facts.notes
 
 

@@ -60,19 +60,15 @@ def write_report(
     path: str | os.PathLike,
     *,
     title: str,
-    analysis: Analysis | None,
-    pictures: Sequence[tuple[str, bytes]] = (),
+    tests: Sequence[TestSet] = (),
     run: RunFacts | None = None,
-    more: Sequence[TestSet] = (),
-    name: str = "",
 ) -> Path:
     """Write what there is to ``path``, an HTML file, replaced at once; folders are made as needed.
 
     Args:
         title: of the page.
-        analysis, pictures, name: of a :class:`TestSet`.
+        tests: what is known of each set of data.
         run: of :func:`.run_facts.read_run`; None for results of no known run.
-        more: further test sets.
     """
     run = run or RunFacts()
     sets = [
@@ -84,7 +80,7 @@ def write_report(
             "confusion": _confusion(test.analysis) if test.analysis else None,
             "pictures": [(caption, _data_uri(content)) for caption, content in test.pictures],
         }
-        for test in (TestSet(name, analysis, pictures), *more)
+        for test in tests
         if test.analysis or test.pictures
     ]
     evaluations = run.evaluations()

@@ -125,8 +125,8 @@ RUN = RunFacts(
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "new" / "report.html"
-    options = {"analysis": analysis(), "pictures": [(EVIL_FILE, picture())], "run": RUN}
-    assert write_report(path, title=f"run {EVIL}", **options, name="val") == path
+    test = TestSet("val", analysis(), [(EVIL_FILE, picture())])
+    assert write_report(path, title=f"run {EVIL}", tests=[test], run=RUN) == path
     return path
 
 
@@ -210,7 +210,7 @@ def test_evaluations_and_the_best_of_them(page):
 
 
 def test_what_there_is_is_shown(tmp_path):
-    page = Page(write_report(tmp_path / "a.html", title="t", analysis=None))
+    page = Page(write_report(tmp_path / "a.html", title="t"))
     assert page.texts["h1"] == ["t"] and "h2" not in page.texts
     kinds = [ErrorKind("missed", 0, NAN, NAN)]
     nothing = analysis(
@@ -218,7 +218,7 @@ def test_what_there_is_is_shown(tmp_path):
         **{"errors": kinds, "worst": [], "scores": dict.fromkeys(analysis().scores, NAN)},
         **{"calibration": [], "calibration_error": NAN, "curve": np.full((2, 101), NAN)},
     )
-    page = Page(write_report(tmp_path / "b.html", title="t", analysis=nothing))
+    page = Page(write_report(tmp_path / "b.html", title="t", tests=[TestSet("", nothing)]))
     assert page.texts["h2"] == ["Scores", "Where it errs"]
     assert page.row("all")[1:] == ["–"] * 7
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page.source, flags=re.DOTALL)
@@ -226,9 +226,8 @@ def test_what_there_is_is_shown(tmp_path):
 
 def test_several_test_sets_and_many_classes(tmp_path):
     names = [f"class {i}" for i in range(100)]
-    many = TestSet("many", analysis(names, worst=[]))
-    options = {"analysis": analysis(["a"]), "more": [many], "name": "one"}
-    page = Page(write_report(tmp_path / "a.html", title="t", **options))
+    tests = [TestSet("one", analysis(["a"])), TestSet("many", analysis(names, worst=[]))]
+    page = Page(write_report(tmp_path / "a.html", title="t", tests=tests))
     assert "Where it errs: one" in page.texts["h2"] and "Where it errs: many" in page.texts["h2"]
     assert "one: mask AP" in page.source and "many: mask AP" in page.source
     matrix = next(row for row in page.rows if "class 99" in row and row[0] == "object")

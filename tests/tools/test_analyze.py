@@ -34,7 +34,7 @@ def test_page_numbers_and_summary(given, tmp_path):
     numbers = json.loads((tmp_path / "new/analysis/analysis.json").read_text())
     assert numbers == json.loads(json.dumps(expected.to_dict()))
     page = (tmp_path / "new/analysis/report.html").read_text()
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    pictures = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
     assert len(pictures) == 2 and all(image.reason in page for image in expected.worst)
     wrong = np.array(Image.open(io.BytesIO(base64.b64decode(pictures[0]))), float)
     assert wrong.shape[1] > wrong.shape[0]  # ground truth, and beside it another class
