@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from gn_detect import __version__
 from gn_detect.settings import Settings
 
+from .best import best_of
 from .errors import sentence
 from .prepare import dataset_names
 
@@ -79,9 +80,22 @@ def _write(run: Settings, path: Path, training: bool) -> list[str]:
     here.append(("processes", str(comm.get_world_size())))
     names = dataset_names(run, "test")
     tests = [_test_set(run, name, _results(run, name, len(names)), facts.notes) for name in names]
-    facts = dataclasses.replace(facts, environment=[*here, *facts.environment])
+    best = _best(run, facts.by_iteration(facts.curves))
+    facts = dataclasses.replace(facts, best=best, environment=[*here, *facts.environment])
     write_report(path, title=output_dir.resolve().name, tests=tests, run=facts)
     return facts.notes
+
+
+def _best(
+    run: Settings, evaluations: Iterable[tuple[int, dict[str, float]]]
+) -> tuple[str, int] | None:
+    from gn_detect.evaluation.run_facts import AVERAGED, METRICS
+
+    best = best_of(run)
+    for done, metrics in evaluations:
+        best.take(done, metrics)
+    name = METRICS.get(best.metric, best.metric) + AVERAGED * best.ema
+    return (name, best.best_done) if best.best_done else None
 
 
 def _results(run: Settings, name: str, count: int) -> Path:

@@ -92,7 +92,7 @@ def write_report(
         date=f"{datetime.datetime.now():%d %B %Y, %H:%M}",
         version=__version__,
         run=run,
-        best=run.best(),
+        best=run.best,
         evaluations=evaluations,
         metrics=metrics,
         scores=_scores(run, metrics, sets),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
-import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ METRICS = {
     "panoptic_seg/PQ": "panoptic quality",
     "sem_seg/mIoU": "semantic mIoU",
 }
-_AVERAGED = " (EMA)"
+AVERAGED = " (EMA)"
 _RECORD = re.compile(r"^\[\d\d/\d\d \d\d:\d\d:\d\d\]", re.MULTILINE)  # begins one of the log
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
 # Rows of Detectron2's table that say nothing of a run.
@@ -47,8 +45,8 @@ class RunFacts:
     Attributes:
         curves: of :func:`gn_detect.visualize.read_curves`.
         max_iter: of the training; 0 where it is not known.
-        best_metric: ``TEST.BEST_METRIC``, by which one evaluation is the best; "auto": the first
-            of ``METRICS`` that there is.
+        best: what the best evaluation is called, and the iterations done at it, as the run decides
+            (:class:`gn_detect.engine.best.Best`); None where there is none.
         schedule, environment: (name, value).
         data: (dataset, what was printed of it at the start).
         config: as YAML.
@@ -57,7 +55,7 @@ class RunFacts:
 
     curves: dict[str, tuple[list[int], list[float]]] = dataclasses.field(default_factory=dict)
     max_iter: int = 0
-    best_metric: str = "auto"
+    best: tuple[str, int] | None = None
     schedule: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     environment: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     data: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -67,34 +65,17 @@ class RunFacts:
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(iterations done, key of metrics.json -> value), in order, of the ``METRICS``; of several
         test sets each with its name in front, and those of the averaged weights after ``ema/``."""
-        return list(self._by_iteration(filter(metric_name, sorted(self.curves, key=_order))))
+        return self.by_iteration(filter(metric_name, sorted(self.curves, key=_order)))
 
-    def best(self) -> tuple[str, int] | None:
-        """What the best evaluation is called, and the iterations done at it, as the run decides
-        (:class:`gn_detect.engine.best.Best`); None where there is none."""
-        known = (m for m in METRICS if any(f"/{key}".endswith(f"/{m}") for key in self.curves))
-        metric = next(known, "") if self.best_metric == "auto" else self.best_metric
-        scored = []
-        for ema in (False, True):
-            keys = [k for k in self.curves if k.startswith("ema/") == ema]
-            keys = [k for k in keys if f"/{k}".endswith(f"/{metric}")]
-            for done, values in self._by_iteration(keys):
-                value = statistics.fmean(values.values())
-                if done and math.isfinite(value):
-                    scored.append((value, -done, not ema))
-        if not metric or not scored:
-            return None
-        _, done, raw = max(scored)
-        return f"{METRICS.get(metric, metric)}{'' if raw else _AVERAGED}", -done
-
-    def _by_iteration(self, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    def by_iteration(self, keys: Iterable[str]) -> list[tuple[int, dict[str, float]]]:
+        """(iterations done, key -> value), in order, of ``keys`` of ``curves``."""
         found: dict[int, dict[str, float]] = {}
         for key in keys:
             for iteration, value in zip(*self.curves[key], strict=True):
                 # Detectron2 counts from 0, but has the last evaluation after all iterations.
                 done = min(iteration + 1, self.max_iter or iteration + 1)
                 found.setdefault(done, {})[key] = value
-        yield from sorted(found.items())
+        return sorted(found.items())
 
 
 def metric_name(key: str) -> str:
@@ -102,7 +83,7 @@ def metric_name(key: str) -> str:
     ema, test, metric = _split(key)
     name = METRICS.get(metric, "")
     test = f"{test}: " if test else ""
-    return name and f"{test}{name}{_AVERAGED if ema else ''}"
+    return name and f"{test}{name}{AVERAGED if ema else ''}"
 
 
 def _split(key: str) -> tuple[bool, str, str]:
@@ -205,8 +186,7 @@ def _schedule(run: Settings, logged: dict[str, str]) -> dict[str, Any]:
         **logged,
     }
     shown = [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
-    best = run["best_metric"] or "auto"
-    return {"max_iter": run["max_iter"], "schedule": shown, "best_metric": best}
+    return {"max_iter": run["max_iter"], "schedule": shown}
 
 
 def _names(datasets: Any) -> str:

@@ -1,6 +1,7 @@
 """When a run writes its report, from what, and what is said where something is in the way."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -88,6 +89,15 @@ def test_several_test_sets_of_which_one_is_no_coco_json(run, report, tmp_path):
         for name in ("again", "dicts"):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
+
+
+def test_the_best_is_that_which_the_run_keeps(report, tmp_path):
+    rows = [{"segm/AP": 3.0, "bbox/AP": 9.0}, {"segm/AP": math.nan, "ema/segm/AP": 5.0}]
+    rows += [{"segm/AP": 4.0, "ema/segm/AP": 4.5}]
+    lines = (json.dumps({"iteration": 2 * i + 1, **row}) for i, row in enumerate(rows))
+    (tmp_path / "run/metrics.json").write_text("\n".join(lines))
+    text, _ = report()
+    assert "<b>4</b><span>iteration of the best of 3 evaluations, by mask AP (EMA)" in text
 
 
 def test_no_test_data(run, report):

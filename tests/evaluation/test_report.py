@@ -12,7 +12,6 @@ import pytest
 from helpers import config
 from PIL import Image
 
-from gn_detect.engine.best import Best
 from gn_detect.evaluation.analysis import Analysis, Bin, ClassScores, ErrorKind, WorstImage
 from gn_detect.evaluation.report import MAX_CLASSES, TestSet, write_report
 from gn_detect.evaluation.run_facts import RunFacts, read_run
@@ -114,6 +113,7 @@ CURVES = {
 RUN = RunFacts(
     curves=CURVES,
     max_iter=3,
+    best=("box AP", 2),
     schedule=[("learning rate", "0.02")],
     environment=[("command", f"train.py {EVIL}")],
     data=[(EVIL, f"of {EVIL}")],
@@ -203,7 +203,6 @@ def test_numbers_are_those_of_the_analysis(page):
 
 def test_evaluations_and_the_best_of_them(page):
     assert page.row("2") == ["12.3"] and page.row("3") == ["9.9"]  # after so many iterations
-    assert RUN.best() == ("box AP", 2)
     cards = re.findall(r'class="card score[^"]*"><b>(.*?)</b><span>(.*?)</span>', page.source)
     assert cards[:2] == [("9.9", "box AP"), ("26.5", "box AP50")]
     assert cards[2] == ("2", "iteration of the best of 2 evaluations, by box AP")
@@ -234,28 +233,6 @@ def test_several_test_sets_and_many_classes(tmp_path):
     assert len(matrix) == MAX_CLASSES + 2
     assert f"{100 - MAX_CLASSES} others are left out" in page.source
     assert len(page.source) < 500_000
-
-
-@pytest.mark.parametrize("metric", ["auto", "bbox/AP", "bbox/AP50"])
-def test_the_best_is_that_which_the_run_keeps(metric):
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        best = Best({"auto": "segm/AP"}.get(metric, metric))
-        curves = {}
-        for done in range(5):  # also before the first step, and of weights that find nothing
-            values = {
-                f"{ema}{test}{task}": float(rng.choice([NAN, *range(4)]))
-                for ema in ("", "ema/")
-                for test in ("a/", "b/")
-                for task in ("segm/AP", "bbox/AP", "bbox/AP50")
-            }
-            best.take(done, values)
-            for key, value in values.items():
-                iterations, column = curves.setdefault(key, ([], []))
-                iterations.append(done - 1), column.append(value)
-        found = RunFacts(curves=curves, best_metric=metric).best()
-        assert (found[1] if found else 0) == best.best_done
-        assert not found or found[0].endswith("(EMA)") == best.ema
 
 
 LOG = """\
