@@ -75,7 +75,7 @@ def _write(run: Settings, path: Path, training: bool) -> list[str]:
     from gn_detect.evaluation.run_facts import read_run
 
     output_dir = Path(run["output_dir"])
-    facts = read_run(output_dir, training=training)
+    facts = read_run(output_dir, run, training=training)
     here = [("gn_detect", __version__), ("command", shlex.join(sys.argv)), ("CPU", _cpu())]
     here.append(("processes", str(comm.get_world_size())))
     names = dataset_names(run, "test")

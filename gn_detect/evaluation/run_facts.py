@@ -9,10 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode
-from omegaconf import OmegaConf
-
 from gn_detect.settings import Settings
 from gn_detect.visualize import read_curves
 
@@ -99,15 +95,15 @@ def _order(key: str) -> tuple:
     return ema, test, list(METRICS).index(metric) if metric in METRICS else len(METRICS), key
 
 
-def read_run(directory: str | os.PathLike, *, training: bool = True) -> RunFacts:
+def read_run(directory: str | os.PathLike, run: Settings, *, training: bool = True) -> RunFacts:
     """
     Args:
         directory: the output directory of a run; a file that is not there is told in ``notes``.
+        run: its settings, as :func:`gn_detect.engine.prepare.prepare_run` has left them.
         training: False for an evaluation alone: its page has no curves and no schedule, though
             another run may have left some there.
     """
     directory, notes, facts = Path(directory), [], {}
-    config = _read(directory / "config.yaml", notes)
     log = _COLOR.sub("", _read(directory / "log.txt", notes))
     starts = [match.start() for match in _RECORD.finditer(log)] + [len(log)]
     records = [log[a:b].rstrip() for a, b in zip(starts, starts[1:], strict=False)]
@@ -126,15 +122,11 @@ def read_run(directory: str | os.PathLike, *, training: bool = True) -> RunFacts
             for name, pattern in _LOGGED.items()
             if (values := re.findall(pattern, log))
         }
-        if config:
-            try:
-                facts |= _schedule(_settings(config), logged)
-            except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-                notes.append(f"No schedule: {directory / 'config.yaml'} is no config ({error}).")
+        facts |= {"schedule": _schedule(run, logged), "max_iter": run["max_iter"]}
     return RunFacts(
         **facts,
         environment=_table(next(filter(None, reversed(environment)), "")),
-        config=config,
+        config=_read(directory / "config.yaml", notes),
         notes=notes,
     )
 
@@ -147,46 +139,26 @@ def _read(path: Path, notes: list[str]) -> str:
         return ""
 
 
-class _Loader(yaml.SafeLoader):
-    """Of lazy configs, too: what these call is the name of it, and is not called."""
-
-    def of_python(self, name: str, node: yaml.Node) -> str | list:
-        return self.construct_sequence(node) if isinstance(node, yaml.SequenceNode) else name
-
-
-_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _Loader.of_python)
-
-
-def _settings(config: str) -> Settings:
-    """Of a config as a run saves it, complete."""
-    content = yaml.load(config, _Loader)
-    return Settings(OmegaConf.create(content) if "train" in content else CfgNode(content))
-
-
-def _schedule(run: Settings, logged: dict[str, str]) -> dict[str, Any]:
+def _schedule(run: Settings, logged: dict[str, str]) -> list[tuple[str, str]]:
     steps, accumulated = run["milestones"], run["accumulate_steps"] or 1
     if run["num_updates"] and steps:  # of a lazy config, which need not be in iterations
         steps = [round(step / run["num_updates"] * run["max_iter"]) for step in steps]
-    images = f"{run['ims_per_batch']:,}"
-    if accumulated > 1:
-        images += f" ({accumulated} forward passes)"
-    precision = run["amp_dtype"] if run["amp"] else "float32"
+    passes = f" ({accumulated} forward passes)" * (accumulated > 1)
     rows = {
         "trained on": _names(run["train_data"]),
         "evaluated on": _names(run["test_data"]),
         "classes": run["num_classes"],
         "started from": run["weights"] or "random weights",
         "iterations": f"{run['max_iter']:,}",
-        "images per iteration": images,
-        "learning rate": f"{run['base_lr']:.4g}",
+        "images per iteration": f"{run['ims_per_batch']}{passes}",
+        "learning rate": run["base_lr"] and f"{run['base_lr']:.4g}",
         "lowered at": ", ".join(f"{step:,}" for step in steps or ()),
         "warm-up, iterations": run["warmup_iters"],
-        "precision": precision,
+        "precision": run["amp_dtype"] if run["amp"] else "float32",
         "device": run["device"],
         **logged,
     }
-    shown = [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
-    return {"max_iter": run["max_iter"], "schedule": shown}
+    return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 
 
 def _names(datasets: Any) -> str:

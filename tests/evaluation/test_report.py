@@ -15,6 +15,7 @@ from PIL import Image
 from gn_detect.evaluation.analysis import Analysis, Bin, ClassScores, ErrorKind, WorstImage
 from gn_detect.evaluation.report import MAX_CLASSES, TestSet, write_report
 from gn_detect.evaluation.run_facts import RunFacts, read_run
+from gn_detect.settings import Settings
 
 NAN = math.nan
 EVIL = "<script>alert('class')</script>"
@@ -269,7 +270,7 @@ def test_run_is_read_from_its_files(tmp_path):
     (tmp_path / "log.txt").write_text(LOG)
     rows = [{"iteration": 9, "total_loss": 2.0}, {"iteration": 20, "bbox/AP": 1.5, "lr": 0.1}]
     (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = read_run(tmp_path)
+    facts = read_run(tmp_path, Settings(cfg))
     assert facts.notes == []
     assert facts.evaluations() == [(20, {"bbox/AP": 1.5})]  # not after 21
     expected = {
@@ -285,23 +286,13 @@ def test_run_is_read_from_its_files(tmp_path):
         *(("Python", "3.11.7 (main) [GCC 12]"), ("PyTorch", "2.14"), ("GPU available", "Yes")),
         ("GPU 0", "NVIDIA H100"),
     ]
-    evaluated = read_run(tmp_path, training=False)
+    evaluated = read_run(tmp_path, Settings(cfg), training=False)
     assert not evaluated.curves and not evaluated.schedule and not evaluated.data
     assert evaluated.config == cfg.dump() and evaluated.environment == facts.environment
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
-    facts = read_run(tmp_path)
+    facts = read_run(tmp_path, Settings(config("quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml")))
     assert len(facts.notes) == 3
     for name in ("config.yaml", "log.txt", "metrics.json"):
         assert sum(name in note for note in facts.notes) == 1
-
-
-def test_a_config_of_another_kind_costs_the_schedule_alone(tmp_path):
-    (tmp_path / "config.yaml").write_text("a: [")
-    (tmp_path / "log.txt").write_text(LOG)
-    (tmp_path / "metrics.json").write_text('{"iteration": 9, "lr": 2.0}\n')
-    facts = read_run(tmp_path)
-    assert facts.curves and facts.data and not facts.schedule
-    (note,) = facts.notes
-    assert note.startswith(f"No schedule: {tmp_path}/config.yaml is no config (")
