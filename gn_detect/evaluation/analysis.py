@@ -148,6 +148,8 @@ class Analysis:
         lowest = f", the {most} lowest" if len(self.classes) > most else ""
         share = self.true_positives + self.false_positives
         worst = [f"  {image.file_name}: {image.reason}" for image in self.worst[:most]]
+        if worst:
+            worst.insert(0, f"images with the most errors ({len(worst)} of {len(self.worst)}):")
         return "\n".join(
             [
                 f"{self.num_results} results ({self.iou_type}) on {self.num_images} images with "
@@ -164,11 +166,6 @@ class Analysis:
                 ),
                 "",
                 f"expected calibration error of the scores: {self.calibration_error:.3f}",
-                *(
-                    [f"images with the most errors ({len(worst)} of {len(self.worst)}):"]
-                    if worst
-                    else []
-                ),
                 *worst,
             ]
         )

@@ -40,7 +40,7 @@ class TestSet(NamedTuple):
     Attributes:
         name: of it; "" where there is only one.
         analysis: None where there is none.
-        pictures: (caption, content of a PNG, JPEG or WebP file).
+        pictures: (caption, content of a WebP file).
     """
 
     __test__ = False  # to pytest
@@ -201,5 +201,4 @@ def _confusion(a: Analysis) -> _Confusion:
 
 
 def _data_uri(content: bytes) -> str:
-    kind = "png" if content[:4] == b"\x89PNG" else "webp" if content[:4] == b"RIFF" else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"

@@ -18,7 +18,8 @@ NUM_COLORS = 8  # --c0, --c1, ... in the style of the page
 _POINTS = 250  # of a curve: more would not be seen
 # Stand for variables of the style, which Matplotlib does not know.
 _TEXT, _GRID, _FAINT = "#fe01f0", "#fe01f1", "#fe01f2"
-_VARIABLES = {_TEXT: "currentColor", _GRID: "var(--line)", _FAINT: "var(--faint)"}
+_COLORS = {f"#fe00f{i}": f"var(--c{i})" for i in range(NUM_COLORS)}
+_VARIABLES = {_TEXT: "currentColor", _GRID: "var(--line)", _FAINT: "var(--faint)", **_COLORS}
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -63,11 +64,11 @@ class Drawing(NamedTuple):
 
 
 def _color(number: int) -> str:
-    return f"#fe00{number % NUM_COLORS:02x}"
+    return list(_COLORS)[number % NUM_COLORS]
 
 
 def _css(number: int) -> str:
-    return f"var(--c{number % NUM_COLORS})"
+    return _COLORS[_color(number)]
 
 
 def _axes(xlabel: str, **limits) -> tuple[Figure, Axes]:
@@ -81,15 +82,10 @@ def _axes(xlabel: str, **limits) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure) -> str:
     """Inline SVG: without what is of a file, and without names that two on a page may share."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata=_METADATA)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(<svg .*?viewBox="[^"]*").*?>', r"\1>", svg, count=1, flags=re.S)
-    svg = re.sub(r'<svg (?:[^>]*?)(viewBox="[^"]*")>', r'<svg \1 aria-hidden="true">', svg, count=1)
+    figure.savefig(file := io.StringIO(), format="svg", metadata=_METADATA)
+    root = r'.*?<svg [^>]*?(viewBox="[^"]*")[^>]*>'
+    svg = re.sub(root, r'<svg \1 aria-hidden="true">', file.getvalue(), count=1, flags=re.S)
     svg = re.sub(r' id="[a-z][\w.]*_\d+"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r"#fe00(\w\w)", lambda match: _css(int(match[1], 16)), svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     return re.sub(r"\n\s*", "\n", svg).strip()

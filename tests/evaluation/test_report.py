@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def picture():
-    Image.new("RGB", (8, 6), "red").save(file := io.BytesIO(), "PNG")
+    Image.new("RGB", (8, 6), "red").save(file := io.BytesIO(), "WebP")
     return file.getvalue()
 
 
@@ -150,7 +150,7 @@ def test_what_users_name_is_text(page):
     assert page.texts["h1"] == [f"run {EVIL}"] and page.texts["title"] == [f"run {EVIL}"]
     (image,) = page.of("img")
     assert image["alt"] == EVIL_FILE and page.texts["figcaption"][-1] == EVIL_FILE
-    assert image["src"] == f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    assert image["src"] == f"data:image/webp;base64,{base64.b64encode(picture()).decode()}"
     assert f"2 {EVIL} not found" in next(r[0] for r in page.rows if r and EVIL_FILE in r[0])
     assert f"No {EVIL}." in page.texts["li"] and f"A: {EVIL}\n" in page.texts["pre"]
     assert f"train.py {EVIL}" in page.texts["dd"]
