@@ -71,33 +71,31 @@ def write_report(
         run: of :func:`.run_facts.read_run`; None for results of no known run.
     """
     run = run or RunFacts()
-    sets = [
-        {
-            "name": test.name,
-            "analysis": test.analysis,
-            "findings": _findings(test.analysis) if test.analysis else [],
-            "figures": analysis_figures(test.analysis) if test.analysis else [],
-            "confusion": _confusion(test.analysis) if test.analysis else None,
-            "pictures": [(caption, _data_uri(content)) for caption, content in test.pictures],
-        }
-        for test in tests
-        if test.analysis or test.pictures
-    ]
+    tests = [test for test in tests if test.analysis or test.pictures]
     evaluations = run.evaluations()
-    keys = list(dict.fromkeys(key for _, values in evaluations for key in values))
+    keys = dict.fromkeys(key for _, values in evaluations for key in values)
     metrics = {key: metric_name(key) for key in keys}
-    page = _environment().get_template("report.html")
-    text = page.render(
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"num": _number, "count": "{:,}".format, "base64": _base64}
+    text = environment.get_template("report.html").render(
         title=title,
         date=f"{datetime.datetime.now():%d %B %Y, %H:%M}",
         version=__version__,
         run=run,
-        best=run.best,
         evaluations=evaluations,
         metrics=metrics,
-        scores=_scores(run, metrics, sets),
+        scores=_scores(run, metrics, tests),
         figures=training_figures(run.curves, evaluations, metrics),
-        sets=sets,
+        sets=tests,
+        findings_of=_findings,
+        figures_of=analysis_figures,
+        confusion_of=_confusion,
         errors=_ERRORS,
         sizes=_SIZES,
     )
@@ -108,30 +106,20 @@ def write_report(
     return part.replace(path)
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"num": _number, "count": "{:,}".format}
-    return environment
-
-
 def _number(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _scores(run: RunFacts, metrics: dict[str, str], sets: list[dict]) -> list[tuple[str, float]]:
+def _scores(
+    run: RunFacts, metrics: dict[str, str], tests: list[TestSet]
+) -> list[tuple[str, float]]:
     """(what, percent) of the last evaluation, or of an analysis where there was no training."""
     evaluations = run.evaluations()
     if not evaluations:
         return [
-            (f"{s['name']}: {kind} {key}" if len(sets) > 1 else f"{kind} {key}", a.scores[key])
-            for s in sets
-            if (a := s["analysis"])
+            (f"{test.name}: {kind} {key}" if len(tests) > 1 else f"{kind} {key}", a.scores[key])
+            for test in tests
+            if (a := test.analysis)
             for kind in [{"segm": "mask", "bbox": "box"}.get(a.iou_type, a.iou_type)]
             for key in ("AP", "AP50", "AP75")
         ]
@@ -200,5 +188,5 @@ def _confusion(a: Analysis) -> _Confusion:
     return _Confusion(names, rows, number - len(kept))
 
 
-def _data_uri(content: bytes) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
