@@ -61,7 +61,7 @@ class RunFacts:
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(iterations done, key of metrics.json -> value), in order, of the ``METRICS``; of several
         test sets each with its name in front, and those of the averaged weights after ``ema/``."""
-        return self.by_iteration(filter(metric_name, sorted(self.curves, key=_order)))
+        return self.by_iteration(sorted(filter(metric_name, self.curves), key=_order))
 
     def by_iteration(self, keys: Iterable[str]) -> list[tuple[int, dict[str, float]]]:
         """(iterations done, key -> value), in order, of ``keys`` of ``curves``."""
@@ -92,7 +92,7 @@ def _split(key: str) -> tuple[bool, str, str]:
 def _order(key: str) -> tuple:
     """Test set by test set, the metrics in their order."""
     ema, test, metric = _split(key)
-    return ema, test, list(METRICS).index(metric) if metric in METRICS else len(METRICS), key
+    return ema, test, list(METRICS).index(metric)
 
 
 def read_run(directory: str | os.PathLike, run: Settings, *, training: bool = True) -> RunFacts:
