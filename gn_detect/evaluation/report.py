@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 
 from gn_detect import __version__
+from gn_detect.checkpoint.saving import write_atomically
 
 from .analysis import Analysis
 from .report_figures import analysis_figures, training_figures
@@ -69,6 +70,9 @@ def write_report(
         title: of the page.
         tests: what is known of each set of data.
         run: of :func:`.run_facts.read_run`; None for results of no known run.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there is as it was.
     """
     run = run or RunFacts()
     tests = [test for test in tests if test.analysis or test.pictures]
@@ -101,9 +105,8 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+    write_atomically(os.fspath(path), lambda file: file.write(text.encode()))
+    return path
 
 
 def _number(value: float, digits: int = 1) -> str:
