@@ -14,7 +14,9 @@ import gn_detect
 YAML = ("--config-file", ROOT / "configs/quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml")
 OPTIONS = [*TINY, "MODEL.WEIGHTS", "", "GUARDS.FEW_IMAGES", "False", "SOLVER.MAX_ITER", "1"]
 LAZY = """
-from detectron2.config import LazyConfig
+from detectron2.config import LazyCall as L, LazyConfig
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
 from gn_detect.data.coco import register_coco_json
 
 dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(
@@ -26,8 +28,21 @@ dataloader.train.dataset.names, dataloader.test.dataset.names = "lazy_train", "l
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 dataloader.train.mapper.augmentations[0].short_edge_length = [64]
 dataloader.test.mapper.augmentations[0].short_edge_length = 64
+model.proposal_generator.post_nms_topk = (50, 20)
+model.backbone.bottom_up.stages = [
+    L(ResNet.make_stage)(
+        block_class=BasicBlock,
+        num_blocks=1,
+        stride_per_block=[2 if stage else 1],
+        in_channels=32 * stage or 64,
+        out_channels=32 * (stage + 1),
+        norm=model.backbone.norm,
+    )
+    for stage in range(4)
+]
 model.roi_heads.num_classes = 2
 train.max_iter = 1
+train.report = False
 """
 QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py")
 

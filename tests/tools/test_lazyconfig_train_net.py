@@ -6,6 +6,7 @@ import re
 import pytest
 import safetensors
 import torch
+from dataset_commands import lazy_config
 from detectron2.config import LazyConfig, instantiate
 from helpers import refusal, run_tool, start_tool
 
@@ -18,35 +19,8 @@ QUICK = gn_detect.get_config_file("lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.
 
 # A config of the user's own, for data of the user's own.
 OWN = """
-from detectron2.config import LazyCall as L, LazyConfig
-from detectron2.modeling import ResNet
-from detectron2.modeling.backbone.resnet import BasicBlock
-from gn_detect.data.coco import register_coco_json
-
-dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(
-    {quick!r}, ("dataloader", "lr_multiplier", "model", "optimizer", "train")
-)
-register_coco_json("own", {json_file!r}, {image_root!r})
-dataloader.train.dataset.names = dataloader.test.dataset.names = "own"
-dataloader.train.num_workers = dataloader.test.num_workers = 0
-dataloader.train.mapper.augmentations[0].short_edge_length = [64]
-dataloader.test.mapper.augmentations[0].short_edge_length = 64
-model.proposal_generator.post_nms_topk = (50, 20)
-model.backbone.bottom_up.stages = [
-    L(ResNet.make_stage)(
-        block_class=BasicBlock,
-        num_blocks=1,
-        stride_per_block=[2 if stage else 1],
-        in_channels=32 * stage or 64,
-        out_channels=32 * (stage + 1),
-        norm=model.backbone.norm,
-    )
-    for stage in range(4)
-]
-model.roi_heads.num_classes = 2
 model.roi_heads.box_predictor.test_score_thresh = 0.0
 train.log_period = 1
-train.report = False
 train.checkpointer.period = 1
 train.checkpointer.max_to_keep = 2
 """
@@ -54,11 +28,9 @@ train.checkpointer.max_to_keep = 2
 
 @pytest.fixture
 def own_config(coco_files, tmp_path):
-    text = OWN.format(
-        quick=QUICK, json_file=str(coco_files.json_file), image_root=str(coco_files.image_root)
-    )
-    (tmp_path / "own.py").write_text(text)
-    return str(tmp_path / "own.py")
+    path = lazy_config(tmp_path / "own.py", coco_files, coco_files)
+    path.write_text(path.read_text() + OWN)
+    return str(path)
 
 
 def train_net(*args, **kwargs):
@@ -95,7 +67,10 @@ def test_trains_resumes_and_evaluates(own_config, tmp_path):
     assert {"bbox/AP", "segm/AP", "bbox/AP50"} <= set(max(trained.items())[1])
     report = (run / "report.html").read_text()
     assert f"<b>{max(trained.items())[1]['segm/AP']:.1f}</b><span>mask AP</span>" in report
-    for text in ("Where it errs: own", "own</h3>", "<dt>iterations</dt><dd>3</dd>", "max_iter: 3"):
+    for text in (
+        *("Where it errs: lazy_val", "lazy_train</h3>"),
+        *("<dt>iterations</dt><dd>3</dd>", "max_iter: 3"),
+    ):
         assert text in report
     saved = LazyConfig.load(str(run / "config.yaml"))
     assert saved.train.max_iter == 3
