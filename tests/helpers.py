@@ -107,28 +107,19 @@ def refusal(name: str, *args) -> str:
     return result.stderr.splitlines()[-1]
 
 
-def start_tool(name: str, *args) -> subprocess.CompletedProcess:
-    """Run ``tools/<name>`` in a process of its own, where that matters."""
-    return _start(ROOT / "tools" / name, *args)
-
-
-def run_script(source: str, *args, cwd: Path) -> None:
+def run_script(source: str, cwd: Path) -> None:
     """Run a script in a process of its own, which may start others."""
     (cwd / "script.py").write_text(source)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    _start("script.py", *args, cwd=cwd, env={"PYTHONPATH": path})
-
-
-def _start(*arguments, env=None, **options) -> subprocess.CompletedProcess:
     result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        [sys.executable, "script.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=600,
-        **options,
+        cwd=cwd,
     )
-    return _finished(result, check=True)
+    _finished(result, check=True)
 
 
 def _finished(result: subprocess.CompletedProcess, check: bool) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from helpers import ROOT, TINY, refusal, run_tool, start_tool
+from helpers import ROOT, TINY, refusal, run_tool
 
 from gn_detect.config import load_config
 from gn_detect.data.coco import register_coco_json
@@ -155,27 +155,6 @@ def test_keypoints_of_own_data_train_and_are_evaluated(coco_files, tmp_path):
     written = (tmp_path / "eval" / results).read_bytes()
     assert written == (tmp_path / "run" / results).read_bytes()
     assert {len(result["keypoints"]) for result in json.loads(written)} == {6}
-
-
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA")
-
-
-@without_cuda
-def test_two_processes_without_cuda(coco_files, tmp_path):
-    output = start_tool(
-        *("train_net.py", "--config-file", QUICK, "--num-gpus", 2, "--dist-url", "auto"),
-        *(*coco_files.arguments("train"), "--val-fraction", 0.34, *TINY),
-        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "run"),
-        *("MODEL.DEVICE", "cuda", "TEST.REPORT", True),
-    ).stdout
-    assert "no CUDA device is available: MODEL.DEVICE = cpu" in output
-    assert "Rank of current process: 0. World size: 2" in output
-    assert "total_loss" in output
-    assert metrics(tmp_path / "run")["iteration"] == 2
-    assert "bbox/AP" in metrics(tmp_path / "run")
-    assert output.count("report of the run: ") == 1  # the other process waits for it
-    assert "Where it errs: custom_val" in (tmp_path / "run/report.html").read_text()
-    assert (tmp_path / "run/model_final.pth").is_file()
 
 
 def test_progress_bar_on_a_terminal(coco_files, tmp_path):
