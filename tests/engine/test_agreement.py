@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine.conftest import QUICK
+from dataset_commands import QUICK
 from engine.pair import two_machines
 from helpers import config
 from torch import nn
