@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark.conftest import OPTS
 from helpers import ROOT
 
 from gn_detect.benchmark import detectors, kernels
@@ -20,8 +21,6 @@ tool = runpy.run_path(str(ROOT / "tools/benchmark.py"))
 ROUNDS = ["--rounds", 3]
 STEP = [*ROUNDS, "--rois", 16]
 PAIR = ["detectron2-gn", "ours-lean"]
-OPTS = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-OPTS += ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
 
 
 @pytest.fixture
