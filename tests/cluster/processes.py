@@ -46,6 +46,7 @@ class Run:
 
     Attributes:
         pid: of the process that was started, which may have started others.
+        sentinel: of a fork, for multiprocessing.connection.wait.
         seconds: that it took to end, since the last kill, or since the start.
     """
 
@@ -59,8 +60,9 @@ class Run:
             options = {"target": _main, "args": (str(cwd), arguments, env)}
             self._process = _server.Process(**options)
             self._process.start()
-            self._wait = lambda timeout: self._process.join(timeout) or self._ended()
+            self.wait = lambda timeout=None: self._process.join(timeout) or self._ended()
             self._ended = lambda: self._process.exitcode
+            self.sentinel = self._process.sentinel
         else:
             with self._log.open("a") as log:
                 self._process = subprocess.Popen(
@@ -71,7 +73,7 @@ class Run:
                     stderr=log,
                     start_new_session=True,
                 )
-            self._wait, self._ended = self._process.wait, self._process.poll
+            self.wait, self._ended = self._process.wait, self._process.poll
         self.pid = self._process.pid
 
     @property
@@ -120,7 +122,7 @@ class Run:
     def end(self) -> int:
         """Wait for the end. Returns the exit code; nothing may be left running."""
         try:
-            code = self._wait(PATIENCE)
+            code = self.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             code = None
         self.seconds = time.monotonic() - self._killed
@@ -159,7 +161,7 @@ class Run:
 
     def kill_all(self) -> None:
         self._process.kill()
-        self._wait(9)
+        self.wait(9)
         while running := self.running():
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):

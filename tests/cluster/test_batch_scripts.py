@@ -1,6 +1,8 @@
-"""The scripts of docs/clusters.md, run by bash, with Slurm's commands played by small scripts."""
+"""The scripts of docs/clusters.md, run by bash, with Slurm's commands played by small scripts,
+and ``python`` and ``torchrun`` by forks, as in processes.py."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -8,11 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
+from cluster.processes import Run
 from helpers import ROOT, TINY, CocoFiles
 from test_docs import blocks
 from torch.distributed.run import get_args_parser
@@ -60,19 +65,36 @@ if sys.argv[1:3] == ["show", "hostnames"]:
     sys.stdout.write("localhost\\ngpu2\\n")
 """,
 }
+# Has ``Job`` run what it was told, passes signals on, and ends as that does.
+PYTHON = """
+import json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX) as job:
+    job.connect("socket")
+    stream = job.makefile("rw")
+    print(json.dumps([ARGUMENTS + sys.argv[1:], dict(os.environ)]), file=stream, flush=True)
+    pid = int(stream.readline())
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: os.kill(pid, signum))
+    code = int(stream.readline())
+sys.exit(code if code >= 0 else 128 - code)
+"""
+FORKS = {
+    "python": PYTHON.replace("ARGUMENTS", "[]"),
+    "torchrun": PYTHON.replace("ARGUMENTS", '["-m", "torch.distributed.run"]'),
+}
 
 
 class Job:
     """A directory in which scripts run, as Slurm runs them, on this machine."""
 
-    def __init__(self, directory: Path, tasks_per_node: int, nodes: int = 1):
+    def __init__(self, directory: Path, tasks_per_node: int, nodes: int = 1, fork: bool = True):
         self.directory = directory.resolve()
-        self.log = directory / "slurm.out"
+        self.log = directory / "output.txt"  # to which a fork writes, too
         self.log.touch()
         for name in ("configs", "tools"):
             (directory / name).symlink_to(ROOT / name)
         (directory / "bin").mkdir()
-        for name, source in FAKES.items():
+        for name, source in {**FAKES, **(FORKS if fork else {})}.items():
             path = directory / "bin" / name
             path.write_text(f"#!{sys.executable} -S\n{source}")
             path.chmod(0o755)
@@ -84,7 +106,6 @@ class Job:
             **os.environ,
             "PATH": os.pathsep.join(map(str, path)),
             "OMP_NUM_THREADS": "1",
-            "PYTHONFAULTHANDLER": "1",
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_NODELIST": "localhost",
@@ -93,6 +114,28 @@ class Job:
             "SLURM_NTASKS_PER_NODE": str(tasks_per_node),
         }
         self._started: list[subprocess.Popen] = []
+        with contextlib.chdir(directory):  # the path of a socket is short
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.bind("socket")
+        self._socket.listen()
+        threading.Thread(target=self._fork, daemon=True).start()
+
+    def _fork(self) -> None:
+        """Be what the scripts call python, until ``close``."""
+        running = {}
+        with contextlib.suppress(OSError), self._socket:
+            while True:
+                for ready in wait([self._socket, *running]):
+                    if ready is self._socket:
+                        stream = self._socket.accept()[0].makefile("rw")
+                        arguments, env = json.loads(stream.readline())
+                        run = Run(self.directory, *arguments, **env)
+                        running[run.sentinel] = run, stream
+                        answer = run.pid
+                    else:
+                        run, stream = running.pop(ready)
+                        answer = run.wait()
+                    print(answer, file=stream, flush=True)
 
     def small(self, script: str) -> str:
         """The script with another config and data, for CPUs; its own keys stay."""
@@ -155,8 +198,8 @@ class Job:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
         if process.returncode is None:
-            for pid in self.running():  # shows where it stands (PYTHONFAULTHANDLER)
-                os.kill(pid, signal.SIGABRT)
+            for pid in self.running():
+                os.kill(pid, signal.SIGUSR2)  # shows where a fork stands
             time.sleep(2)
         assert process.returncode is not None, self.end_of_output
         deadline = time.monotonic() + 10
@@ -179,6 +222,7 @@ class Job:
         return torch.load(path, weights_only=True)
 
     def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
         while running := self.running():
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
@@ -207,8 +251,8 @@ def job(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The weights of one run of two processes, by --num-gpus."""
-    job = Job(tmp_path_factory.mktemp("uninterrupted"), tasks_per_node=1)
+    """The weights of one run of two processes, by --num-gpus, which nothing here forks."""
+    job = Job(tmp_path_factory.mktemp("uninterrupted"), tasks_per_node=1, fork=False)
     script = BY_HAND.replace("--num-gpus 8 --num-machines 2", "--num-gpus 2")
     script = re.sub(r'--machine-rank "\$1" --dist-url \S+', "", script)
     try:
