@@ -51,13 +51,8 @@ demo: venv
 	rm -rf $(DEMO)
 	$(BIN)/python tools/train_net.py \
 		--config-file configs/quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml OUTPUT_DIR $(DEMO)
-	$(BIN)/python tools/visualize_predictions.py \
-		--json datasets/shapes/val.json --images datasets/shapes/val \
-		--results $(DEMO)/inference/coco_instances_results.json --output $(DEMO)/predictions.png \
-		--metrics $(DEMO)/metrics.json --curves $(DEMO)/curves.png
 	@$(BIN)/python -c 'import json; \
 		rows = [json.loads(line) for line in open("$(DEMO)/metrics.json")]; \
 		last = [row for row in rows if "bbox/AP" in row][-1]; \
 		print("box AP {bbox/AP:.1f}, mask AP {segm/AP:.1f}".format(**last))'
-	@echo "Pictures: $(DEMO)/predictions.png $(DEMO)/curves.png"
-	@echo "Report, for a browser: $(DEMO)/report.html"
+	@echo "Pictures, curves and errors, for a browser: $(DEMO)/report.html"

@@ -1,7 +1,7 @@
 """Predictions beside the ground truth, and the curves of a training.
 
-Needs no model, GPU, display or OpenCV: `draw_predictions` and `draw_pairs` read the dataset and the
-``coco_instances_results.json`` of an evaluation, `draw_curves` the ``metrics.json`` of a training.
+Needs no model, GPU, display or OpenCV: `draw_pairs` reads the dataset and the
+``coco_instances_results.json`` of an evaluation, `read_curves` the ``metrics.json`` of a training.
 """
 
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from gn_detect.data import DataError
@@ -27,50 +26,11 @@ SIDE, GAP = 640, 10  # pixels of the longer side of an image in a pair, and betw
 TITLE = 3 * GAP  # pixels above a pair
 
 
-def draw_predictions(
-    dataset_json: str | os.PathLike,
-    image_root: str | os.PathLike,
-    results_json: str | os.PathLike,
-    output: str | os.PathLike,
-    *,
-    num_images: int = 8,
-    score_threshold: float = 0.5,
-    bit_depth_range: Sequence[float] = (),
-) -> Path:
-    """Draw ground truth and predictions side by side into one picture.
-
-    Args:
-        output: file to write, PNG or another format of Pillow; folders are made as needed.
-        num_images: how many images at most. They range from the fewest objects to the most; one
-            without objects is among them if the dataset has any.
-        dataset_json, image_root, results_json, score_threshold, bit_depth_range: of `draw_pairs`.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        ValueError (DataError): of `draw_pairs`.
-    """
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; it must be at least 1")
-    options = {"score_threshold": score_threshold, "bit_depth_range": bit_depth_range}
-    pairs = draw_pairs(dataset_json, image_root, results_json, num_images, **options)
-    pictures = [Image.fromarray(picture) for _, picture in pairs]
-    columns = min(2, len(pictures))
-    step = np.max([picture.size for picture in pictures], axis=0) + 2 * GAP
-    sheet = Image.new("RGB", tuple(step * (columns, -(-len(pictures) // columns))), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, tuple(step * (number % columns, number // columns) + GAP))
-    output = _folder_made(output)
-    sheet.save(output)
-    return output
-
-
 def draw_pairs(
     dataset_json: str | os.PathLike,
     image_root: str | os.PathLike,
     results_json: str | os.PathLike,
-    images: Iterable[int | str] | int,
+    images: Iterable[int | str],
     *,
     score_threshold: float = 0.5,
     bit_depth_range: Sequence[float] = (),
@@ -82,7 +42,7 @@ def draw_pairs(
         image_root: folder that the "file_name" of its images is relative to.
         results_json: COCO results, a list of image_id, category_id, score, bbox (XYWH) and, if
             there are masks, segmentation. An empty list is fine.
-        images: their ids, or how many, of which `draw_predictions` says which.
+        images: their ids.
         score_threshold: predictions below it are not drawn.
         bit_depth_range: ``INPUT.BIT_DEPTH_RANGE`` of the training.
 
@@ -102,15 +62,10 @@ def draw_pairs(
     check_masks(data, ~data.no_mask, scored=False)  # an object may have none
     predicted = read_results(os.fspath(results_json), data, score_threshold)
     classes, names = list(data.classes), list(data.classes.values())
-    if isinstance(images, int):
-        chosen = _choose(np.bincount(data.image, minlength=len(data.image_ids)), images)
-    else:
-        position = {id_: number for number, id_ in enumerate(data.image_ids)}
-        images = list(images)
-        if unknown := [id_ for id_ in images if id_ not in position]:
-            raise DataError(f"{dataset_json} has no image {unknown[0]!r}; give ids that it has")
-        chosen = [position[id_] for id_ in images]
-    for number in chosen:
+    position = {id_: number for number, id_ in enumerate(data.image_ids)}
+    for id_ in images:
+        if (number := position.get(id_)) is None:
+            raise DataError(f"{dataset_json} has no image {id_!r}; give ids that it has")
         path = os.path.join(image_root, files[number])
         image = Image.fromarray(read_image(path, "RGB", bit_depth_range=bit_depth_range))
         size, scale = (image.height, image.width), SIDE / max(image.size)
@@ -123,7 +78,7 @@ def draw_pairs(
             size,
             data={"crowd": data.crowd[own]},
         )
-        results = predicted[data.image_ids[number]]
+        results = predicted[id_]
         found = from_coco(
             np.reshape([r.bbox for r in results], (-1, 4)) @ XYWH_TO_XYXY,
             np.array([classes.index(r.category_id) for r in results], int),
@@ -143,15 +98,7 @@ def draw_pairs(
             title = f"{title}: {count} object{'s' * (count != 1)}"
             pen = ImageDraw.Draw(pair)
             pen.text((left, 0), title, "black", ImageFont.truetype(find_font(title), 20))
-        yield data.image_ids[number], np.array(pair)
-
-
-def draw_curves(metrics_json: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Draw losses, learning rate and AP of a training into one picture, ``output``, as
-    `draw_predictions` does, of the ``metrics.json`` of a run; raises what `read_curves` does."""
-    figure, output = _curves_figure(read_curves(metrics_json)), _folder_made(output)
-    figure.savefig(output, dpi=110)
-    return output
+        yield id_, np.array(pair)
 
 
 def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], list[float]]]:
@@ -190,45 +137,3 @@ def read_curves(metrics_json: str | os.PathLike) -> dict[str, tuple[list[int], l
     if not curves:
         raise ValueError(f"{metrics_json} holds no complete line; let the run log an iteration")
     return dict(curves)
-
-
-def _curves_figure(curves: dict[str, tuple[list[int], list[float]]]) -> Figure:
-    figure = Figure((15, 4.5), layout="constrained")
-    loss, rate, ap = figure.subplots(1, 3)
-    losses = [key for key in curves if key == "total_loss" or key.startswith("loss_")]
-    losses.sort(key=lambda key: key != "total_loss")  # black and first in the legend
-    for axes, title, keys in (
-        (loss, "loss", losses),
-        (rate, "learning rate", [key for key in curves if key == "lr"]),
-        # With several test sets, the name of each comes before "bbox/AP".
-        (ap, "AP", [key for key in sorted(curves) if key.endswith("/AP")]),
-    ):
-        axes.set(title=title if keys else f"no {title}", xlabel="iteration")
-        axes.grid(alpha=0.3)
-        for key in keys:
-            last = f" (last: {curves[key][1][-1]:.1f})" if axes is ap else ""
-            style = {"color": "black", "linewidth": 2.2} if key == "total_loss" else {}
-            axes.plot(*curves[key], label=key + last, marker="o" if axes is ap else None, **style)
-        if keys:
-            axes.legend(fontsize="small")
-    loss.set_yscale("log")  # the terms differ by orders of magnitude
-    return figure
-
-
-def _choose(counts: np.ndarray, num_images: int) -> list[int]:
-    """Images from the fewest objects to the most, then one without, or as needed.
-
-    Args:
-        counts: objects of each image.
-    """
-    order = np.argsort(counts, kind="stable")
-    empty, filled = np.split(order, [int((counts == 0).sum())])
-    number = min(len(filled), max(1, num_images - bool(len(empty))))
-    chosen = filled[np.linspace(0, len(filled) - 1, number).astype(int)]
-    return [*chosen.tolist(), *empty[: num_images - number].tolist()]
-
-
-def _folder_made(output: str | os.PathLike) -> Path:
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output

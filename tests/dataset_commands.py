@@ -94,10 +94,10 @@ def steps(good, files, path, other=None) -> dict[str, tuple]:
         "lazy val": lazy("lazy val", val),
         "lazy eval": lazy("lazy eval", val, init, **score),
         "lazy resume": lazy("lazy resume", train, "train.max_iter=2", **resume),
-        "pictures": (
-            *("visualize_predictions.py", "--json", files.json_file, "--images", files.image_root),
+        "analysis": (
+            *("analyze.py", "--json", files.json_file, "--images", files.image_root),
             *("--results", good.yaml / "inference/coco_instances_results.json"),
-            *("--output", path / "pictures.png"),
+            *("--output", path / "analysis"),
         ),
     }
 

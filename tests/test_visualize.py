@@ -2,7 +2,6 @@
 with hand-made logs."""
 
 import json
-import runpy
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -10,16 +9,13 @@ import pytest
 import supervision as sv
 import torch
 from detectron2.structures import Boxes, Instances
-from helpers import ROOT
 from image_files import with_orientation
 from PIL import Image, ImageDraw
 
 from gn_detect import drawing, visualize
 from gn_detect.data import DataError
 from gn_detect.drawing import draw, from_coco, to_detections
-from gn_detect.visualize import draw_curves, draw_pairs, draw_predictions, read_curves
-
-tool = runpy.run_path(str(ROOT / "tools/visualize_predictions.py"))["main"]
+from gn_detect.visualize import draw_pairs, read_curves
 
 WIDTH, HEIGHT, GRAY = 60, 50, 90
 BOX = (5, 10, 20, 30)
@@ -85,12 +81,11 @@ class Workspace:
             (self.root / f"{name}.json").write_text(json.dumps(getattr(self, name)))
         return [self.root / name for name in ("dataset.json", "", "results.json")]
 
-    def draw(self, **options):
+    def draw(self, ids=(1,), **options):
         """Ground truth and predictions, in turn: picture, texts (after the first side, the title of
         the one before comes first), boxes."""
         self.sides.clear(), self.texts.clear()
-        draw_predictions(*self.write(), self.root / "out.png", **options)
-        assert Image.open(self.root / "out.png").width > visualize.SIDE
+        self.pairs = list(draw_pairs(*self.write(), ids, **options))
         return [*self.sides, (None, self.texts[:], [])]
 
 
@@ -165,33 +160,18 @@ def test_many_objects_are_masks_alone(workspace):
     assert (len(boxes), texts) == (1, ["ground truth: 0 objects"])
 
 
-def test_images_range_from_few_objects_to_many_with_one_empty(workspace):
-    workspace.set_images(24)
-    workspace.dataset["annotations"] = [
-        item(i, 20, (10, 10, 5, 5)) for i in range(1, 21) for _ in range(i)
-    ]
-    for num_images, expected in ((1, [1]), (5, [1, 7, 13, 20, 0])):
-        titles = [texts[-1] for _, texts, _ in workspace.draw(num_images=num_images)[1::2]]
-        assert [int(title.split()[2]) for title in titles] == expected
-    workspace.dataset["annotations"] = workspace.dataset["annotations"][:1]
-    assert len(workspace.draw(num_images=4)) == 9  # and three without objects
-
-
 def test_pairs_of_chosen_images(workspace):
     workspace.set_images(3)
     workspace.dataset["annotations"] = [item(3, 20, (10, 10, 5, 5))]
-    paths = workspace.write()
-    pairs = list(draw_pairs(*paths, [3, 1]))
-    assert [image_id for image_id, _ in pairs] == [3, 1]
+    *sides, _ = workspace.draw([3, 1])
+    assert [image_id for image_id, _ in workspace.pairs] == [3, 1]
     height, width = round(HEIGHT * SCALE), visualize.SIDE
-    for (_, picture), left, right in zip(
-        pairs, workspace.sides[::2], workspace.sides[1::2], strict=True
-    ):
+    for (_, picture), left, right in zip(workspace.pairs, sides[::2], sides[1::2], strict=True):
         np.testing.assert_array_equal(picture[-height:, :width], left[0])
         np.testing.assert_array_equal(picture[-height:, -width:], right[0])
-    assert len(workspace.sides[0][2]) == 1 and not workspace.sides[2][2]
+    assert len(sides[0][2]) == 1 and not sides[2][2]
     with pytest.raises(DataError, match="dataset.json has no image 7"):
-        list(draw_pairs(*paths, [1, 7]))
+        workspace.draw([1, 7])
 
 
 def test_exif_orientation(workspace):
@@ -237,7 +217,7 @@ def test_errors_name_the_file(workspace, name, content, message):
     if content is not None:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        draw_predictions(*paths, workspace.root / "out.png")
+        list(draw_pairs(*paths, [1]))
 
 
 def test_boxes_far_outside(workspace):
@@ -321,8 +301,6 @@ def test_a_font_that_has_the_characters_is_found_or_asked_for(monkeypatch, caplo
 
 
 def test_other_data_is_an_error(workspace):
-    with pytest.raises(ValueError, match="num_images is 0"):
-        workspace.draw(num_images=0)
     Image.new("RGB", (6, 5)).save(workspace.root / "1.png")
     with pytest.raises(ValueError, match=rf"1.png is 6 x 5, declared {WIDTH} x {HEIGHT}"):
         workspace.draw()
@@ -365,52 +343,4 @@ def test_resumed_run_replaces_the_iterations_that_it_repeats(tmp_path):
 )
 def test_unreadable_metrics_are_named(tmp_path, lines, words):
     with pytest.raises(ValueError, match=words):
-        draw_curves(write_metrics(tmp_path, *lines), tmp_path / "curves.png")
-
-
-def test_curves_show_losses_rate_and_ap_with_nan(tmp_path):
-    metrics = write_metrics(
-        tmp_path,
-        {"iteration": 19, "total_loss": 3.0, "loss_cls": 1.0, "lr": 0.1, "time": 1.0},
-        {"iteration": 39, "total_loss": float("nan"), "loss_cls": 0.5, "lr": 0.2, "bbox/AP50": 9},
-        {"iteration": 39, "val_a/bbox/AP": 12.34, "val_b/bbox/AP": float("nan")},
-    )
-    panels = visualize._curves_figure(read_curves(metrics)).axes
-    lines = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in panels]
-    assert [list(panel) for panel in lines] == [
-        ["total_loss", "loss_cls"],
-        ["lr"],
-        ["val_a/bbox/AP (last: 12.3)", "val_b/bbox/AP (last: nan)"],
-    ]
-    assert lines[0]["loss_cls"] == [1.0, 0.5] and lines[1]["lr"] == [0.1, 0.2]
-    assert [axes.get_yscale() for axes in panels] == ["log", "linear", "linear"]
-    empty = visualize._curves_figure({"total_loss": ([1], [3.0])}).axes
-    assert [axes.get_title() for axes in empty] == ["loss", "no learning rate", "no AP"]
-
-
-def test_tool_writes_both_pictures_and_prints_their_paths(tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        workspace = Workspace(tmp_path, patch)
-    workspace.results = [item(1, 20, (10, 10, 5, 5), score=0.3)]
-    dataset, images, results_json = map(str, workspace.write())
-    metrics = str(write_metrics(tmp_path, {"iteration": 19, "total_loss": 3.0}))
-    output, curves = (str(tmp_path / "new" / name) for name in ("predictions.png", "curves.png"))
-    arguments = ["--json", dataset, "--images", images, "--results", results_json]
-    arguments += ["--output", output, "--score-threshold", "0.2", "--num-images", "1"]
-    assert tool([*arguments, "--metrics", metrics, "--curves", curves]) == 0
-    assert capsys.readouterr().out.split() == [output, curves]
-    for path in (output, curves):
-        assert np.asarray(Image.open(path).convert("L")).std() > 0
-
-
-def test_tool_explains_what_it_cannot_draw(tmp_path, capsys):
-    for arguments, words in (
-        ([], "nothing to draw"),
-        (["--metrics", "a"], "curves need both --metrics and --curves"),
-        (["--json", "a", "--images", "b", "--output", "c"], "predictions need all of --json"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            tool(arguments)
-        assert words in capsys.readouterr().err
-    assert tool(["--metrics", "none.json", "--curves", str(tmp_path / "curves.png")]) == 1
-    assert capsys.readouterr().err.startswith("error: none.json cannot be read (")
+        read_curves(write_metrics(tmp_path, *lines))

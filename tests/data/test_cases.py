@@ -1,5 +1,5 @@
 """Defects of annotation files that people export: right, or the same sentence wherever a file is
-read: for training, validation, --eval-only, --resume, pictures, and in the lazy tool."""
+read: for training, validation, --eval-only, --resume, analysis, and in the lazy tool."""
 
 import json
 import re
@@ -121,8 +121,8 @@ REFUSED = {  # row of the table of cases, then the defect
 def assert_refused(good, files, path, sentence):
     """``sentence`` has places for the keys of the config; ".*" stands for other words."""
     for step, (tool, *arguments) in steps(good, files, path).items():
-        if step == "pictures" and "False" in sentence:
-            continue  # a picture shows what is wrong with boxes, and needs no masks
+        if step == "analysis" and "False" in sentence:
+            continue  # it shows what is wrong with boxes, and needs no masks
         expected = sentence.format(**(LAZY_KEYS if "lazy" in step else KEYS))
         message = refusal(tool, *arguments)
         assert re.search(".*".join(map(re.escape, expected.split(".*"))), message), step
@@ -221,7 +221,7 @@ def test_mended_wherever_it_is_read(good, coco_files, tmp_path, monkeypatch, cha
         if step in ("val", "lazy val"):
             continue  # reads what the evaluation reads
         shown = run_tool(tool, *arguments)
-        if step == "pictures":
+        if step == "analysis":
             continue  # of warnings, pytest has the handler
         for warning in warnings:
             assert f"annotations.json: {warning}" in shown.stdout, step
