@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import supervision as sv
-from detectron2.structures import Instances
 from matplotlib.font_manager import findfont, findSystemFonts
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +35,7 @@ def draw(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        detections: N objects with ``class_id``, such as those of `to_detections`. Masks and scores
+        detections: N objects with ``class_id``, such as those of `from_coco`. Masks and scores
             are drawn where it has them. ``data["crowd"]``, (N,) bool, says which are crowd regions:
             gray, and below the others.
         names: of the classes; that of a single one is not written.
@@ -80,19 +79,6 @@ def draw(
         words = [*names, "crowd"] if len(names) > 1 else ["", "crowd"]
         _write_labels(picture, found, words, font_size)
     return np.array(picture)
-
-
-def to_detections(instances: Instances) -> sv.Detections:
-    """What a model returns for an image, on the CPU, for `draw`. ``pred_masks`` may be a sequence
-    of masks, each made when it is asked for; they are held as runs, not as pixels."""
-    masks = instances.pred_masks if instances.has("pred_masks") else ()
-    return from_coco(
-        instances.pred_boxes.tensor.numpy(),
-        instances.pred_classes.numpy(),
-        [mask_util.encode(np.asfortranarray(mask, np.uint8)) for mask in masks],
-        instances.image_size,
-        confidence=instances.scores.numpy(),
-    )
 
 
 def from_coco(

@@ -7,14 +7,12 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import supervision as sv
-import torch
-from detectron2.structures import Boxes, Instances
 from image_files import with_orientation
 from PIL import Image, ImageDraw
 
 from gn_detect import drawing, visualize
 from gn_detect.data import DataError
-from gn_detect.drawing import draw, from_coco, to_detections
+from gn_detect.drawing import draw, from_coco
 from gn_detect.visualize import draw_pairs, read_curves
 
 WIDTH, HEIGHT, GRAY = 60, 50, 90
@@ -229,19 +227,15 @@ def test_boxes_far_outside(workspace):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (100, 100), (480, 640), (2000, 3000)])
-def test_objects_of_a_model_are_drawn_in_sizes_that_fit(size):
+def test_objects_are_drawn_in_sizes_that_fit(size):
     """Lines are seen at any size; what is written stays small, and nothing changes the input."""
     height, width = size
-    found = Instances(size)
-    found.pred_boxes = Boxes(
-        torch.tensor([[0.2, 0.4, 0.6, 0.8]]) * torch.tensor([width, height] * 2)
-    )
-    found.scores, found.pred_classes = torch.tensor([0.5]), torch.tensor([1])
-    mask = torch.zeros(size, dtype=torch.bool)
+    box = np.array([[0.2, 0.4, 0.6, 0.8]]) * ([width, height] * 2)
+    mask = np.zeros(size, bool)
     mask[int(0.4 * height) : int(0.8 * height) + 1, int(0.2 * width) : int(0.6 * width) + 1] = True
-    found.pred_masks = [mask]  # as they come one by one
+    found = from_coco(box, np.array([1]), [encode(mask)], size, confidence=np.array([0.5]))
     image = np.full((*size, 3), GRAY, np.uint8)
-    picture = draw(image, to_detections(found), ["Straße", "собака"])
+    picture = draw(image, found, ["Straße", "собака"])
     assert picture.shape == image.shape and picture.dtype == np.uint8 and (image == GRAY).all()
     if min(size) > 1:
         inside = picture[int(0.7 * height), int(0.4 * width)]
