@@ -57,7 +57,7 @@ def find_inputs(given: Iterable[str], output: str | os.PathLike) -> tuple[Path, 
     for name in given:
         paths = [Path(name)] if os.path.exists(name) else map(Path, glob.glob(name, recursive=True))
         number = len(folders)
-        for path in sorted(map(Path.absolute, paths)):
+        for path in sorted(Path(os.path.abspath(path)) for path in paths):  # without ".."
             files = _files_in(path, output) if path.is_dir() else [path]
             folders += [path if path.is_dir() else path.parent] if files else []
             found |= dict.fromkeys(files)

@@ -59,6 +59,8 @@ def test_inputs(files, monkeypatch):
     (files / "[1].png").write_bytes(b"")
     monkeypatch.chdir(files)
     assert names(["[1].png", "2.png"]) == (files, ["[1].png", "2.png"])
+    monkeypatch.chdir(files / "sub")
+    assert names(["../1.png", ".", "../sub/../1.png"]) == (files, ["1.png", "sub/1.png"])
     for nothing in ("absent.png", "*.jpg", ".hidden/*.txt"):
         with pytest.raises(DataError, match="there is no such file"):
             names([nothing])
