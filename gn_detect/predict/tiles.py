@@ -16,7 +16,7 @@ from supervision.detection.compact_mask import CompactMask
 from gn_detect.config import ConfigError
 
 from .joining import compact_mask, join
-from .pixels import AnyImage
+from .pixels import MAX_TILED_PIXELS, AnyImage
 from .statistics import fixed_statistics, recorded_statistics
 
 STATISTICS = ("tile", "image")
@@ -85,7 +85,12 @@ class TiledPredictor:
 
     def stream(self, images: Iterable[AnyImage]) -> Iterator[Instances]:
         for image in images:
-            yield self._predict(getattr(self.predictor, "read", np.asarray)(image))
+            yield self._predict(self.read(image))
+
+    def read(self, image: AnyImage) -> np.ndarray:
+        """The pixels of an image, which may be larger than one that is predicted as a whole."""
+        read = getattr(self.predictor, "read", None)
+        return read(image, max_pixels=MAX_TILED_PIXELS) if read else np.asarray(image)
 
     def _predict(self, pixels: np.ndarray) -> Instances:
         height, width = pixels.shape[:2]

@@ -14,6 +14,7 @@ from pycocotools import mask as mask_util
 from supervision.detection.compact_mask import CompactMask
 
 from gn_detect.config import ConfigError
+from gn_detect.data import DataError
 from gn_detect.predict import Predictor
 from gn_detect.predict.joining import compact_mask
 from gn_detect.predict.outputs import to_results
@@ -248,6 +249,14 @@ def test_a_model_by_both_kinds_of_statistics(tiny):
     TiledPredictor(tiny, 64, 0, "image")(pixels)
     handle.remove()
     assert len(maps) == 8 and torch.equal(maps[7], maps[4])
+
+
+def test_may_be_larger_than_an_image_that_is_not_tiled(tiny, tmp_path):
+    (tmp_path / "map.pbm").write_text("P4 15000 12000\n")  # without its pixels
+    with pytest.raises(DataError, match="--tiles"):
+        tiny.read(tmp_path / "map.pbm")
+    with pytest.raises(DataError, match="cannot use the image"):
+        TiledPredictor(tiny)(tmp_path / "map.pbm")
 
 
 def test_augmented(weights):
