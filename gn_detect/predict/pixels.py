@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Union
 
@@ -16,6 +17,7 @@ from gn_detect.data.images import naming, to_pixels
 AnyImage = Union[str, os.PathLike, np.ndarray, Image.Image]  # noqa: UP007  # made at run time
 MAX_PIXELS = 178_956_970  # as Pillow, beyond which a file may be a "decompression bomb"
 MAX_TILED_PIXELS = 3 * MAX_PIXELS  # which take 4 GB while they are decoded
+_LOCK = threading.Lock()  # of Pillow's limit, which all threads share
 
 
 def read_rgb(
@@ -71,8 +73,9 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str = "an image") 
 @contextlib.contextmanager
 def _without_pillows_limit() -> Iterator[None]:
     """In whose place :func:`_check_size` refuses, and nothing warns."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit

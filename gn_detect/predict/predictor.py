@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -50,6 +51,7 @@ class Predictor:
         class_names: in the order of ``pred_classes``.
         keypoint_names: in the order of ``pred_keypoints``; empty for models without.
         bit_depth_range: ``INPUT.BIT_DEPTH_RANGE``, for images with more than 8 bits.
+        lock: of the model, so that threads may share it.
 
     Raises:
         ConfigError, WeightsError: the weights cannot be read, have no config, or are not those of
@@ -72,6 +74,7 @@ class Predictor:
         self.device = _device(device)
         run["device"] = str(self.device)
         self.batch_size = batch_size
+        self.lock = threading.RLock()
         mapper = build_mapper(self.cfg)
         self.model = build_model(self.cfg).eval()
         self._augmentations, self._format = mapper.augmentations, mapper.image_format
@@ -112,7 +115,12 @@ class Predictor:
         inputs = (self._input(self.read(image)) for image in images)
         for _, same in itertools.groupby(inputs, lambda one: one["image"].shape):
             while batch := list(itertools.islice(same, self.batch_size)):
-                with _no_memory_as_sentence(), torch.no_grad(), masks_one_by_one(self._run):
+                with (
+                    self.lock,
+                    _no_memory_as_sentence(),
+                    torch.no_grad(),
+                    masks_one_by_one(self._run),
+                ):
                     results = self._run(batch)
                 if "instances" not in results[0]:
                     raise ConfigError(

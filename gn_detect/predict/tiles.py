@@ -118,10 +118,11 @@ class TiledPredictor:
         if self.statistics == "tile":
             yield
             return
-        with recorded_statistics(self.predictor.model) as statistics:
-            next(self._each([pixels]))
-        with fixed_statistics(statistics):
-            yield
+        with self.predictor.lock:  # while its layers are not as they were
+            with recorded_statistics(self.predictor.model) as statistics:
+                next(self._each([pixels]))
+            with fixed_statistics(statistics):
+                yield
 
 
 def starts(length: int, size: int, stride: int) -> list[int]:

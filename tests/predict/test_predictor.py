@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,15 @@ def test_images_of_one_size_at_once(weights, photo):
         assert found.image_size == expected.image_size
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
     assert batches == [2, 1, 1, 1]
+
+
+def test_threads_may_share_one(tiny, photo, tmp_path):
+    Image.fromarray(photo).save(path := tmp_path / "a.png")
+    expected, limit = tiny(photo), Image.MAX_IMAGE_PIXELS
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(tiny, [path] * 12):
+            assert_same(found, expected)
+    assert Image.MAX_IMAGE_PIXELS == limit
 
 
 def test_masks_of_a_large_image_are_made_one_by_one(tiny, photo, monkeypatch):
