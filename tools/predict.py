@@ -20,7 +20,6 @@ from gn_detect.engine import errors_as_sentences
 from gn_detect.predict import Predictor
 from gn_detect.predict.inputs import find_inputs
 from gn_detect.predict.outputs import plan_outputs
-from gn_detect.predict.pixels import MAX_TILED_PIXELS
 from gn_detect.predict.run import predict_files
 
 
@@ -88,32 +87,24 @@ def build_predictor(args):
         options = {"config_file": args.config_file, "opts": args.opts, "device": args.device}
         predictor = Predictor(args.weights, **options, batch_size=args.batch)
     if not args.tiles:
-        return predictor, predictor.stream, predictor.read
+        return predictor
     from gn_detect.predict.tiles import TiledPredictor
 
     options = {name: getattr(args, name) for name in ("overlap", "statistics")}
     options = {name: value for name, value in options.items() if value is not None}
-    tiled = TiledPredictor(predictor, args.tiles, **options)
-    return (
-        predictor,
-        lambda images: map(tiled, images),
-        lambda path: predictor.read(path, max_pixels=MAX_TILED_PIXELS),
-    )
+    return TiledPredictor(predictor, args.tiles, **options)
 
 
 def main(args) -> None:
     root, inputs = find_inputs(args.inputs, args.output)
     targets = plan_outputs(inputs, args.output, args.overwrite)
-    predictor, predict, read = build_predictor(args)
+    predictor = build_predictor(args)
     with logging_redirect_tqdm():
         summary = predict_files(
-            predict,
-            read,
+            predictor,
             inputs,
             targets,
             args.output,
-            class_names=predictor.class_names,
-            keypoint_names=predictor.keypoint_names,
             classes=args.classes,
             score=args.score,
             batch_size=args.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,77 +83,48 @@ def results_file(
 ) -> Iterator[Callable[[list[dict]], None]]:
     """What writes items of a JSON array into ``path``, one after another, so that they need no
     memory; ``head`` and ``tail`` are around them."""
-    separator = head.encode()
+    separators = itertools.chain([b""], itertools.repeat(b",\n"))
     with written_as(path) as partial, open(partial, "wb") as file:
+        file.write(head.encode())
+        yield lambda items: file.writelines(
+            next(separators) + msgspec.json.encode(item) for item in items
+        )
+        file.write(tail().encode())
 
-        def add(items: list[dict]) -> None:
-            nonlocal separator
-            for item in items:
-                file.write(separator + msgspec.json.encode(item))
-                separator = b",\n"
+
+@contextlib.contextmanager
+def dataset_files(
+    folder: Path,
+    class_names: Sequence[str],
+    keypoint_names: Sequence[str] = (),
+    score: float = 0.5,
+) -> Iterator[Callable[[str, Sequence[int], list[dict]], None]]:
+    """What writes ``predictions.json`` and ``annotations.json`` into a folder, image by image,
+    given its file name, (height, width), and :func:`to_results`. The second file has what has at
+    least ``score``, and a mask of at least one pixel where there are masks; the id of a class is
+    its position from 1."""
+    keypoints = {"keypoints": list(keypoint_names), "skeleton": []} if keypoint_names else {}
+    categories = [{"id": i, "name": name, **keypoints} for i, name in enumerate(class_names, 1)]
+    images, ids = [], itertools.count(1)
+
+    def tail() -> str:
+        rest = msgspec.json.encode({"images": images, "categories": categories})
+        return "\n], " + rest.decode()[1:]
+
+    with (
+        results_file(folder / "predictions.json") as add_results,
+        results_file(folder / "annotations.json", '{"annotations": [\n', tail) as annotate,
+    ):
+
+        def add(file_name: str, size: Sequence[int], results: list[dict]) -> None:
+            image = {"id": len(images) + 1, "file_name": file_name}
+            images.append({**image, "height": size[0], "width": size[1]})
+            results = [as_written(result, image["id"]) for result in results]
+            add_results(results)
+            kept = (_annotation(result) for result in results if result["score"] >= score)
+            annotate([{"id": next(ids), **annotation} for annotation in kept if annotation])
 
         yield add
-        file.write((separator if separator != b",\n" else b"") + tail().encode())
-
-
-class Dataset:
-    """``predictions.json`` and ``annotations.json`` in a folder, image by image, while it is
-    entered. The second has what has at least a score, and a mask of at least one pixel where there
-    are masks.
-
-    Args:
-        folder: to write to.
-        class_names, keypoint_names: of the model; the id of a class is its position from 1.
-        score: of the annotations.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        class_names: Sequence[str],
-        keypoint_names: Sequence[str] = (),
-        score: float = 0.5,
-    ):
-        keypoints = {"keypoints": list(keypoint_names), "skeleton": []} if keypoint_names else {}
-        self._categories = [
-            {"id": i, "name": name, **keypoints} for i, name in enumerate(class_names, 1)
-        ]
-        self._folder, self._score, self._images, self._count = folder, score, [], 0
-        self._files = contextlib.ExitStack()
-
-    def __enter__(self) -> Dataset:
-        def tail() -> str:
-            rest = {"images": self._images, "categories": self._categories}
-            return "\n], " + msgspec.json.encode(rest).decode()[1:]
-
-        with contextlib.ExitStack() as files:
-            enter, folder = files.enter_context, self._folder
-            self._results = enter(results_file(folder / "predictions.json"))
-            path = folder / "annotations.json"
-            self._annotations = enter(results_file(path, '{"annotations": [\n', tail))
-            self._files = files.pop_all()
-        return self
-
-    def __exit__(self, *error) -> bool | None:
-        return self._files.__exit__(*error)
-
-    def add(self, file_name: str, size: Sequence[int], results: list[dict]) -> None:
-        """
-        Args:
-            file_name: of the image.
-            size: height, width.
-            results: of :func:`to_results`.
-        """
-        image = len(self._images) + 1
-        self._images.append(
-            {"id": image, "file_name": file_name, "height": size[0], "width": size[1]}
-        )
-        results = [as_written(result, image) for result in results]
-        self._results(results)
-        for result in results:
-            if result["score"] >= self._score and (annotation := _annotation(result)):
-                self._count += 1
-                self._annotations([{"id": self._count, **annotation}])
 
 
 def to_results(instances: Instances) -> list[dict]:

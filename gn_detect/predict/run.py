@@ -19,19 +19,19 @@ from gn_detect.data import DataError
 
 from .inputs import Input, open_video
 from .outputs import (
-    Dataset,
     as_written,
+    dataset_files,
     draw_results,
     results_file,
     to_results,
     video_file,
     write_picture,
 )
+from .predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 FPS = 25.0  # of a video that does not tell
-Predict = Callable[[list[np.ndarray]], Iterable[Instances]]
 
 
 @dataclasses.dataclass
@@ -75,14 +75,11 @@ class Summary:
 
 
 def predict_files(
-    predict: Predict,
-    read: Callable[[Path], np.ndarray],
+    predictor: Predictor,
     inputs: Sequence[Input],
     targets: Sequence[Path],
     output: Path,
     *,
-    class_names: Sequence[str],
-    keypoint_names: Sequence[str] = (),
     classes: Sequence[str] = (),
     score: float = 0.5,
     batch_size: int = 1,
@@ -91,11 +88,9 @@ def predict_files(
     """Predict on images and videos, one after the other.
 
     Args:
-        predict: what is found in RGB images of one size, in order.
-        read: the RGB pixels of a file; may raise a DataError.
+        predictor: or another kind of one, such as a ``TiledPredictor``.
         inputs, targets: of :func:`.inputs.find_inputs` and :func:`.outputs.plan_outputs`.
         output: the folder of ``predictions.json`` and ``annotations.json``.
-        class_names, keypoint_names: of the model.
         classes: those that are kept, by name; all where it is empty.
         score: from which on objects are drawn, and annotations.
         batch_size: images at once.
@@ -104,6 +99,7 @@ def predict_files(
     Raises:
         ConfigError: a class that the model does not have; or nothing can be written.
     """
+    class_names = predictor.class_names
     if unknown := [name for name in classes if name not in class_names]:
         raise ConfigError(
             f"--classes: the model has no class {', '.join(map(repr, unknown))}; it has "
@@ -114,7 +110,7 @@ def predict_files(
 
     def found_in(items: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple]:
         """With each of some ``(key, pixels)``, all that is found, and what is shown of it."""
-        for key, pixels, instances in _in_batches(predict, items, batch_size, summary):
+        for key, pixels, instances in _in_batches(predictor, items, batch_size, summary):
             found = [r for r in to_results(instances) if r["category_id"] in kept]
             shown = [r for r in found if r["score"] >= score]
             below = [r["score"] for r in found if r["score"] < score]
@@ -127,12 +123,12 @@ def predict_files(
     stills = [pair for pair in pairs if not pair[0].is_video]
     with _until_interrupted(summary):
         if stills:
-            with Dataset(output, class_names, keypoint_names, score) as dataset:
+            names = class_names, predictor.keypoint_names
+            with dataset_files(output, *names, score) as add:
                 with _until_interrupted(summary):  # and what is found by then is written
-                    for (item, target), pixels, found, shown in found_in(
-                        _read(read, stills, summary)
-                    ):
-                        dataset.add(item.name, pixels.shape[:2], found)
+                    images = _read(predictor, stills, summary)
+                    for (item, target), pixels, found, shown in found_in(images):
+                        add(item.name, pixels.shape[:2], found)
                         if pictures:
                             write_picture(target, draw_results(pixels, shown, class_names))
                         summary.images += 1
@@ -143,24 +139,26 @@ def predict_files(
 
 
 def _in_batches(
-    predict: Predict, items: Iterable[tuple[Any, np.ndarray]], size: int, summary: Summary
+    predictor: Predictor, items: Iterable[tuple[Any, np.ndarray]], size: int, summary: Summary
 ) -> Iterator[tuple[Any, np.ndarray, Instances]]:
     for _, group in itertools.groupby(items, lambda item: item[1].shape):
         while batch := list(itertools.islice(group, size)):
             try:
-                found = list(predict([pixels for _, pixels in batch]))
+                found = list(predictor.stream([pixels for _, pixels in batch]))
             except DataError as error:  # of their size, which is one
-                for key, _ in batch:
-                    summary.fail(f"{key[0].path if isinstance(key, tuple) else key}: {error}")
+                if isinstance(batch[0][0], int):
+                    raise  # of a video, all frames of which are so
+                for (item, _), _ in batch:
+                    summary.fail(f"{item.path}: {error}")
                 continue
             for (key, pixels), instances in zip(batch, found, strict=True):
                 yield key, pixels, instances
 
 
-def _read(read: Callable, stills: Sequence[tuple[Input, Path]], summary: Summary) -> Iterator:
+def _read(predictor: Predictor, stills: Sequence[tuple[Input, Path]], summary: Summary) -> Iterator:
     for item, target in tqdm(stills, unit=" images", disable=None):
         try:
-            yield (item, target), read(item.path)
+            yield (item, target), predictor.read(item.path)
         except DataError as error:
             summary.fail(str(error))
         except MemoryError:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,7 +18,13 @@ from gn_detect.config import ConfigError
 from gn_detect.data import DataError
 from gn_detect.data.coco import check_coco_json, load_coco
 from gn_detect.predict.inputs import find_inputs, open_video
-from gn_detect.predict.outputs import Dataset, plan_outputs, to_results, video_file, written_as
+from gn_detect.predict.outputs import (
+    dataset_files,
+    plan_outputs,
+    to_results,
+    video_file,
+    written_as,
+)
 from gn_detect.predict.run import predict_files
 
 
@@ -202,9 +209,9 @@ def test_an_interrupted_run_leaves_what_it_has(files, tmp_path):
 
     _, inputs = find_inputs([str(files)], tmp_path)
     targets = plan_outputs(inputs, tmp_path / "out", False)
-    summary = predict_files(
-        one_object, read, inputs, targets, tmp_path / "out", class_names=["thing"], pictures=False
-    )
+    names = {"class_names": ["thing"], "keypoint_names": []}
+    predictor = SimpleNamespace(stream=one_object, read=read, **names)
+    summary = predict_files(predictor, inputs, targets, tmp_path / "out", pictures=False)
     assert summary.interrupted and summary.images == 2 and "interrupted" in summary.failed[0]
     assert len(json.loads((tmp_path / "out/annotations.json").read_bytes())["annotations"]) == 2
 
@@ -226,9 +233,9 @@ def test_annotations_are_the_masks(tmp_path):
     parts = disc & (abs(x - 11) > 2)
     masks = [disc, ring, parts, np.zeros_like(disc), disc]
     found = instances(masks, [0.9, 0.8, 0.7, 0.6, 0.1])
-    with Dataset(tmp_path, ["thing"]) as dataset:
-        dataset.add("a.png", (24, 24), to_results(found))
-        dataset.add("b.png", (24, 24), [])
+    with dataset_files(tmp_path, ["thing"]) as add:
+        add("a.png", (24, 24), to_results(found))
+        add("b.png", (24, 24), [])
     content = json.loads((tmp_path / "annotations.json").read_bytes())
     kinds = [type(annotation["segmentation"]) for annotation in content["annotations"]]
     assert kinds == [list, dict, list]  # a ring is no polygon; the other two are none, or too low
@@ -245,8 +252,8 @@ def test_annotations_are_the_masks(tmp_path):
 def test_keypoints_can_be_trained_on(files, tmp_path):
     points = np.array([[[3.5, 4.5, 0.2], [10.5, 11.5, 0.9]]], np.float32)
     found = instances([np.ones((64, 64), bool)], [0.9], points.copy())
-    with Dataset(tmp_path, ["person"], ["left_eye", "right_eye"]) as dataset:
-        dataset.add("1.png", (64, 64), to_results(found))
+    with dataset_files(tmp_path, ["person"], ["left_eye", "right_eye"]) as add:
+        add("1.png", (64, 64), to_results(found))
     content = json.loads((tmp_path / "annotations.json").read_bytes())
     assert content["annotations"][0]["keypoints"] == [3, 4, 2, 10, 11, 2]
     json_file = str(tmp_path / "annotations.json")
