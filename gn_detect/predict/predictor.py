@@ -153,7 +153,7 @@ def _no_memory_as_sentence() -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError:
-        raise ConfigError(
+        raise DataError(
             "the GPU has no memory left for the model's maps: lower batch_size (--batch) or "
             "INPUT.MIN_SIZE_TEST, or run on the CPU (device, --device)"
         ) from None

@@ -184,14 +184,17 @@ def _predict_video(
         write = None
         bar = tqdm(frames, desc=item.name, total=total or None, unit=" frames", disable=None)
         with _until_interrupted(summary):
-            for number, pixels, found, shown in found_in(enumerate(bar)):
-                add([as_written(result, number) for result in found])
-                if pictures:
-                    write = write or files.enter_context(
-                        video_file(target, *pixels.shape[:2], info.fps or FPS)
-                    )
-                    write(draw_results(pixels, shown, class_names))
-                count += 1
+            try:
+                for number, pixels, found, shown in found_in(enumerate(bar)):
+                    add([as_written(result, number) for result in found])
+                    if pictures:
+                        write = write or files.enter_context(
+                            video_file(target, *pixels.shape[:2], info.fps or FPS)
+                        )
+                        write(draw_results(pixels, shown, class_names))
+                    count += 1
+            except DataError as error:
+                return summary.fail(f"{item.path}: {error}")
     summary.frames += count
     if count < total and not summary.interrupted:
         summary.fail(f"{item.path}: {count} of {total} frames can be decoded; it may be cut off")

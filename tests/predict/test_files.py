@@ -216,6 +216,18 @@ def test_an_interrupted_run_leaves_what_it_has(files, tmp_path):
     assert len(json.loads((tmp_path / "out/annotations.json").read_bytes())["annotations"]) == 2
 
 
+def test_what_is_wrong_with_all_frames_is_said_once(tmp_path):
+    def too_large(images):
+        raise DataError("too large")
+
+    write_video(tmp_path / "clip.mp4", 3)
+    _, inputs = find_inputs([str(tmp_path)], tmp_path / "out")
+    targets = plan_outputs(inputs, tmp_path / "out", False)
+    predictor = SimpleNamespace(stream=too_large, class_names=["thing"])
+    summary = predict_files(predictor, inputs, targets, tmp_path / "out")
+    assert summary.failed == [f"{tmp_path / 'clip.mp4'}: too large"] and not summary.frames
+
+
 def instances(masks, scores, keypoints=None):
     found = Instances(masks[0].shape)
     found.pred_boxes = Boxes([[2.0, 2.0, 20.0, 20.0]] * len(masks))
