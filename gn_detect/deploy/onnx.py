@@ -153,6 +153,7 @@ def describe(predictor: Predictor, static: tuple[int, int] | None = None) -> dic
     (edges, longest), *_ = [*((r.short_edge_length, r.max_size) for r in resizing), ((0,), 0)]
     return {
         "class_names": list(predictor.class_names),
+        "keypoint_names": list(predictor.keypoint_names),
         "min_size": min(edges),
         "max_size": min(longest, 2**31 - 1),
         "static_size": static,

@@ -46,8 +46,8 @@ class OnnxPredictor:
             raise ConfigError(str(error)) from None
         metadata = self._detector.metadata
         self.class_names = self._detector.class_names
-        self.keypoint_names = metadata.get("keypoint_names") or []
-        self.bit_depth_range = tuple(metadata.get("bit_depth_range") or ())
+        self.keypoint_names = metadata.get("keypoint_names", [])
+        self.bit_depth_range = tuple(metadata["bit_depth_range"])
 
     def __call__(self, images: AnyImage | list[AnyImage]) -> Instances | list[Instances]:
         if not isinstance(images, (list, tuple)):

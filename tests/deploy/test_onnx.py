@@ -99,6 +99,7 @@ def test_equals_pytorch(kind, exported):
     predictor, path = exported(kind)
     detector = runtime.Detector(path)
     assert detector.class_names == predictor.class_names
+    assert detector.metadata["keypoint_names"] == predictor.keypoint_names
     for size in SIZES:
         image = image_of(size)
         expected = predictor(image)
