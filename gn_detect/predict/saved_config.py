@@ -47,7 +47,7 @@ _OTHERS = (
     *(ResNet.make_default_stages, ResNet.make_stage, ShapeSpec, Matcher, Box2BoxTransform),
     *(GroupNormFactory, build_detector, DatasetMapper, NamingDatasetMapper),
 )
-_UNUSABLE = (AssertionError, KeyError, RecursionError, TypeError, ValueError)
+_UNUSABLE = (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def find_config(

@@ -187,6 +187,7 @@ def test_lazy_config_of_the_weights():
         ("{x: !!python/object:os.environ {}}", "calls 'os.environ'"),
         ("{x: !!python/object/apply:os.system ['touch hacked']}", "cannot be used"),
         ("{x: ", "cannot be used"),
+        ("{x: !!python/object:torch.nn.BatchNorm2d {num_features: [a]}}", "cannot be used"),
         ("{x: '${nothing}'}", "cannot be used"),
     ],
 )
