@@ -63,8 +63,10 @@ def parse_args():
     args = parser.parse_args()
     if args.tiles is None and (args.overlap is not None or args.statistics):
         parser.error("--overlap and --statistics go with --tiles")
-    if args.weights.endswith(".onnx") and (args.config_file or args.opts):
-        parser.error("an ONNX model has no config: no --config-file, no --opts")
+    if args.weights.endswith(".onnx") and (args.config_file or args.opts or args.batch > 1):
+        parser.error(
+            "an ONNX model has no config and takes one image: no --config-file, --opts, --batch"
+        )
     return args
 
 

@@ -35,7 +35,9 @@ class OnnxPredictor:
                 f"{path}: ONNX Runtime runs it, which cannot be imported ({error}): pip install "
                 "onnxruntime"
             ) from None
-        known = {p.removesuffix("ExecutionProvider").lower(): p for p in _providers(onnxruntime)}
+        usable = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+        available = onnxruntime.get_available_providers()
+        known = {name: provider for name, provider in usable.items() if provider in available}
         if device and device not in known:
             raise ConfigError(
                 f"device (--device) {device}: ONNX Runtime has {', '.join(known)} here"
@@ -70,8 +72,3 @@ class OnnxPredictor:
     def read(self, image: AnyImage, **options) -> np.ndarray:
         """:func:`.pixels.read_rgb`, with the range of the detector's training."""
         return read_rgb(image, bit_depth_range=self.bit_depth_range, **options)
-
-
-def _providers(onnxruntime) -> list[str]:
-    usable = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    return [p for p in usable if p in onnxruntime.get_available_providers()]
