@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
@@ -73,8 +74,27 @@ def find_config(
 
 
 def build_model(cfg: CfgNode | DictConfig) -> nn.Module:
-    """The model of ``cfg``, on its device, its weights at random."""
-    return build_registered(cfg) if isinstance(cfg, CfgNode) else build_lazy_model(cfg)
+    """The model of ``cfg``, on its device, its weights at random.
+
+    On a CPU GN runs by PyTorch's operations where ``cfg``, of a run on a GPU, asks for Triton's.
+    """
+    on_cpu = torch.device(Settings(cfg)["device"]).type == "cpu"
+    if isinstance(cfg, CfgNode):
+        if replaced := on_cpu and cfg.MODEL.GN.KERNEL == "triton":
+            cfg.MODEL.GN.KERNEL = "torch"
+        model = build_registered(cfg)
+    else:
+        model = build_lazy_model(cfg)
+        layers = model.modules() if on_cpu else ()
+        replaced = [layer for layer in layers if getattr(layer, "kernel", "") == "triton"]
+        for layer in replaced:
+            layer.kernel = "torch"
+    if replaced:
+        logger.info(
+            "MODEL.GN.KERNEL (kernel) is 'triton', whose kernels are for CUDA devices; on the CPU "
+            "GN runs by PyTorch's operations"
+        )
+    return model
 
 
 def build_mapper(cfg: CfgNode | DictConfig) -> DatasetMapper:

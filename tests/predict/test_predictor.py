@@ -146,6 +146,27 @@ def test_refuses_a_device_that_is_not_there(weights):
         Predictor(weights, device="moon")
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_weights_of_a_run_with_triton_predict_on_a_cpu(lazy, weights, photo, tmp_path, caplog):
+    caplog.set_level("INFO", "gn_detect")
+    if lazy:
+        cfg = load_lazy_config(gn_detect.get_config_file(SHAPES), ["train.device=cuda"])
+        text = _config_text(cfg).replace("num_groups: 16", "num_groups: 16, kernel: triton")
+        assert "kernel: triton" in text
+        cfg = find_config(saved(text), "x.pth", opts=["train.device=cpu"])
+        found = build_model(cfg)([{"image": torch.zeros(3, 64, 64)}])
+        assert "instances" in found[0]
+    else:
+        state = torch.load(weights.with_suffix(".pth"))
+        changed = state["config"].replace("KERNEL: auto", "KERNEL: triton")
+        assert changed != state["config"]
+        torch.save(state | {"config": changed}, tmp_path / "triton.pth")
+        found = Predictor(tmp_path / "triton.pth", device="cpu")(photo)
+        assert_same(found, Predictor(weights, device="cpu")(photo))
+    said = [r.message for r in caplog.records if "triton" in r.message]
+    assert len(said) == 1 and "on the CPU GN runs by PyTorch's operations" in said[0]
+
+
 def test_names_of_registered_data(tmp_path):
     cfg = config(MASK_RCNN, *TINY)
     path = save(tmp_path, cfg)
