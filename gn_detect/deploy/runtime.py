@@ -189,17 +189,24 @@ def paste(mask: np.ndarray, box: np.ndarray, probability: np.ndarray) -> None:
     height, width = mask.shape
     x0, y0 = np.maximum(np.floor(box[:2]).astype(int) - 1, 0)
     x1, y1 = np.minimum(np.ceil(box[2:]).astype(int) + 1, (width, height))
-    cells = np.pad(probability, 1)  # with what is beyond the box
-    for axis, (first, last, low, high) in enumerate(((y0, y1, *box[1::2]), (x0, x1, *box[::2]))):
-        count = probability.shape[axis]
+    places = []
+    for first, last, low, high, count in (
+        (y0, y1, *box[1::2], probability.shape[0]),
+        (x0, x1, *box[::2], probability.shape[1]),
+    ):  # rounded as PyTorch's grid_sample rounds
         centers = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
-        position = ((centers - low) / (high - low) * count + np.float32(0.5)).clip(0, count + 1)
-        left = np.minimum(position.astype(int), count)
-        weight = position - left
-        weight = weight[:, None] if axis == 0 else weight
-        before, after = cells.take(left, axis), cells.take(left + 1, axis)
-        cells = before * (1 - weight) + after * weight
-    mask[y0:y1, x0:x1] = cells >= 0.5
+        position = (((centers - low) / (high - low) * 2 - 1) + 1) * (count / 2) - 0.5
+        position = position.clip(-1, count)
+        cell = np.minimum(np.floor(position), count - 1)
+        places.append((cell.astype(int) + 1, 1 - (position - cell), position - cell))
+    (y, top, bottom), (x, left, right) = places
+    cells = np.pad(probability, 1)  # with what is beyond the box
+    upper, lower = cells[y], cells[y + 1]
+    values = upper[:, x] * (top[:, None] * left)
+    values += upper[:, x + 1] * (top[:, None] * right)
+    values += lower[:, x] * (bottom[:, None] * left)
+    values += lower[:, x + 1] * (bottom[:, None] * right)
+    mask[y0:y1, x0:x1] = values >= 0.5
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from helpers import TINY, config, randomize, refusal, run_tool
@@ -296,16 +297,26 @@ class TestReading:
                 both[1].read(wrong)
 
 
-@pytest.mark.parametrize("box", [(-3.2, 1.7, 8.4, 20.1), (2.5, 2.5, 2.9, 9.0), (0, 0, 30, 20)])
-def test_paste_equals_detectron2(box):
-    from detectron2.layers import paste_masks_in_image
+def assert_pasted_as_detectron2(box, probability, size):
+    mask = np.zeros(size, dtype=bool)
+    runtime.paste(mask, box, probability)
+    expected = paste_masks_in_image(torch.tensor(probability)[None], torch.tensor(box)[None], size)
+    np.testing.assert_array_equal(mask, expected[0])
 
-    generator = torch.Generator().manual_seed(0)
-    probability = torch.rand(1, 28, 28, generator=generator)
-    box = torch.tensor([box]).clamp(min=0)
-    mask = np.zeros((20, 30), dtype=bool)
-    runtime.paste(mask, box[0].numpy(), probability[0].numpy())
-    np.testing.assert_array_equal(mask, paste_masks_in_image(probability, box, (20, 30))[0])
+
+@pytest.mark.parametrize("box", [(0, 1.7, 8.4, 20), (2.5, 2.5, 2.9, 9.0), (0, 0, 30, 20)])
+def test_paste_equals_detectron2(box):
+    probability = np.random.default_rng(0).random((28, 28), dtype=np.float32)
+    assert_pasted_as_detectron2(np.float32(box), probability, (20, 30))
+
+
+@pytest.mark.parametrize("seed", [146, 288, 7046, 11096])
+def test_paste_rounds_as_detectron2(seed):
+    """Of a pixel in some millions the probability is so near to 1/2 that the rounding decides."""
+    rng = np.random.default_rng(seed)
+    box = np.float32([*rng.integers(0, 60, 2), *rng.integers(61, 160, 2)])
+    probability = rng.random((28, 28), dtype=np.float32)
+    assert_pasted_as_detectron2(box.clip(0, np.float32([160, 120] * 2)), probability, (120, 160))
 
 
 class TestTool:
