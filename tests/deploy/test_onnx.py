@@ -13,7 +13,7 @@ import pytest
 import torch
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from helpers import TINY, config, randomize, refusal, run_tool
 from PIL import Image
 
@@ -22,6 +22,7 @@ from gn_detect import Predictor
 from gn_detect.config import ConfigError
 from gn_detect.deploy import onnx as export
 from gn_detect.deploy import runtime
+from gn_detect.deploy.agreement import compare
 from gn_detect.deploy.onnx import export_onnx
 
 KINDS = {
@@ -317,6 +318,23 @@ def test_paste_rounds_as_detectron2(seed):
     box = np.float32([*rng.integers(0, 60, 2), *rng.integers(61, 160, 2)])
     probability = rng.random((28, 28), dtype=np.float32)
     assert_pasted_as_detectron2(box.clip(0, np.float32([160, 120] * 2)), probability, (120, 160))
+
+
+@pytest.mark.parametrize("others, good", [(2, True), (4, False)])
+def test_compares_keypoints(others, good):
+    """Of 100 objects; Detectron2 rounds a box up to whole pixels, so that few may be others."""
+    boxes = np.arange(400, dtype=np.float32).reshape(100, 4)
+    keypoints = np.random.default_rng(0).random((100, 17, 3), dtype=np.float32) + [0, 0, 9]
+    scores, classes = np.ones(100), np.zeros(100, dtype=int)
+    fields = {"scores": torch.tensor(scores), "pred_classes": torch.tensor(classes)}
+    fields |= {"pred_boxes": Boxes(boxes), "pred_keypoints": torch.tensor(keypoints)}
+    keypoints = keypoints + [1e-3, 0, 1e-3]
+    keypoints[:others] += [3, 4, 1]
+    found = runtime.Detections(boxes, scores, classes, keypoints=keypoints)
+    agreement = compare(found, Instances((500, 500), **fields))
+    assert (agreement.others, agreement.good) == (others, good)
+    assert agreement.keypoints == pytest.approx(1e-3)
+    assert agreement.scores == pytest.approx(1e-4, rel=0.2)  # 1e-3 of 9 to 10
 
 
 class TestTool:
