@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 from detectron2.utils.logger import log_first_n
 from tqdm import tqdm
 
@@ -217,9 +223,18 @@ class EvalHook(hooks.EvalHook):
             found = flatten_results_dict(self._func() or {})
             metrics = {name: float(value) for name, value in found.items()}
             self.trainer.storage.put_scalars(**metrics, smoothing_hint=False)
+            self._write()
             comm.synchronize()
         if self._best:
             self._judge(from_first_process(lambda: metrics))
+
+    def _write(self) -> None:
+        """To the files, at once: of the evaluations within a period of the writers, Detectron2's
+        write the last alone."""
+        periodic = (h for h in self.trainer._hooks if isinstance(h, hooks.PeriodicWriter))
+        for writer in (writer for hook in periodic for writer in hook._writers):
+            if isinstance(writer, (JSONWriter, TensorboardXWriter)):
+                writer.write()
 
     def _judge(self, metrics: dict[str, float]) -> None:
         """In all processes, with the metrics of the first."""

@@ -1,12 +1,14 @@
 """What an evaluation may do to a training: nothing."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import TrainerBase
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import JSONWriter
 from helpers import assert_equal, weights
 from safetensors.torch import load_file
 from torch import nn
@@ -83,6 +85,17 @@ def test_when_a_run_is_saved(tmp_path, monkeypatch, period, eval_period, saved, 
     names = sorted(path.stem for path in tmp_path.glob("*.pth"))
     assert len(names) == len(left) + 1
     assert all(name.startswith(f"model_{n}") for name, n in zip(names, left, strict=False))
+
+
+def test_every_evaluation_is_written(tmp_path):
+    """Also those of an iteration at which the writers do not write."""
+    path, loop = tmp_path / "metrics.json", Loop()
+    evaluation = EvalHook(2, lambda: {"bbox": {"AP": float(loop.iter)}})
+    writer = hooks.hooks.PeriodicWriter([JSONWriter(str(path))], period=4)
+    loop.register_hooks([evaluation, writer])
+    loop.train(0, 7)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(x["iteration"], x["bbox/AP"]) for x in lines] == [(i, i) for i in (1, 3, 5, 7)]
 
 
 @pytest.mark.parametrize(
