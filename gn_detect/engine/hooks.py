@@ -267,8 +267,11 @@ class EvalHook(hooks.EvalHook):
         raise EarlyStop
 
     def _conclude(self) -> None:
-        if self._best and self._best.best_done:
-            logger.info(f"the best evaluation: {self._best.describe()}; model_best has it")
+        best = self._best
+        if best and best.best_done:
+            logger.info(f"the best evaluation: {best.describe()}; model_best has it")
+        elif best and best.done and not best.unknown():  # which was said
+            logger.warning(f"{best.metric} was nan in each evaluation: there is no model_best")
 
     def after_train(self) -> None:
         # Detectron2's also evaluates a run that has failed, or was stopped, in the last iteration.

@@ -209,8 +209,9 @@ def test_an_average_is_the_best(tmp_path):
     assert_equal(best["model"], dict(evaluated[0::2])[8])
 
 
-def test_metrics_that_are_nan_are_left_out(tmp_path):
+def test_metrics_that_are_nan_are_left_out(tmp_path, caplog):
     train(tmp_path, weights=[NAN] * 5, average=[NAN] * 5)
+    assert caplog.text.count("bbox/AP was nan in each evaluation: there is no model_best") == 1
     assert not (tmp_path / "model_best.pth").exists()
     assert state(tmp_path)["metrics"] == {}
 
@@ -220,6 +221,7 @@ def test_a_metric_that_nothing_measures_is_said_once(tmp_path, caplog):
         train(tmp_path, metric="segm/AP")
     text = "TEST.BEST_METRIC: segm/AP is not measured, so that no evaluation is the best; there are"
     assert caplog.text.count(f"{text} bbox/AP, ema/bbox/AP") == 1
+    assert "no model_best" not in caplog.text
 
 
 @pytest.mark.parametrize("early_stop, end", [(0, 10), (1, 8)])
