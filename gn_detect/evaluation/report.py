@@ -138,15 +138,16 @@ def _scores(
 def _findings(a: Analysis) -> list[str]:
     """What to look at first, in sentences."""
     found = []
-    kinds = [e for e in a.errors if e.count and math.isfinite(e.delta_ap)]
+    kinds = [e for e in a.errors if e.delta_ap > 0]  # nan is not
     if kinds:
         worst = max(kinds, key=lambda e: e.delta_ap)
+        times = f", {worst.count:,} times" if worst.count else ""  # else of lower scores
         found.append(
-            f"{worst.kind.capitalize()} errors cost most: {_ERRORS.get(worst.kind, worst.kind)}, "
-            f"{worst.count:,} times. Without them AP50 would be {worst.delta_ap:.1f} higher."
+            f"{worst.kind.capitalize()} errors cost most: {_ERRORS.get(worst.kind, worst.kind)}"
+            f"{times}. Without them AP50 would be {worst.delta_ap:.1f} higher."
         )
     classes = sorted((c for c in a.per_class if math.isfinite(c.ap)), key=lambda c: c.ap)
-    if len(classes) > 1:
+    if classes and classes[0].ap < classes[-1].ap:
         low, high = classes[0], classes[-1]
         found.append(
             f"The class with the lowest AP is {low.name}: {low.ap:.1f} with {low.objects:,} "
@@ -160,7 +161,7 @@ def _findings(a: Analysis) -> list[str]:
             f"{between.max():,} of {a.confusion[truth].sum():,} times."
         )
     sizes = {n: a.scores[f"AP{k}"] for k, n in _SIZES.items() if math.isfinite(a.scores[f"AP{k}"])}
-    if len(sizes) > 1:
+    if len(set(sizes.values())) > 1:
         low = min(sizes, key=sizes.get)
         others = ", ".join(f"{n} {v:.1f}" for n, v in sizes.items() if n != low)
         found.append(f"By size, {low} objects have the lowest AP: {sizes[low]:.1f} ({others}).")

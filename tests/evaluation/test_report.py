@@ -202,6 +202,22 @@ def test_numbers_are_those_of_the_analysis(page):
     assert "Scores are too high on average, by 0.45" in found
 
 
+def test_what_stands_out_is_what_the_tables_show(tmp_path):
+    """Also of a detector whose scores are all low: what costs most is then not what is counted."""
+    kinds = [ErrorKind("missed", 9, 1.0, 0.0), ErrorKind("localization", 0, 0.0, 6.6)]
+    same = analysis(
+        errors=kinds,
+        per_class=[ClassScores(name, 1, *[0.0] * 10) for name in ("cat", "dog")],
+        scores=dict.fromkeys(analysis().scores, 0.0),
+    )
+    found = Page(write_report(tmp_path / "a.html", title="t", analysis=same)).texts["li"]
+    assert found[0] == (
+        "Localization errors cost most: the right class, but IoU between 0.1 and 0.5. Without them "
+        "AP50 would be 6.6 higher."
+    )
+    assert "lowest" not in "".join(found)  # all are equal
+
+
 def test_evaluations_and_the_best_of_them(page):
     assert page.row("2") == ["12.3"] and page.row("3") == ["9.9"]  # after so many iterations
     cards = re.findall(r'class="card score[^"]*"><b>(.*?)</b><span>(.*?)</span>', page.source)
