@@ -28,7 +28,7 @@ _LEFT_OUT = ("sys.platform", "detectron2._C", "Compiler ($CXX)", "DETECTRON2_ENV
 _LEFT_OUT += ("PyTorch debug build", "torch._C._GLIBCXX_USE_CXX11_ABI")
 # Name -> a pattern of the value in the log.
 _LOGGED = {
-    "training took": r"Total training time: (\S+)",
+    "took, since its last start": r"Total training time: (\S+)",
     "GPU memory, at most, MB": r"max_mem: (\d+)M",
     "seconds per iteration": r"Overall training speed: .*\((\S+) s / it\)",
 }
@@ -122,6 +122,10 @@ def read_run(directory: str | os.PathLike, run: Settings, *, training: bool = Tr
             for name, pattern in _LOGGED.items()
             if (values := re.findall(pattern, log))
         }
+        steps = facts.get("curves", {}).get("total_loss", ([-1],))[0]
+        for done in re.findall(r"the run ends early, after iteration (\d+) of", log)[-1:]:
+            if steps[-1] < int(done):  # else it was resumed, and went on
+                logged["ended early, after iteration"] = f"{int(done):,}"
         facts |= {"schedule": _schedule(run, logged), "max_iter": run["max_iter"]}
     return RunFacts(
         **facts,

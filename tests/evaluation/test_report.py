@@ -292,10 +292,18 @@ def test_run_is_read_from_its_files(tmp_path):
     expected = {
         **{"iterations": "20", "images per iteration": "2", "learning rate": "0.02"},
         **{"trained on": "shapes_train", "evaluated on": "shapes_val", "precision": "float32"},
-        **{"training took": "0:00:10", "GPU memory, at most, MB": "1234"},
+        **{"took, since its last start": "0:00:10", "GPU memory, at most, MB": "1234"},
         **{"seconds per iteration": "0.5", "started from": "random weights"},
     }
     assert expected.items() <= dict(facts.schedule).items()
+    early = "ended early, after iteration"
+    assert early not in dict(facts.schedule)
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write("gn_detect.engine.hooks INFO: the run ends early, after iteration 10 of 20: x")
+    assert dict(read_run(tmp_path).schedule)[early] == "10"
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write('{"iteration": 19, "total_loss": 1.0}\n')  # it was resumed
+    assert early not in dict(read_run(tmp_path).schedule)
     ((name, text),) = facts.data
     assert name == "mine" and text.splitlines()[0] == "b.json: 4 images" and "cat" in text
     assert facts.environment == [
