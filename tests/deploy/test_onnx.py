@@ -105,7 +105,6 @@ def test_equals_pytorch(kind, exported):
     predictor, path = exported(kind)
     detector = runtime.Detector(path)
     assert detector.class_names == predictor.class_names
-    assert detector.metadata["keypoint_names"] == predictor.keypoint_names
     for size in SIZES:
         image = image_of(size)
         expected = predictor(image)
@@ -335,6 +334,23 @@ def test_compares_keypoints(others, good):
     assert (agreement.others, agreement.good) == (others, good)
     assert agreement.keypoints == pytest.approx(1e-3)
     assert agreement.scores == pytest.approx(1e-4, rel=0.2)  # 1e-3 of 9 to 10
+
+
+def test_predict_takes_the_file(exported, tmp_path):
+    predictor, path = exported("Keypoint")
+    Image.fromarray(image_of((97, 130))).save(image := tmp_path / "a.png")
+    arguments = ("predict.py", path, image, "--output", tmp_path / "out", "--score", 0)
+    run_tool(*arguments, "--device", "cpu")
+    expected = predictor(image)
+    found = json.loads((tmp_path / "out/predictions.json").read_bytes())
+    for result, score, label in zip(found, expected.scores, expected.pred_classes, strict=True):
+        assert result["score"] == pytest.approx(score.item(), abs=1e-4)
+        assert result["category_id"] == label + 1
+    points = np.reshape([result["keypoints"] for result in found], (-1, 17, 3))[..., :2] + 0.5
+    np.testing.assert_allclose(points, expected.pred_keypoints[..., :2], atol=1e-2)
+    data = json.loads((tmp_path / "out/annotations.json").read_bytes())
+    assert data["categories"][0]["keypoints"] == predictor.keypoint_names
+    assert "ONNX Runtime has cpu here" in refusal(*arguments, "--overwrite", "--device", "moon")
 
 
 class TestTool:
