@@ -68,8 +68,7 @@ if sys.argv[1:3] == ["show", "hostnames"]:
 # Has ``Job`` run what it was told, passes signals on, and ends as that does.
 PYTHON = """
 import json, os, signal, socket, sys
-with socket.socket(socket.AF_UNIX) as job:
-    job.connect("socket")
+with socket.create_connection(("127.0.0.1", PORT)) as job:
     stream = job.makefile("rw")
     print(json.dumps([ARGUMENTS + sys.argv[1:], dict(os.environ)]), file=stream, flush=True)
     pid = int(stream.readline())
@@ -94,9 +93,11 @@ class Job:
         for name in ("configs", "tools"):
             (directory / name).symlink_to(ROOT / name)
         (directory / "bin").mkdir()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        port = str(self._server.getsockname()[1])
         for name, source in {**FAKES, **(FORKS if fork else {})}.items():
             path = directory / "bin" / name
-            path.write_text(f"#!{sys.executable} -S\n{source}")
+            path.write_text(f"#!{sys.executable} -S\n{source.replace('PORT', port)}")
             path.chmod(0o755)
         files = CocoFiles(directory / "data")
         data = ["--train-json", files.json_file, "--train-images", files.image_root]
@@ -114,20 +115,16 @@ class Job:
             "SLURM_NTASKS_PER_NODE": str(tasks_per_node),
         }
         self._started: list[subprocess.Popen] = []
-        with contextlib.chdir(directory):  # the path of a socket is short
-            self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.bind("socket")
-        self._socket.listen()
         threading.Thread(target=self._fork, daemon=True).start()
 
     def _fork(self) -> None:
         """Be what the scripts call python, until ``close``."""
         running = {}
-        with contextlib.suppress(OSError), self._socket:
+        with contextlib.suppress(OSError), self._server:
             while True:
-                for ready in wait([self._socket, *running]):
-                    if ready is self._socket:
-                        stream = self._socket.accept()[0].makefile("rw")
+                for ready in wait([self._server, *running]):
+                    if ready is self._server:
+                        stream = self._server.accept()[0].makefile("rw")
                         arguments, env = json.loads(stream.readline())
                         run = Run(self.directory, *arguments, **env)
                         running[run.sentinel] = run, stream
@@ -222,7 +219,7 @@ class Job:
         return torch.load(path, weights_only=True)
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        self._server.shutdown(socket.SHUT_RDWR)
         while running := self.running():
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
