@@ -35,8 +35,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 
 _STEP = r"^iteration (\d+) of rank (\d+): (.*)"  # of _steps_shown
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     ["gn_detect.engine.launch", "torch.distributed.launcher.api", "torch.utils.tensorboard"]
 )
 
@@ -58,7 +58,7 @@ class Run:
         arguments = tuple(map(str, arguments))
         if fork:
             options = {"target": _main, "args": (str(cwd), arguments, env)}
-            self._process = _server.Process(**options)
+            self._process = SERVER.Process(**options)
             self._process.start()
             self.wait = lambda timeout=None: self._process.join(timeout) or self._ended()
             self._ended = lambda: self._process.exitcode

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import re
@@ -5,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from cluster.processes import SERVER
 from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, launch
 from detectron2.modeling import build_model
@@ -342,11 +344,13 @@ def test_clipping_by_value_mends_an_infinite_gradient():
 def test_two_processes_train_as_two_steps_and_go_on_with_their_random_numbers(
     coco_files, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     elastic = build_trainer(coco_files, tmp_path / "elastic", *TWO_IMAGES)
     elastic.max_iter = 1
     elastic.train()
 
+    start = torch.multiprocessing.start_processes
+    fork = functools.partial(start, start_method=SERVER.get_start_method())
+    monkeypatch.setattr("torch.multiprocessing.start_processes", fork)
     launch(train_and_resume, 2, dist_url="auto", args=(coco_files, tmp_path))
 
     elastic = build_trainer(coco_files, tmp_path / "elastic", *TWO_IMAGES, resume=True)

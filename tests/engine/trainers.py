@@ -61,6 +61,7 @@ def unwrapped(trainer: Trainer) -> nn.Module:
 
 def train_and_resume(files: CocoFiles, output: Path) -> None:
     """In each of two processes."""
+    torch.set_num_threads(1)
 
     def train(name, stop, seed, resume=False, signalled=False):
         periods = ("SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2)  # both are saved at
