@@ -7,7 +7,7 @@ Needs no model, GPU, display or OpenCV: `draw_pairs` reads the dataset and the
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,7 +30,7 @@ def draw_pairs(
     dataset_json: str | os.PathLike,
     image_root: str | os.PathLike,
     results_json: str | os.PathLike,
-    images: Iterable[int | str],
+    images: Collection[int | str],
     *,
     score_threshold: float = 0.5,
     bit_depth_range: Sequence[float] = (),
@@ -60,7 +60,7 @@ def draw_pairs(
     data = load_coco(dataset_json)
     files, _ = find_files(dataset_json, image_root, data.file_names, exact=False)
     check_masks(data, ~data.no_mask, scored=False)  # an object may have none
-    predicted = read_results(os.fspath(results_json), data, score_threshold)
+    predicted = read_results(os.fspath(results_json), data, score_threshold, images)
     classes, names = list(data.classes), list(data.classes.values())
     position = {id_: number for number, id_ in enumerate(data.image_ids)}
     for id_ in images:

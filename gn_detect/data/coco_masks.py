@@ -81,7 +81,7 @@ def _compressed(rle: _RLE, height: int, width: int) -> str:
         )
     text = isinstance(rle.counts, str)
     runs = decode_runs(rle.counts) if text else [whole(run) for run in rle.counts]
-    if runs is None or any(run is None or run < 0 for run in runs):
+    if runs is None or None in runs or min(runs, default=0) < 0:
         raise MaskError(f"has an RLE with damaged counts, {short(rle.counts)}; export it again")
     if (total := sum(runs)) != height * width:
         raise MaskError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 import msgspec
 
@@ -32,13 +33,17 @@ _decode = msgspec.json.Decoder(list[Result]).decode
 
 
 def read_results(
-    results_json: str, data: CocoData, score_threshold: float = 0
+    results_json: str,
+    data: CocoData,
+    score_threshold: float = 0,
+    images: Collection[int | str] | None = None,
 ) -> dict[int | str, list[Result]]:
     """Read what Detectron2's ``COCOEvaluator`` writes to ``coco_instances_results.json``.
 
     Args:
         data: the dataset that it was computed on.
         score_threshold: results below it are left out.
+        images: ids of those whose results are wanted; None: of all.
 
     Returns:
         image id -> its results; none for an image without.
@@ -59,10 +64,11 @@ def read_results(
 
     results = decode_json(results_json, decode)
     sizes = zip(data.heights.tolist(), data.widths.tolist(), strict=True)
-    images = dict(zip(data.image_ids, sizes, strict=True))
+    known_sizes = dict(zip(data.image_ids, sizes, strict=True))
+    wanted = known_sizes.keys() if images is None else set(images)
     found = defaultdict(list)
     for result in results:
-        for key, known in (("image_id", images), ("category_id", data.classes)):
+        for key, known in (("image_id", known_sizes), ("category_id", data.classes)):
             id_ = getattr(result, key)
             if whole(id_) not in known:
                 raise DataError(
@@ -71,8 +77,8 @@ def read_results(
                     "computed on"
                 )
             setattr(result, key, whole(id_))
-        if result.score >= score_threshold:
-            size = images[result.image_id]
+        if result.score >= score_threshold and result.image_id in wanted:
+            size = known_sizes[result.image_id]
             try:
                 mask = decode_mask(result.segmentation, *size)
             except MaskError as error:

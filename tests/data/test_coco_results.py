@@ -13,10 +13,10 @@ from gn_detect.data.coco_results import read_results
 FOUND = {"image_id": 1, "category_id": 7, "bbox": [8, 8, 24, 24], "score": 0.9}
 
 
-def read(files, content, threshold=0.0):
+def read(files, content, threshold=0.0, images=None):
     path = files.json_file.with_name("results.json")
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return read_results(str(path), load_coco(str(files.json_file)), threshold)
+    return read_results(str(path), load_coco(str(files.json_file)), threshold, images)
 
 
 def test_results_by_image(coco_files):
@@ -35,6 +35,8 @@ def test_results_by_image(coco_files):
     assert np.array_equal(mask_util.decode(first.segmentation), expected)
     assert (last.category_id, last.segmentation) == (3, [polygon])
     assert len(read(coco_files, results)[1]) == 2
+    damaged = {**other, "segmentation": [[1, 2, 3, 4, 5]]}  # not looked at
+    assert read(coco_files, [*results, damaged], 0.5, images=[1]) == {1: [first]}
 
 
 @pytest.mark.parametrize(
