@@ -1,4 +1,4 @@
-"""What a training shows of its progress, and when it is saved, evaluated and stopped."""
+"""When a training is saved, evaluated and stopped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventWriter,
     JSONWriter,
     TensorboardXWriter,
-    get_event_storage,
 )
 from detectron2.utils.logger import log_first_n
-from tqdm import tqdm
 
 from gn_detect.checkpoint import Checkpointer
 from gn_detect.checkpoint.saving import remove_checkpoints
@@ -34,26 +30,6 @@ from .train_loop import EarlyStop
 logger = logging.getLogger(__name__)
 LATEST = "model_latest"
 GO_ON = "go on with --resume (same command)"
-
-
-class FirstIterations(HookBase):
-    """Print the metrics of iterations 1, 2, 5 and 10, too: the 20 of Detectron2's writers can be
-    minutes away.
-
-    Args:
-        max_iter: of the run.
-        period: of the writers, which print the last iteration, too.
-    """
-
-    def __init__(self, max_iter: int, period: int = 20):
-        self._printer = CommonMetricPrinter(max_iter)
-        self._period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        written = done % self._period == 0 or done == self.trainer.max_iter
-        if done - self.trainer.start_iter in (1, 2, 5, 10) and not written:
-            self._printer.write()
 
 
 class Saving(HookBase):
@@ -284,28 +260,3 @@ class EvalHook(hooks.EvalHook):
 
 def _every(period: int, done: int) -> bool:
     return period > 0 and done % period == 0
-
-
-class ProgressBar(EventWriter):
-    """Iteration, losses and remaining time in one line of a terminal.
-
-    Args:
-        start_iter, max_iter: range of the iterations.
-    """
-
-    def __init__(self, start_iter: int, max_iter: int):
-        self._bar = tqdm(total=max_iter, initial=start_iter, unit="it", dynamic_ncols=True)
-
-    def write(self) -> None:
-        storage = get_event_storage()
-        losses = {
-            name.removeprefix("loss_"): f"{buffer.median(20):.3g}"
-            for name, buffer in storage.histories().items()
-            if name.startswith("loss_") or name == "total_loss"
-        }
-        self._bar.set_postfix(losses, refresh=False)
-        # After the last iteration Detectron2 writes once more, as if there was another one.
-        self._bar.update(min(storage.iter + 1, self._bar.total) - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()

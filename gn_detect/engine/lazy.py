@@ -22,9 +22,10 @@ from gn_detect.settings import Settings
 
 from .best import best_of
 from .ema import evaluate_both
-from .hooks import EvalHook, FirstIterations, Saving
+from .hooks import EvalHook, Saving
 from .lazy_config import instantiate_key
 from .prepare import dataset_names
+from .progress import FirstIterations
 from .report import Report
 from .resume import preserved_random_state
 from .trainer import build_loop

@@ -28,8 +28,9 @@ from gn_detect.settings import Settings
 from .best import best_of
 from .ema import EMA, evaluate_both
 from .errors import shorten_expected_error
-from .hooks import EvalHook, FirstIterations, ProgressBar, Saving
+from .hooks import EvalHook, Saving
 from .prepare import dataset_names
+from .progress import FirstIterations, ProgressBar
 from .report import Report
 from .resume import Resume, preserved_random_state
 from .train_loop import AMP_DTYPES, AccumulatingTrainer, EndsEarly

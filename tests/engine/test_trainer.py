@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from helpers import assert_equal, record_images, stream, weights
 
 from gn_detect.engine import Trainer
-from gn_detect.engine.hooks import ProgressBar
+from gn_detect.engine.progress import ProgressBar
 from gn_detect.evaluation.masks import PastedMasks
 
 pytestmark = pytest.mark.slow
