@@ -81,7 +81,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     def evaluate() -> dict:
         with preserved_random_state():
             test = functools.partial(do_test, cfg)
-            results.update(evaluate_both(test, trainer.model, ema))
+            averaged = ema if "evaluator" in cfg.dataloader else None
+            results.update(evaluate_both(test, trainer.model, averaged))
         return results
 
     schedule = hooks.LRScheduler(scheduler=instantiate_key(cfg, "lr_multiplier"))

@@ -186,7 +186,8 @@ class Trainer(DefaultTrainer, EndsEarly):
 
         def evaluate():
             test = functools.partial(self.test, self.cfg)
-            self._last_eval_results = evaluate_both(test, self.model, self._ema)
+            ema = self._ema if self.cfg.DATASETS.TEST else None
+            self._last_eval_results = evaluate_both(test, self.model, ema)
             return self._last_eval_results
 
         ret = [h for h in ret if not isinstance(h, hooks.PeriodicCheckpointer)]

@@ -87,6 +87,17 @@ def test_when_a_run_is_saved(tmp_path, monkeypatch, period, eval_period, saved, 
     assert all(name.startswith(f"model_{n}") for name, n in zip(names, left, strict=False))
 
 
+def test_an_average_is_not_said_to_be_evaluated_on_nothing(train, tmp_path, caplog):
+    trainer = train(
+        tmp_path / "run",
+        *("DATASETS.TEST", (), "SOLVER.EMA.ENABLED", True, "SOLVER.MAX_ITER", 1),
+    )
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert (tmp_path / "run/model_final_ema.safetensors").exists()
+    assert "(EMA)" not in caplog.text
+
+
 def test_every_evaluation_is_written(tmp_path):
     """Also those of an iteration at which the writers do not write."""
     path, loop = tmp_path / "metrics.json", Loop()
