@@ -42,8 +42,8 @@ class Input:
 def find_inputs(given: Iterable[str], output: str | os.PathLike) -> tuple[Path, list[Input]]:
     """
     Args:
-        given: files; folders, of which all images and videos at any depth are taken, but hidden
-            ones; patterns (``**`` for folders at any depth).
+        given: files; folders, of which all images and videos at any depth, and behind links, are
+            taken, but hidden ones; patterns (``**`` for folders at any depth).
         output: a folder that is left out, as results of an earlier call may be there.
 
     Returns:
@@ -60,7 +60,8 @@ def find_inputs(given: Iterable[str], output: str | os.PathLike) -> tuple[Path, 
         for path in sorted(Path(os.path.abspath(path)) for path in paths):  # without ".."
             files = _files_in(path, output) if path.is_dir() else [path]
             folders += [path if path.is_dir() else path.parent] if files else []
-            found |= dict.fromkeys(files)
+            for file in files:
+                found.setdefault(os.path.realpath(file), file)
         if number == len(folders):
             raise DataError(
                 f"{name}: there is no such file, and no image or video in a folder of this name or "
@@ -68,14 +69,15 @@ def find_inputs(given: Iterable[str], output: str | os.PathLike) -> tuple[Path, 
                 "named by itself may be of any kind that Pillow reads"
             )
     root = Path(os.path.commonpath(folders))
-    return root, [Input(path, path.relative_to(root).as_posix()) for path in found]
+    return root, [Input(path, path.relative_to(root).as_posix()) for path in found.values()]
 
 
 def _files_in(folder: Path, output: Path) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        kept = (n for n in folders if n[0] != "." and Path(parent, n).resolve() != output)
-        folders[:] = sorted(kept)
+    files, seen = [], {str(output), os.path.realpath(folder)}  # links may lead back
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        places = {n: os.path.realpath(os.path.join(parent, n)) for n in sorted(folders)}
+        folders[:] = [n for n, place in places.items() if n[0] != "." and place not in seen]
+        seen.update(places[n] for n in folders)
         files += [Path(parent, name) for name in sorted(names) if name[0] != "."]
     return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
 

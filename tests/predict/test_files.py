@@ -73,6 +73,16 @@ def test_inputs(files, monkeypatch):
             names([nothing])
 
 
+def test_links_are_followed_once(files, tmp_path):
+    """Also those that lead back, by which a pattern finds a file in 40 places."""
+    shutil.copytree(files / "sub", tmp_path / "far")
+    for name, target in (("sub/up", ".."), ("far", "../far"), ("far/1.link.png", "../in/2.png")):
+        (files / name).symlink_to(target)
+    found = ["1.png", "2.png", "3.png", "far/1.png", "sub/1.png"]
+    assert names([files]) == (files, found)
+    assert sorted(names([files / "**/*.png"])[1]) == found
+
+
 def test_outputs_are_apart(files, tmp_path):
     for name in ("1.gif", "clip.avi", "clip.mp4", "clip.avi.mp4"):
         (files / name).write_bytes(b"")
