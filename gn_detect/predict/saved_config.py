@@ -7,6 +7,7 @@ what to call, of which only the components of detectors are allowed.
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,12 +78,24 @@ def build_model(cfg: CfgNode | DictConfig) -> nn.Module:
     """The model of ``cfg``, on its device, its weights at random.
 
     On a CPU GN runs by PyTorch's operations where ``cfg``, of a run on a GPU, asks for Triton's.
+
+    Raises:
+        ConfigError: it cannot be built, as where it names a component that nothing has registered.
     """
     on_cpu = torch.device(Settings(cfg)["device"]).type == "cpu"
     if isinstance(cfg, CfgNode):
         if replaced := on_cpu and cfg.MODEL.GN.KERNEL == "triton":
             cfg.MODEL.GN.KERNEL = "torch"
-        model = build_registered(cfg)
+        try:
+            model = build_registered(cfg)
+        except ConfigError:
+            raise
+        except _UNUSABLE as error:
+            raise ConfigError(
+                f"the model of the config cannot be built ({error.args[0] if error.args else error}"
+                "); import what registers a component of your own before (in Python), or change "
+                "the key with opts (--opts)"
+            ) from error
     else:
         model = build_lazy_model(cfg)
         layers = model.modules() if on_cpu else ()
@@ -161,7 +174,7 @@ def _yaml_config(saved: dict, name: str, opts: list[str]) -> CfgNode:
 def _drop_unknown(saved: dict, known: CfgNode, prefix: str, unknown: list[str]) -> None:
     for key in list(saved):
         if key not in known:
-            unknown.append(f"{prefix}{key} ({saved.pop(key)!r})")
+            unknown.append(f"{prefix}{key} ({reprlib.repr(saved.pop(key))})")
         elif isinstance(known[key], CfgNode) and isinstance(saved[key], dict):
             _drop_unknown(saved[key], known[key], f"{prefix}{key}.", unknown)
 

@@ -184,6 +184,11 @@ def test_keys_of_other_versions_are_left_out(caplog):
     found = find_config(saved(cfg.dump()), "new.pth", opts=["INPUT.MIN_SIZE_TEST", "7"])
     assert (found.MODEL.GN.EPS, found.INPUT.MIN_SIZE_TEST) == (1e-3, 7)
     assert "MODEL.GN.NEW ({'KEY': 3})" in caplog.text
+    cfg.MODEL.META_ARCHITECTURE, cfg.NEW = "Mine", "a" * 1000
+    found = find_config(saved(cfg.dump()), "new.pth")
+    assert "NEW ('aaaaaaaaa" in caplog.text and "a" * 100 not in caplog.text
+    with pytest.raises(ConfigError, match="'Mine'.*import what registers"):
+        build_model(found)
 
 
 def test_lazy_config_of_the_weights():
