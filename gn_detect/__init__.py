@@ -4,6 +4,7 @@ Then a YAML file can name ``build_gn_resnet_fpn_backbone``, ``GNFastRCNNConvFCHe
 ``GNMaskRCNNConvUpsampleHead``, after ``add_gn_config(cfg)`` has added the ``MODEL.GN`` keys.
 """
 
+import logging
 import warnings
 from typing import Any
 
@@ -18,13 +19,18 @@ except ModuleNotFoundError as error:
         "and `pip install --no-deps --ignore-requires-python LabGym==3.1.2`. The official build: "
         "`pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2`."
     ) from None
+else:
+    # What PyTorch and supervision say to the authors of Detectron2, and at each start.
+    warnings.filterwarnings("ignore", "OpenCV .* is not installed", UserWarning)
+    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
+    warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", FutureWarning)
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(
+        lambda record: "is_fx_tracing" not in record.getMessage()
+    )
 
 from . import modeling as _modeling  # noqa: F401  # only registration
 from .config import add_gn_config, get_config_file
 from .data import shapes as _shapes  # noqa: F401  # only registration
-
-# What supervision says when it is imported; it draws with Pillow and NumPy then.
-warnings.filterwarnings("ignore", "OpenCV .* is not installed", UserWarning)
 
 __version__ = "0.1.0"
 __all__ = ["Predictor", "add_gn_config", "get_config_file"]

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import av
@@ -282,3 +284,14 @@ def test_keypoints_can_be_trained_on(files, tmp_path):
     options = {"masks": True, "keypoints": True, "training": True, "evaluation": True}
     summary = check_coco_json(json_file, str(files), **options)
     assert summary.keypoints == ["left_eye", "right_eye"]
+
+
+def test_the_terminal_shows_nothing_of_the_parts():
+    """PyTorch has words for the authors of Detectron2, and supervision for those of OpenCV."""
+    code = """if True:
+        import gn_detect.predict.inputs, torch.fx._symbolic_trace
+        torch.meshgrid(torch.zeros(1), torch.zeros(1))
+        torch.fx._symbolic_trace.is_fx_tracing()
+        """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
