@@ -22,6 +22,9 @@ from PIL import Image, ImageOps
 
 AnyImage = Union[str, os.PathLike, np.ndarray, Image.Image]  # noqa: UP007  # an alias, at run time
 
+_NEEDED = ("class_names", "min_size", "max_size", "static_size", "bit_depth_range")
+_NEEDED += ("input_format", "pixel_mean")
+
 
 class Detections(NamedTuple):
     """Objects in an image, sorted by score, in pixels of the image.
@@ -75,8 +78,14 @@ class Detector:
                 f"{path} was written by {found.producer_name or 'an unknown program'}, not by "
                 "gn_detect: export the weights by its tools/export.py"
             )
-        values = found.custom_metadata_map.items()
-        self.metadata = {name: json.loads(value) for name, value in values}
+        values = found.custom_metadata_map
+        try:
+            self.metadata = {name: json.loads(values[name]) for name in (*_NEEDED, *values)}
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} has lost metadata, or has others than gn_detect gives ({error!r}), as "
+                "after an optimizer: export the weights again, and keep metadata_props"
+            ) from None
         self.class_names: list[str] = self.metadata["class_names"]
 
     def __call__(self, image: AnyImage) -> Detections:

@@ -255,6 +255,11 @@ def test_file_of_another_producer(exported, tmp_path):
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(ValueError, match="written by pytorch, not by gn_detect: .*export.py"):
         runtime.Detector(tmp_path / "other.onnx")
+    model.producer_name = "gn_detect"
+    model.metadata_props.pop(0)  # class_names
+    onnx.save(model, tmp_path / "lost.onnx")
+    with pytest.raises(ValueError, match="lost.onnx has lost metadata, .*'class_names'.*again"):
+        runtime.Detector(tmp_path / "lost.onnx")
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ValueError, match="text.onnx cannot be run by ONNX Runtime"):
         runtime.Detector(tmp_path / "text.onnx")
