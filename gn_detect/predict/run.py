@@ -124,14 +124,19 @@ def predict_files(
     with _until_interrupted(summary):
         if stills:
             names = class_names, predictor.keypoint_names
-            with dataset_files(output, *names, score) as add:
-                with _until_interrupted(summary):  # and what is found by then is written
+            failure = None  # what is found before it is written, as before an interruption
+            with dataset_files(output, *names, score) as add, _until_interrupted(summary):
+                try:
                     images = _read(predictor, stills, summary)
                     for (item, target), pixels, found, shown in found_in(images):
                         add(item.name, pixels.shape[:2], found)
                         if pictures:
                             write_picture(target, draw_results(pixels, shown, class_names))
                         summary.images += 1
+                except ConfigError as error:
+                    failure = error
+            if failure:
+                raise ConfigError(f"{failure}. What was predicted until now is written") from None
         for item, target in pairs:
             if item.is_video and not summary.interrupted:
                 _predict_video(item, target, found_in, class_names, pictures, summary)

@@ -240,6 +240,20 @@ def test_what_is_wrong_with_all_frames_is_said_once(tmp_path):
     assert summary.failed == [f"{tmp_path / 'clip.mp4'}: too large"] and not summary.frames
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_results(files, tmp_path):
+    _, inputs = find_inputs([str(files)], tmp_path)
+    targets = plan_outputs(inputs, tmp_path / "out", False)
+    targets[1].mkdir(parents=True)  # as a full disk
+    names = {"class_names": ["thing"], "keypoint_names": []}
+    read = {"read": lambda path: np.zeros((8, 8, 3), np.uint8)}
+    predictor = SimpleNamespace(stream=one_object, **read, **names)
+    with pytest.raises(ConfigError, match="2.png cannot be written.* until now is written"):
+        predict_files(predictor, inputs, targets, tmp_path / "out")
+    for name in ("predictions", "annotations"):
+        content = json.loads((tmp_path / f"out/{name}.json").read_bytes())
+        assert len(content if name == "predictions" else content["annotations"]) == 2
+
+
 def instances(masks, scores, keypoints=None):
     found = Instances(masks[0].shape)
     found.pred_boxes = Boxes([[2.0, 2.0, 20.0, 20.0]] * len(masks))
