@@ -180,7 +180,16 @@ class _GroupNorm(torch.autograd.Function):
 class _Operator(_GroupNorm):
     @staticmethod
     def symbolic(g, x, num_groups, weight, bias, eps, *_):
-        y = g.op("GroupNormalization", x, weight, bias, num_groups_i=num_groups, epsilon_f=eps)
+        def constant(values):
+            return g.op("Constant", value_t=torch.as_tensor(values))
+
+        # One for none, as in images without objects: ONNX Runtime cannot take an N of 0.
+        count, others = g.op("Shape", x, end_i=1), x.type().dim() - 1
+        empty = g.op("Cast", g.op("Equal", count, constant([0])), to_i=7)  # int64
+        pads = [constant([0] * (others + 1)), empty, constant([0] * others)]
+        y = g.op("Pad", x, g.op("Concat", *pads, axis_i=0))
+        y = g.op("GroupNormalization", y, weight, bias, num_groups_i=num_groups, epsilon_f=eps)
+        y = g.op("Slice", y, constant([0]), count, constant([0]))
         return y.setType(x.type())
 
 

@@ -120,8 +120,11 @@ def test_equals_pytorch(kind, exported):
 
 @EACH_KIND
 def test_finds_nothing(kind, exported, tmp_path):
+    check_nothing_found(exported(kind)[1], tmp_path)
+
+
+def check_nothing_found(path, tmp_path):
     """With a threshold that no score passes."""
-    _, path = exported(kind)
     model = onnx.load(path)
     tensors = [*model.graph.initializer]
     tensors += [a.t for n in model.graph.node for a in n.attribute if a.type == a.TENSOR]
@@ -153,6 +156,13 @@ def special(tmp_path_factory):
 
 def test_tool_compares(special):
     assert re.search("[1-9][0-9]* objects, 0 not found by both", special[2])
+
+
+@pytest.mark.slow
+def test_the_operator_finds_nothing(exported, tmp_path):
+    """Of which ONNX Runtime refuses an empty input."""
+    export_onnx(exported("Mask")[0], str(tmp_path / "op.onnx"), group_norm="op")
+    check_nothing_found(tmp_path / "op.onnx", tmp_path)
 
 
 def test_group_normalization_as_operator(special, exported):
