@@ -199,7 +199,8 @@ class EvalHook(hooks.EvalHook):
             found = flatten_results_dict(self._func() or {})
             metrics = {name: float(value) for name, value in found.items()}
             self.trainer.storage.put_scalars(**metrics, smoothing_hint=False)
-            self._write()
+            if self.trainer.iter < self.trainer.max_iter:  # at the end, the writers do
+                self._write()
             comm.synchronize()
         if self._best:
             self._judge(from_first_process(lambda: metrics))

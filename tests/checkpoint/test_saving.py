@@ -89,14 +89,15 @@ def test_a_run_is_resumable_whenever_it_is_killed(tmp_path):
         child.start()
         os.close(writer)
         with open(reader) as said:
-            assert int(said.readline()) == last
+            acknowledged = int(said.readline())
+            assert acknowledged == last
             if not kill:  # one save, to know how long it takes
                 start = time.perf_counter()
-                said.readline()
+                acknowledged = int(said.readline())
                 cycle = time.perf_counter() - start
             time.sleep(generator.uniform(0, 2 * cycle))
             child.kill()
-            acknowledged = [last, *map(int, said)][-1]
+            acknowledged = [acknowledged, *map(int, said)][-1]
         child.join()
         assert child.exitcode == -signal.SIGKILL
         left = partial_files(tmp_path)

@@ -210,7 +210,9 @@ def test_what_stands_out_is_what_the_tables_show(tmp_path):
         per_class=[ClassScores(name, 1, *[0.0] * 10) for name in ("cat", "dog")],
         scores=dict.fromkeys(analysis().scores, 0.0),
     )
-    found = Page(write_report(tmp_path / "a.html", title="t", analysis=same)).texts["li"]
+    found = Page(write_report(tmp_path / "a.html", title="t", tests=[TestSet("", same)])).texts[
+        "li"
+    ]
     assert found[0] == (
         "Localization errors cost most: the right class, but IoU between 0.1 and 0.5. Without them "
         "AP50 would be 6.6 higher."
@@ -300,10 +302,10 @@ def test_run_is_read_from_its_files(tmp_path):
     assert early not in dict(facts.schedule)
     with open(tmp_path / "log.txt", "a") as file:
         file.write("gn_detect.engine.hooks INFO: the run ends early, after iteration 10 of 20: x")
-    assert dict(read_run(tmp_path).schedule)[early] == "10"
+    assert dict(read_run(tmp_path, Settings(cfg)).schedule)[early] == "10"
     with open(tmp_path / "metrics.json", "a") as file:
         file.write('{"iteration": 19, "total_loss": 1.0}\n')  # it was resumed
-    assert early not in dict(read_run(tmp_path).schedule)
+    assert early not in dict(read_run(tmp_path, Settings(cfg)).schedule)
     ((name, text),) = facts.data
     assert name == "mine" and text.splitlines()[0] == "b.json: 4 images" and "cat" in text
     assert facts.environment == [
