@@ -73,8 +73,10 @@ def user(tmp_path, monkeypatch):
     Path("GN.yaml").write_text(f"_BASE_: configs/{PHOTOS}\n")
     Path("output/quickstart").mkdir(parents=True)
     for folder, name, norm in (("output/quickstart", "model_final", "GN"), (".", "bn", "BN")):
-        cfg = config(PHOTOS, *TINY, "MODEL.RESNETS.NORM", norm)
-        saved = {"guards": WeightGuards.from_config(cfg), "config": cfg.dump()}
+        classes = {"classes": ["ellipse", "triangle", "cross"]}
+        options = ("MODEL.RESNETS.NORM", norm, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+        cfg = config(PHOTOS, *TINY, *options)
+        saved = {"guards": WeightGuards.from_config(cfg), "config": cfg.dump(), "names": classes}
         Checkpointer(build_model(cfg), str(tmp_path / folder), **saved).save(name)
     return tmp_path
 
