@@ -6,6 +6,7 @@ import glob
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from gn_detect.data.formats.to_coco import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 
+logger = logging.getLogger(__name__)
 # Which logs what it then raises.
 logging.getLogger("supervision._cv2._video").setLevel(logging.ERROR)
 
@@ -79,7 +81,11 @@ def _files_in(folder: Path, output: Path) -> list[Path]:
         folders[:] = [n for n, place in places.items() if n[0] != "." and place not in seen]
         seen.update(places[n] for n in folders)
         files += [Path(parent, name) for name in sorted(names) if name[0] != "."]
-    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    taken = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    if others := Counter(file.suffix.lower() or "no suffix" for file in set(files) - set(taken)):
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        logger.warning(f"{folder}: files of other kinds are left out ({kinds}); name them")
+    return taken
 
 
 def open_video(path: Path) -> tuple[sv.VideoInfo, Iterator[np.ndarray]]:

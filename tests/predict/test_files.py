@@ -57,9 +57,10 @@ def names(given, output="nowhere"):
     return root, [item.name for item in inputs]
 
 
-def test_inputs(files, monkeypatch):
+def test_inputs(files, monkeypatch, caplog):
     everything = ["1.png", "2.png", "3.png", "sub/1.png"]
     assert names([files]) == (files, everything)
+    assert f"{files}: files of other kinds are left out (1 .txt)" in caplog.text
     assert names([files / "sub", files / "1.png"]) == (files, ["sub/1.png", "1.png"])
     assert names([files / "?.png", files / "2.png"]) == (files, everything[:3])
     assert names([files / "**/1.png"]) == (files, ["1.png", "sub/1.png"])
