@@ -82,7 +82,7 @@ def number(lowest, highest=float("inf"), kind=float):
 
 def build_predictor(args):
     if args.weights.endswith(".onnx"):
-        from gn_detect.predict.onnx import OnnxPredictor
+        from gn_detect.deploy.predictor import OnnxPredictor
 
         predictor = OnnxPredictor(args.weights, args.device)
     else:

@@ -1,4 +1,4 @@
-"""An exported detector, as a :class:`.predictor.Predictor`."""
+"""An exported detector, as a :class:`gn_detect.Predictor`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from gn_detect.config import ConfigError
-
-from .pixels import AnyImage, read_rgb
+from gn_detect.predict.pixels import AnyImage, read_rgb
 
 
 class OnnxPredictor:
@@ -29,7 +28,7 @@ class OnnxPredictor:
         try:
             import onnxruntime
 
-            from gn_detect.deploy.runtime import Detector
+            from .runtime import Detector
         except ImportError as error:
             raise ConfigError(
                 f"{path}: ONNX Runtime runs it, which cannot be imported ({error}): pip install "
@@ -70,5 +69,5 @@ class OnnxPredictor:
             yield result
 
     def read(self, image: AnyImage, **options) -> np.ndarray:
-        """:func:`.pixels.read_rgb`, with the range of the detector's training."""
+        """:func:`gn_detect.predict.pixels.read_rgb`, with the range of the detector's training."""
         return read_rgb(image, bit_depth_range=self.bit_depth_range, **options)
