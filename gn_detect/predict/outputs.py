@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from gn_detect.data.formats.from_coco import outlines
 from gn_detect.drawing import XYWH_TO_XYXY, draw, from_coco
 
 from .inputs import Input
+
+logger = logging.getLogger(__name__)
 
 _PICTURES = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 _PICTURES |= {".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
@@ -105,7 +108,7 @@ def dataset_files(
     its position from 1."""
     keypoints = {"keypoints": list(keypoint_names), "skeleton": []} if keypoint_names else {}
     categories = [{"id": i, "name": name, **keypoints} for i, name in enumerate(class_names, 1)]
-    images, ids = [], itertools.count(1)
+    images, ids, empty = [], itertools.count(1), []
 
     def tail() -> str:
         rest = msgspec.json.encode({"images": images, "categories": categories})
@@ -121,10 +124,16 @@ def dataset_files(
             images.append({**image, "height": size[0], "width": size[1]})
             results = [as_written(result, image["id"]) for result in results]
             add_results(results)
-            kept = (_annotation(result) for result in results if result["score"] >= score)
+            kept = [_annotation(result) for result in results if result["score"] >= score]
             annotate([{"id": next(ids), **annotation} for annotation in kept if annotation])
+            empty.extend(file_name for annotation in kept if not annotation)
 
         yield add
+    if empty:
+        logger.warning(
+            f"{folder / 'annotations.json'} lacks {len(empty)} objects whose masks have no pixel, "
+            f"such as one in {empty[0]}; {folder / 'predictions.json'} has them"
+        )
 
 
 def to_results(instances: Instances) -> list[dict]:

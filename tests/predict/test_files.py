@@ -265,7 +265,7 @@ def instances(masks, scores, keypoints=None):
     return found
 
 
-def test_annotations_are_the_masks(tmp_path):
+def test_annotations_are_the_masks(tmp_path, caplog):
     y, x = np.mgrid[:24, :24]
     disc = (x - 11) ** 2 + (y - 11) ** 2 < 80
     ring = disc & ((x - 11) ** 2 + (y - 11) ** 2 > 20)
@@ -278,6 +278,7 @@ def test_annotations_are_the_masks(tmp_path):
     content = json.loads((tmp_path / "annotations.json").read_bytes())
     kinds = [type(annotation["segmentation"]) for annotation in content["annotations"]]
     assert kinds == [list, dict, list]  # a ring is no polygon; the other two are none, or too low
+    assert "lacks 1 objects whose masks have no pixel, such as one in a.png" in caplog.text
     read = load_coco(str(tmp_path / "annotations.json"))
     for i, mask in enumerate([disc, ring, parts]):
         rle = read.segmentation(i)
