@@ -8,12 +8,16 @@ both tools give the same guarantees, and every message names a key of its own to
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .config import locate
+from .config import ConfigError, locate
+
+logger = logging.getLogger(__name__)
 
 # Name -> its key in YAML configs, and in lazy configs; "" where they have none.
 _KEYS = {
@@ -67,13 +71,17 @@ _KEYS = {
 class Settings:
     """The settings of ``cfg``, a YAML config or a lazy one, to read and to write: ``run[name]``.
 
+    Args:
+        typed: the keys of ``cfg`` that the user typed on the command line.
+
     Attributes:
         keys: name -> the key of ``cfg`` that states it; the names of the guards are those of
             ``GUARDS`` (``FEW_IMAGES``). What has no key in ``cfg`` reads as None.
     """
 
-    def __init__(self, cfg: CfgNode | DictConfig):
+    def __init__(self, cfg: CfgNode | DictConfig, typed: Iterable[str] = ()):
         self.cfg = cfg
+        self.typed = frozenset(typed)
         self.keys = _yaml_keys(cfg) if isinstance(cfg, CfgNode) else _lazy_keys(cfg)
 
     def __getitem__(self, name: str) -> Any:
@@ -90,6 +98,50 @@ class Settings:
         else:
             node, last = locate(self.cfg, self.keys[name])
             setattr(node, last, value)
+
+    def is_typed(self, name: str) -> bool:
+        """Whether the user typed ``run[name]``, a part of it, or what it is a part of."""
+        ours = _parts(self.keys.get(name, ""))
+        theirs = map(_parts, self.typed if ours else ())
+        return any(key[: len(ours)] == ours[: len(key)] for key in theirs)
+
+    def derive(self, name: str, value: Any, reason: str, *, needed: bool = False) -> bool:
+        """Set ``run[name]`` to ``value`` unless the user typed it: the one door for all that a run
+        derives. What was typed stays; it is said where it differs.
+
+        Args:
+            reason: why, as a clause of a sentence ("the data have 3 classes").
+            needed: nothing but ``value`` can work.
+
+        Returns:
+            whether it is set.
+
+        Raises:
+            ConfigError: ``value`` is ``needed``, but another was typed.
+        """
+        if not self.is_typed(name):
+            self[name] = value
+            return True
+        key, typed = self.keys[name], self[name]
+        if _plain(typed) != _plain(value):
+            if needed:
+                raise ConfigError(
+                    f"{key} is {_plain(typed)!r} on the command line, but {reason}; leave it out, "
+                    f"or set it to {_plain(value)!r}"
+                )
+            logger.info(f"{key} stays {_plain(typed)!r}, as typed, and not {value!r} ({reason})")
+        return False
+
+
+def _parts(key: str) -> list[str]:
+    return key.replace("[", ".").replace("]", "").split(".") if key else []
+
+
+def _plain(value: Any) -> Any:
+    """``value``, comparable: YAML has lists where a default is a tuple."""
+    if isinstance(value, (list, tuple, ListConfig)):
+        return tuple(map(_plain, value))
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig) else value
 
 
 def _yaml_keys(cfg: CfgNode) -> dict[str, str]:

@@ -20,6 +20,7 @@ from gn_detect.data.loader import NamingDatasetMapper, resumable_train_loader
 from gn_detect.engine.guards import check_recipe
 from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.layers import GroupNorm
+from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 LAZY = ROOT / "configs/lazy"
@@ -110,7 +111,7 @@ def test_same_model_as_the_yaml(name):
 def test_same_guards_as_the_yaml(name, caplog):
     cfg = load_lazy_config(str(LAZY / f"{name}.py"), ["train.device=cpu"])
     theirs = yaml_config(name)
-    resolve_schedule(cfg, 1)
+    resolve_schedule(Settings(cfg), 1)
     check_recipe(cfg, processes=1, num_images=600 if "shapes" in name else 118_000)
     assert not caplog.records
     ours, theirs = (WeightGuards.from_config(c) for c in (cfg, theirs))

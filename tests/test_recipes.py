@@ -10,6 +10,7 @@ from helpers import CONFIGS, ROOT, as_shipped
 
 from gn_detect.config import ConfigError
 from gn_detect.engine.guards import check_recipe
+from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 PUBLISHED = json.loads((ROOT / "configs" / "published.json").read_text())
@@ -70,7 +71,7 @@ def test_weights_and_guards(name, caplog):
         or f"_X_{cfg.MODEL.RESNETS.DEPTH}" in name
         or (cfg.MODEL.RESNETS.DEPTH == 50 and "GN-paper" in name)
     )
-    resolve_schedule(cfg, processes=1)
+    resolve_schedule(Settings(cfg), processes=1)
     if to_be_named:
         with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
             check_recipe(cfg, processes=1, num_images=600)

@@ -56,16 +56,19 @@ def split_data(args, cfg):
     args.val_images = args.train_images
 
 
-def register_data(args):
-    """Register the data of the command line; return the DATASETS keys that follow from it."""
-    keys = {}
-    if args.train_json:
-        register_coco_json("custom_train", args.train_json, args.train_images)
-        keys = {"TRAIN": ("custom_train",), "TEST": ()}  # what the config names is other data
-    if args.val_json:
-        register_coco_json("custom_val", args.val_json, args.val_images)
-        keys["TEST"] = ("custom_val",)
-    return keys
+def register_data(args, run):
+    """Register the data of the command line, and let DATASETS name them."""
+    for split, name in (("train", "custom_train"), ("val", "custom_val")):
+        json_file = getattr(args, f"{split}_json")
+        if not json_file:
+            continue
+        register_coco_json(name, json_file, getattr(args, f"{split}_images"))
+        key = "train_data" if split == "train" else "test_data"
+        if name not in run[key]:
+            reason = f"--{split}-json is {name}"
+            run.derive(key, (name,), reason, needed=True)
+    if args.train_json and not args.val_json:  # what the config names is other data
+        run.derive("test_data", (), "there is no --val-json")
 
 
 def main(args):
@@ -75,9 +78,9 @@ def main(args):
     check_same(cfg, **{name: getattr(args, name) for name in names})
     if args.val_fraction:
         split_data(args, cfg)
-    for key, value in register_data(args).items():
-        cfg.DATASETS[key] = value
-    prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    typed = args.opts[::2]
+    register_data(args, Settings(cfg, typed))
+    prepare_run(cfg, typed=typed, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     default_setup(cfg, args)
     if args.eval_only:

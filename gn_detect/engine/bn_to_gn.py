@@ -25,9 +25,10 @@ from gn_detect.checkpoint.weight_guards import norms_of
 from gn_detect.config import ConfigError
 from gn_detect.data import DataError
 from gn_detect.data.images import read_image
+from gn_detect.settings import Settings
 
 from .bn_match import Pair, load_pair
-from .prepare import usable_device
+from .prepare import resolve_device
 
 METHODS = ("calibrated", "copied", "plain")
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -135,7 +136,7 @@ def convert(
         DataError: nothing is proposed in the images, on which RoI heads are to be calibrated.
     """
     cfg = cfg.clone()
-    cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE, 1)
+    resolve_device(Settings(cfg))
     pair = load_pair(cfg, weights)
     source, target, layers = pair.source, pair.target, pair.layers
 

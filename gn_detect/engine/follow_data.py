@@ -21,8 +21,9 @@ def resolve_masks(run: Settings, train: tuple[str, ...], summaries: dict[str, Co
     """Take masks as bitmaps where one of the datasets ``train`` has them as RLE."""
     for name in train if run["masks"] else ():
         if name in summaries and summaries[name].has_rle and run["mask_format"] != "bitmask":
-            run["mask_format"] = "bitmask"
-            logger.info(f"{run.keys['mask_format']} = bitmask: {name} has masks as RLE")
+            reason = f"{name} has masks as RLE"
+            run.derive("mask_format", "bitmask", reason, needed=True)
+            logger.info(f"{run.keys['mask_format']} = bitmask: {reason}")
 
 
 def resolve_classes(run: Settings, summaries: dict[str, CocoSummary]) -> None:
@@ -85,7 +86,7 @@ def _follow(run: Settings, what: str, dataset: str, things: str, names: list[str
             f"{key} is {stated}, but the dataset {dataset} declares {count} {things}; set it to "
             f"{count}, or leave it out of a YAML config, and it follows the data"
         )
-    run[what] = count
+    run.derive(what, count, f"the dataset {dataset} declares {count} {things}", needed=True)
     logger.info(f"{key} = {count}, from the dataset {dataset}: {', '.join(names)}")
 
 
@@ -101,7 +102,8 @@ def _resolve_sigmas(run: Settings, names: list[str]) -> None:
                 f"keypoint ({', '.join(names)}), or empty"
             )
     elif names != list(COCO_PERSON_KEYPOINT_NAMES):
-        run["oks_sigmas"] = [OKS_SIGMA] * len(names)
+        reason = f"the data have {len(names)} keypoints of their own"
+        run.derive("oks_sigmas", [OKS_SIGMA] * len(names), reason, needed=True)
         logger.info(
             f"{key} = {OKS_SIGMA} for each keypoint, the mean of COCO's: OKS has tolerances for "
             "COCO's own keypoints alone. The AP of keypoints depends on them; set them to compare "
@@ -131,7 +133,8 @@ def _resolve_flip(run: Settings, names: list[str]) -> None:
 def _resolve_flip_indices(run: Settings, names: list[str], derived: list[int]) -> None:
     key, stated = run.keys["flip_indices"], run["flip_indices"]
     if stated is None:
-        run["flip_indices"] = derived
+        reason = "a flip exchanges keypoints of the data by their names"
+        run.derive("flip_indices", derived, reason, needed=True)
         logger.info(f"{key} = {derived}, from the names of the keypoints")
     elif sorted(stated) != list(range(len(names))):
         raise ConfigError(

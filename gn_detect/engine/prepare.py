@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
@@ -55,6 +56,7 @@ def start_log(cfg: CfgNode | DictConfig) -> None:
 def prepare_run(
     cfg: CfgNode | DictConfig,
     *,
+    typed: Iterable[str] = (),
     processes: int | None = None,
     eval_only: bool = False,
     resume: bool = False,
@@ -63,8 +65,9 @@ def prepare_run(
 
     Sets the device (and AMP) where there is no CUDA, classes, keypoints and format of the masks
     from the data, and the schedule from the images of a GPU (``solver/schedule.py``), and logs each
-    with the reason. Looks through the annotations of the COCO-format datasets, and says what there
-    is to train on.
+    with the reason. What the user typed stays, or is refused where it cannot work
+    (:meth:`.Settings.derive`). Looks through the annotations of the COCO-format datasets, and says
+    what there is to train on.
 
     All processes of a run call it, once they know that they were told the same
     (:func:`.agreement.check_same`). The first one decides for all. The first of each machine looks
@@ -72,6 +75,7 @@ def prepare_run(
 
     Args:
         cfg: of :func:`gn_detect.config.load_config` or :func:`.lazy_config.load_lazy_config`.
+        typed: the keys of ``cfg`` that the user typed.
         processes: that train, on all machines; those that there are where it is None.
         eval_only: evaluate, do not train.
         resume: continue from the last checkpoint in the output directory.
@@ -79,8 +83,8 @@ def prepare_run(
     Raises:
         CheckpointError, ConfigError, DataError: the run could not work.
     """
-    run, processes = Settings(cfg), processes or comm.get_world_size()
-    run["device"] = usable_device(run.keys["device"], run["device"], processes)
+    run, processes = Settings(cfg, typed), processes or comm.get_world_size()
+    resolve_device(run, processes)
     _resolve_amp(run)
     checkpoint = from_first_process(lambda: _check_weights(run, eval_only, resume))
     if not eval_only:
@@ -107,18 +111,14 @@ def prepare_run(
             f"{run.keys['checkpoint_seconds']} is {seconds!r}; it must be the seconds from one "
             "save to the next, or 0 to save by iterations alone"
         )
-    resolve_schedule(cfg, processes)
+    train = dataset_names(run, "train")
+    counts = [summaries[n].num_images if n in summaries else None for n in train]
+    num_images = sum(counts) if counts and None not in counts else None
+    resolve_schedule(run, processes, num_images)
     check_best(run, dataset_names(run, "test"))
 
     def check() -> None:
-        train = dataset_names(run, "train")
-        counts = [summaries[n].num_images if n in summaries else None for n in train]
-        check_recipe(
-            cfg,
-            processes=processes,
-            num_images=sum(counts) if counts and None not in counts else None,
-            resumes=bool(checkpoint),
-        )
+        check_recipe(cfg, processes=processes, num_images=num_images, resumes=bool(checkpoint))
         describe_data(cfg, [n for n in train if n in summaries])
 
     from_first_process(check)
@@ -135,12 +135,14 @@ def check_num_gpus(num_gpus: int) -> None:
         )
 
 
-def usable_device(key: str, device: str, processes: int) -> str:
-    """``device``, the value of the config key ``key``; or the CPU where there is no CUDA.
+def resolve_device(run: Settings, processes: int = 1) -> None:
+    """Take the CPU where there is no CUDA.
 
     Raises:
-        ConfigError: several processes are to train on the CPU, but there is CUDA.
+        ConfigError: CUDA was typed, and there is none; or several processes are to train on the
+            CPU, but there is CUDA.
     """
+    key, device = run.keys["device"], run["device"]
     if torch.cuda.is_available():
         if processes > 1 and device == "cpu":
             raise ConfigError(
@@ -148,9 +150,8 @@ def usable_device(key: str, device: str, processes: int) -> str:
                 "where it is available; hide it with CUDA_VISIBLE_DEVICES=''"
             )
     elif device.startswith("cuda"):
+        run.derive("device", "cpu", "no CUDA device is available", needed=True)
         logger.warning(f"no CUDA device is available: {key} = cpu")
-        return "cpu"
-    return device
 
 
 def _resolve_amp(run: Settings) -> None:
@@ -158,11 +159,9 @@ def _resolve_amp(run: Settings) -> None:
     if dtype not in AMP_DTYPES:
         raise ConfigError(f"{keys['amp_dtype']} is {dtype!r}; known: {', '.join(AMP_DTYPES)}")
     if run["device"] == "cpu" and run["amp"] and dtype == "float16":
-        run["amp"] = False
-        logger.warning(
-            f"mixed precision in float16 needs CUDA: {keys['amp']} = False ({keys['amp_dtype']} "
-            "bfloat16 does not need it)"
-        )
+        reason = f"float16 needs CUDA ({keys['amp_dtype']} bfloat16 does not)"
+        run.derive("amp", False, f"mixed precision in {reason}", needed=True)
+        logger.warning(f"mixed precision in {reason}: {keys['amp']} = False")
 
 
 def _check_weights(run: Settings, eval_only: bool, resume: bool) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 
-from detectron2.config import CfgNode
-from omegaconf import DictConfig
 from tabulate import tabulate
 
 from gn_detect.config import ConfigError
@@ -24,7 +22,7 @@ _ITERATIONS = ("max_iter", "steps", "warmup_iters")
 _PERIODS = ("checkpoint_period", "eval_period")
 
 
-def resolve_schedule(cfg: CfgNode | DictConfig, processes: int) -> None:
+def resolve_schedule(run: Settings, processes: int, num_images: int | None = None) -> None:
     """Settle images, learning rate and iterations of a run, in place, and log what was derived.
 
     With ``SOLVER.IMS_PER_GPU``, ``SOLVER.IMS_PER_BATCH`` becomes the images of one iteration:
@@ -36,15 +34,14 @@ def resolve_schedule(cfg: CfgNode | DictConfig, processes: int) -> None:
     so resolving it again changes nothing.
 
     Args:
-        cfg: with the keys of ``add_gn_config``; or a lazy config, with their counterparts
-            (``gn_detect.settings``). There, drops and warm-up are relative to ``train.max_iter``,
-            and follow it.
+        run: of a YAML config, or of a lazy one, where drops and warm-up are relative to
+            ``train.max_iter``, and follow it.
         processes: on all machines.
+        num_images: that are trained on; None where it is not known.
 
     Raises:
         ConfigError: a key that contradicts another, or the number of processes.
     """
-    run = Settings(cfg)
     keys, steps = run.keys, run["accumulate_steps"]
     accumulate = 1 if steps is None else steps
     if accumulate != "auto" and (type(accumulate) is not int or accumulate < 1):

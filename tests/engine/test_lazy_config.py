@@ -183,7 +183,7 @@ def test_a_config_of_detectron2_itself():
     zoo = Path(detectron2.__file__).parent / "model_zoo/configs"
     cfg = load_lazy_config(str(zoo / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"))
     cfg.train.device = "cpu"
-    resolve_schedule(cfg, 1)
+    resolve_schedule(Settings(cfg), 1)
     guards.check_recipe(cfg, processes=1, num_images=118_000)
     assert WeightGuards.from_config(cfg).ours == Origin.of_name("MSRA/R-50")
 
@@ -258,8 +258,8 @@ def test_the_derived_schedule_is_that_of_yaml_configs(name, per_gpu, steps, proc
     cfg.train.accumulate_steps = yaml.SOLVER.ACCUMULATE_STEPS = steps
     yaml.SOLVER.IMS_PER_GPU = per_gpu
     for _ in range(2):  # a second time changes nothing
-        resolve_schedule(cfg, processes)
-        resolve_schedule(yaml, processes)
+        resolve_schedule(Settings(cfg), processes)
+        resolve_schedule(Settings(yaml), processes)
         solver = yaml.SOLVER
         assert cfg.dataloader.train.total_batch_size == solver.IMS_PER_BATCH
         assert cfg.train.reference_batch_size == solver.IMS_PER_BATCH

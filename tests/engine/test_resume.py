@@ -223,7 +223,7 @@ def progress(monkeypatch, processes: int, max_iter: int, batch: tuple, saved=Non
     cfg = config(
         "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", "SOLVER.MAX_ITER", max_iter, *batch
     )
-    resolve_schedule(cfg, processes)
+    resolve_schedule(Settings(cfg), processes)
     loop = SimpleNamespace(accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS, data_loader=None)
     resume = Resume(Settings(cfg), loop, None)
     resume.load_state_dict(saved or {})

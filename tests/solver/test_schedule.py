@@ -4,6 +4,7 @@ from detectron2.solver import build_lr_scheduler
 from helpers import config
 
 from gn_detect.config import ConfigError
+from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
@@ -12,7 +13,7 @@ SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_3x.yaml"
 
 def resolved(*opts, processes=1, name=R50):
     cfg = config(name, *opts)
-    resolve_schedule(cfg, processes)
+    resolve_schedule(Settings(cfg), processes)
     return cfg
 
 
@@ -53,7 +54,7 @@ def test_what_is_derived_is_a_recipe_for_its_own_batch():
     cfg = resolved("SOLVER.IMS_PER_GPU", 2, processes=2)
     before = cfg.clone()
     assert cfg.SOLVER.REFERENCE_BATCH_SIZE == cfg.SOLVER.IMS_PER_BATCH == 4
-    resolve_schedule(cfg, processes=2)
+    resolve_schedule(Settings(cfg), processes=2)
     assert cfg == before
 
 
@@ -110,7 +111,7 @@ def test_accumulation(per_gpu, processes, stated, steps, batch):
 def test_a_resolved_config_stays_as_it_is():
     cfg = resolved("SOLVER.IMS_PER_GPU", 2, "SOLVER.ACCUMULATE_STEPS", "auto", processes=2)
     before = cfg.dump()
-    resolve_schedule(cfg, 2)
+    resolve_schedule(Settings(cfg), 2)
     assert cfg.dump() == before
 
 

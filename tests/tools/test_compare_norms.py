@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT
 
 from gn_detect.config import load_config
+from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def runs(monkeypatch):
         args = parse_train_args()
         assert args.resume
         cfg = load_config(args.config_file, args.opts)
-        resolve_schedule(cfg, processes=1)
+        resolve_schedule(Settings(cfg), processes=1)
         runs.append(cfg)
         if cfg.SOLVER.BASE_LR > 9:
             return subprocess.CompletedProcess(command, 1, "training diverged at iteration 3 (a)")
