@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import operator
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
 _PACKAGE = Path(__file__).resolve().parent
+_EPOCHS = ("SOLVER.EPOCHS", "SOLVER.WARMUP_EPOCHS", "TEST.EVAL_EPOCHS")
+_OR_AUTO = ("SOLVER.ACCUMULATE_STEPS",)
 
 
 class ConfigError(ValueError):
@@ -64,12 +67,24 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_HEAD.setdefault("DECONV_NORM", "")
     cfg.MODEL.ROI_BOX_HEAD.setdefault("FC_NORM", "")  # GN, LN or ""
 
-    # The recipe (BASE_LR, BASE_LR_END, MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and
-    # TEST.EVAL_PERIOD) is stated for this many images per iteration.
+    # The recipe of a file (BASE_LR, BASE_LR_END, MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD
+    # and TEST.EVAL_PERIOD) is stated for this many images per iteration. What is typed on the
+    # command line is of the run itself.
     cfg.SOLVER.setdefault("REFERENCE_BATCH_SIZE", 16)
+    # MAX_ITER of the file, for which it states STEPS, WARMUP_ITERS and TEST.EVAL_PERIOD. Set when
+    # the file is loaded: MAX_ITER may then be typed, or follow from EPOCHS.
+    cfg.SOLVER.setdefault("REFERENCE_MAX_ITER", 0)
     # Images of a forward pass of one GPU. If it is positive, IMS_PER_BATCH and the recipe follow
     # from it by the linear rule (docs/small_batches.md); if it is 0, they are taken as stated.
     cfg.SOLVER.setdefault("IMS_PER_GPU", 0)
+    # The length of the run in epochs, whole or not, of the images that are trained on; MAX_ITER
+    # follows. 0: MAX_ITER as stated.
+    cfg.SOLVER.setdefault("EPOCHS", 0.0)
+    # STEPS as parts of the run, such as (0.7, 0.9); (): as stated.
+    cfg.SOLVER.setdefault("STEPS_AT", ())
+    # WARMUP_ITERS and TEST.EVAL_PERIOD in epochs; 0: as stated.
+    cfg.SOLVER.setdefault("WARMUP_EPOCHS", 0.0)
+    cfg.TEST.setdefault("EVAL_EPOCHS", 0.0)
     # Forward passes whose gradients are averaged into one iteration. "auto", with IMS_PER_GPU:
     # as many as restore the reference batch. IMS_PER_BATCH counts the images of all of them.
     cfg.SOLVER.setdefault("ACCUMULATE_STEPS", None)
@@ -165,17 +180,32 @@ def load_config(config_file: str = "", opts: list[str] | None = None) -> CfgNode
     try:
         source = config_file
         if config_file:
-            cfg.merge_from_file(config_file, allow_unsafe=False)
+            _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+        cfg.SOLVER.REFERENCE_MAX_ITER = cfg.SOLVER.MAX_ITER
         source = "the command line"
-        if "SOLVER.ACCUMULATE_STEPS" in (opts or []):  # a number may become "auto", and back
-            cfg.SOLVER.ACCUMULATE_STEPS = None
-        cfg.merge_from_list(opts or [])
+        _merge(cfg, lambda: cfg.merge_from_list(opts or []))
     except (AttributeError, TypeError):  # what yacs and fvcore raise where a mapping is expected
         raise ConfigError(f"{source}: not a mapping of config keys to values") from None
     except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ConfigError(f"{source}: {reason}") from None
     return cfg
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], None]) -> None:
+    """Call ``merge``, with which a number may become "auto", and back, and epochs may be whole."""
+    before = {key: operator.getitem(*locate(cfg, key)) for key in (*_EPOCHS, *_OR_AUTO)}
+    for key in before:
+        setattr(*locate(cfg, key), None)  # which yacs lets become a value of any type
+    merge()
+    for key, value in before.items():
+        merged = operator.getitem(*locate(cfg, key))
+        if merged is None:
+            setattr(*locate(cfg, key), value)
+        elif key in _EPOCHS:
+            if type(merged) not in (int, float):
+                raise ValueError(f"{key} is {merged!r}; it must be a number of epochs")
+            setattr(*locate(cfg, key), float(merged))
 
 
 def get_config_file(name: str) -> str:

@@ -50,11 +50,24 @@ _KEYS = {
     "reference_world_size": ("SOLVER.REFERENCE_WORLD_SIZE", ""),
     "ims_per_gpu": ("SOLVER.IMS_PER_GPU", "train.ims_per_gpu"),
     "accumulate_steps": ("SOLVER.ACCUMULATE_STEPS", "train.accumulate_steps"),
+    "reference_max_iter": ("SOLVER.REFERENCE_MAX_ITER", "train.reference_max_iter"),
     "base_lr": ("SOLVER.BASE_LR", "optimizer.lr"),
     "base_lr_end": ("SOLVER.BASE_LR_END", ""),
     "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
     "steps": ("SOLVER.STEPS", ""),  # lr_multiplier has them, relative to max_iter
     "warmup_iters": ("SOLVER.WARMUP_ITERS", ""),
+    "epochs": ("SOLVER.EPOCHS", "train.epochs"),
+    "steps_at": ("SOLVER.STEPS_AT", ""),
+    "warmup_epochs": ("SOLVER.WARMUP_EPOCHS", "train.warmup_epochs"),
+    "eval_epochs": ("TEST.EVAL_EPOCHS", "train.eval_epochs"),
+    "filter_empty": (
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        "dataloader.train.dataset.filter_empty",
+    ),
+    "min_keypoints": (
+        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE",
+        "dataloader.train.dataset.min_keypoints",
+    ),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     "checkpoint_seconds": ("SOLVER.CHECKPOINT_SECONDS", "train.checkpointer.seconds"),
     "ema": ("SOLVER.EMA.ENABLED", "train.ema.enabled"),
@@ -107,7 +120,8 @@ class Settings:
 
     def derive(self, name: str, value: Any, reason: str, *, needed: bool = False) -> bool:
         """Set ``run[name]`` to ``value`` unless the user typed it: the one door for all that a run
-        derives. What was typed stays; it is said where it differs.
+        derives. What was typed stays; it is said where it differs. (A typed "auto" or None asks for
+        the derived value.)
 
         Args:
             reason: why, as a clause of a sentence ("the data have 3 classes").
@@ -119,10 +133,10 @@ class Settings:
         Raises:
             ConfigError: ``value`` is ``needed``, but another was typed.
         """
-        if not self.is_typed(name):
+        key, typed = self.keys[name], self[name]
+        if not self.is_typed(name) or typed in ("auto", None):
             self[name] = value
             return True
-        key, typed = self.keys[name], self[name]
         if _plain(typed) != _plain(value):
             if needed:
                 raise ConfigError(

@@ -53,6 +53,7 @@ class CocoSummary:
     Attributes:
         classes: category id -> name, ordered by id, as Detectron2 orders its classes.
         num_images, num_annotations: as listed in the file.
+        num_trained: of the images, those that are trained on, an epoch.
         num_crowds: annotations that are crowd regions: no objects to be trained on.
         has_rle: an object (not a crowd region) has its mask as RLE.
         keypoints: their names, where the model needs them.
@@ -61,6 +62,7 @@ class CocoSummary:
 
     classes: dict[int | str, str]
     num_images: int
+    num_trained: int = 0
     num_annotations: int = 0
     num_crowds: int = 0
     has_rle: bool = False
@@ -238,6 +240,8 @@ def check_coco_json(
     box_format: bool = True,
     exact_names: bool = True,
     bit_depth_range: Sequence[float] = (),
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
     keys: Mapping[str, str] = _KEYS,
 ) -> CocoSummary:
     """Look through a COCO JSON and the headers of its images.
@@ -251,6 +255,7 @@ def check_coco_json(
         box_format: refuse boxes that seem to be in another format than COCO's.
         exact_names: see :func:`.paths.find_files`.
         bit_depth_range: see :func:`.images.value_range`.
+        filter_empty, min_keypoints: see :meth:`.CocoData.num_trained`.
         keys: of the config, by their names in ``Settings.keys``, for messages.
 
     Raises:
@@ -282,6 +287,7 @@ def check_coco_json(
     return CocoSummary(
         classes=data.classes,
         num_images=len(data.image_ids),
+        num_trained=data.num_trained(filter_empty, min_keypoints),
         num_annotations=len(data.image) + data.unknown_images[0],
         num_crowds=int(data.crowd.sum()),
         has_rle=any(not data.crowd[i] for i in data.rles),

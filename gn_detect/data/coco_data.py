@@ -96,6 +96,17 @@ class CocoData:
             more = others(len(bad) - 1, "annotations")
             raise DataError(f"{self.json_file}: {self.where(bad[0])} {why(bad[0])}{more}")
 
+    def num_trained(self, filter_empty: bool = True, min_keypoints: int = 0) -> int:
+        """How many images Detectron2's ``get_detection_dataset_dicts`` keeps for training."""
+        count, trained = len(self.image_ids), self.has_annotations
+        kept = np.ones(count, bool)
+        if trained and filter_empty:
+            kept &= np.bincount(self.image[~self.crowd], minlength=count) > 0
+        if trained and min_keypoints > 0:
+            visible = (self.keypoints[:, 2::3] > 0).sum(axis=1)
+            kept &= np.bincount(self.image, visible, minlength=count) >= min_keypoints
+        return int(kept.sum())
+
     @functools.cached_property
     def _polygons(self) -> list[np.ndarray]:
         ends = [0, *self.polygon_ends.tolist()]

@@ -56,10 +56,13 @@ def complete_lazy_config(
         )
     defaults = load_config()
     cfg.train.amp.setdefault("dtype", defaults.SOLVER.AMP.DTYPE)
-    for name in ("ims_per_gpu", "accumulate_steps", "reference_batch_size"):
+    for name in (
+        *("ims_per_gpu", "accumulate_steps", "reference_batch_size", "epochs", "warmup_epochs"),
+        *("early_stop", "early_stop_min_delta"),
+    ):
         cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
-    for name in ("early_stop", "early_stop_min_delta"):
-        cfg.train.setdefault(name, defaults.SOLVER[name.upper()])
+    cfg.train.setdefault("eval_epochs", defaults.TEST.EVAL_EPOCHS)
+    cfg.train.reference_max_iter = cfg.train.max_iter  # which may be overridden
     cfg.train.setdefault("best_metric", defaults.TEST.BEST_METRIC)
     cfg.train.setdefault("report", defaults.TEST.REPORT)
     cfg.train.setdefault("ema", {})

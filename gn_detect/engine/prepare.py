@@ -114,7 +114,7 @@ def prepare_run(
     train = dataset_names(run, "train")
     counts = [summaries[n].num_images if n in summaries else None for n in train]
     num_images = sum(counts) if counts and None not in counts else None
-    resolve_schedule(run, processes, num_images)
+    resolve_schedule(run, processes, num_images and sum(summaries[n].num_trained for n in train))
     check_best(run, dataset_names(run, "test"))
 
     def check() -> None:
@@ -248,6 +248,8 @@ def _check_datasets(
             box_format=run["BOX_FORMAT"],
             exact_names=run["FILE_NAMES"],
             bit_depth_range=run["bit_depth_range"] or (),
+            filter_empty=run["filter_empty"] is not False,
+            min_keypoints=(run["keypoints"] and run["min_keypoints"]) or 0,
             keys=run.keys,
             training=name in train,
             evaluation=name in test,

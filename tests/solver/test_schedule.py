@@ -1,9 +1,11 @@
+import re
+
 import pytest
 import torch
 from detectron2.solver import build_lr_scheduler
 from helpers import config
 
-from gn_detect.config import ConfigError
+from gn_detect.config import ConfigError, locate
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
@@ -162,3 +164,171 @@ def test_the_log_says_what_was_derived(caplog):
 def test_contradictions(opts, processes, message):
     with pytest.raises(ConfigError, match=message):
         resolved(*opts, processes=processes)
+
+
+# What is typed is of this run: only what the file states is scaled.
+
+
+def typed(*opts, processes=1, num_images=None, name=R50):
+    cfg = config(name, *opts)
+    run = Settings(cfg, opts[::2])
+    for _ in range(2):  # a second time changes nothing
+        before = cfg.clone()
+        resolve_schedule(run, processes, num_images)
+    assert cfg == before
+    return cfg
+
+
+PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
+SHORT = ("SOLVER.IMS_PER_GPU", 1, "SOLVER.MAX_ITER", 20)
+
+
+def test_20_typed_iterations_are_20():
+    cfg = typed(*SHORT, name=PHOTOS)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (20, 1)
+    assert cfg.SOLVER.BASE_LR == 0.01  # 0.02 for 2 images
+    # 200 iterations would see the images of the file's warm-up; it evaluates twice.
+    assert (cfg.SOLVER.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD) == (2, 10)
+    assert cfg.SOLVER.CHECKPOINT_PERIOD == 1000
+
+
+def test_steps_keep_their_part_of_a_typed_length():
+    cfg = typed(*SHORT)
+    # 7/9 and 25/27 of 20, rounded up
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == (20, (16, 19), 2)
+    cfg = typed("SOLVER.IMS_PER_GPU", 2, "SOLVER.MAX_ITER", 540_000)
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == ((420_000, 500_000), 8000)
+    assert cfg.SOLVER.CHECKPOINT_PERIOD == 40_000
+
+
+TYPED = {
+    "SOLVER.MAX_ITER": 300,
+    "SOLVER.STEPS": (100, 200),
+    "SOLVER.WARMUP_ITERS": 77,
+    "SOLVER.BASE_LR": 0.5,
+    "SOLVER.BASE_LR_END": 0.25,
+    "SOLVER.CHECKPOINT_PERIOD": 11,
+    "TEST.EVAL_PERIOD": 13,
+}
+
+
+@pytest.mark.parametrize("key", TYPED)
+@pytest.mark.parametrize("length", [(), ("SOLVER.EPOCHS", 3.0)], ids=["scaled", "epochs"])
+def test_a_typed_key_is_not_scaled(key, length):
+    if key == "SOLVER.MAX_ITER" and length:
+        return
+    opts = ("SOLVER.IMS_PER_GPU", 2, *length)
+    expected = config(R50, *opts)
+    resolve_schedule(Settings(expected, opts[::2]), 1, 1000)
+    cfg = typed(*opts, key, TYPED[key], num_images=1000)
+    node, name = locate(cfg, key)
+    assert node[name] == TYPED[key]
+    if key != "SOLVER.MAX_ITER":  # and nothing else than it differs
+        node, name = locate(expected, key)
+        node[name] = TYPED[key]
+        assert cfg == expected
+
+
+def test_the_accumulation_follows_from_a_typed_batch():
+    opts = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.IMS_PER_GPU", 2)
+    solver = typed(*opts, processes=2).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.ACCUMULATE_STEPS, solver.BASE_LR) == (8, 2, 0.01)
+    assert solver.MAX_ITER == 540_000
+    typed(*opts, "SOLVER.ACCUMULATE_STEPS", 2, processes=2)
+    solver = typed(*opts, "SOLVER.ACCUMULATE_STEPS", "auto", processes=2).SOLVER
+    assert solver.ACCUMULATE_STEPS == 2
+    for wrong, processes in (((), 3), (("SOLVER.ACCUMULATE_STEPS", 3), 2)):
+        with pytest.raises(ConfigError, match="BATCH is 8, .*IMS_PER_GPU 2 and . process.*ACCUMUL"):
+            typed(*opts, *wrong, processes=processes)
+
+
+def test_the_reference_is_of_files():
+    with pytest.raises(ConfigError, match="REFERENCE_BATCH_SIZE is 4 on the command line, but it"):
+        typed("SOLVER.IMS_PER_BATCH", 2, "SOLVER.IMS_PER_GPU", 2, "SOLVER.REFERENCE_BATCH_SIZE", 4)
+
+
+def test_typed_without_images_per_gpu_all_is_as_stated():
+    solver = typed("SOLVER.MAX_ITER", 20, "SOLVER.IMS_PER_BATCH", 2).SOLVER
+    assert (solver.STEPS, solver.WARMUP_ITERS, solver.BASE_LR) == ((210_000, 250_000), 1000, 0.02)
+
+
+# Epochs
+
+
+@pytest.mark.parametrize(
+    "epochs, batch, num_images, expected",
+    [(1, 1, 7, 7), (1, 2, 7, 4), (2.5, 2, 7, 9), (0.1, 4, 7, 1), (3, 4, 100, 75), (0.7, 1, 10, 7)],
+)
+def test_an_epoch_rounds_up(epochs, batch, num_images, expected):
+    opts = ("SOLVER.EPOCHS", epochs, "SOLVER.IMS_PER_GPU", batch)
+    assert typed(*opts, num_images=num_images).SOLVER.MAX_ITER == expected
+    opts = ("SOLVER.EPOCHS", epochs, "SOLVER.IMS_PER_BATCH", batch)
+    solver = typed(*opts, num_images=num_images).SOLVER
+    assert (solver.MAX_ITER, solver.BASE_LR) == (expected, 0.02)  # which is as stated
+
+
+def test_steps_warm_up_and_evaluation_of_epochs():
+    cfg = typed(
+        *("SOLVER.EPOCHS", 10, "SOLVER.IMS_PER_GPU", 4, "SOLVER.STEPS_AT", (0.5, 0.9)),
+        *("SOLVER.WARMUP_EPOCHS", 2, "TEST.EVAL_EPOCHS", 0.5),
+        num_images=42,
+    )
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (105, (53, 95))
+    assert (cfg.SOLVER.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD) == (21, 6)
+
+
+def test_a_resolved_config_in_epochs_follows_the_next_batch():
+    """As from a saved config: nothing of it is scaled twice."""
+    cfg = typed("SOLVER.EPOCHS", 10, "SOLVER.IMS_PER_GPU", 1, num_images=40)
+    before = cfg.clone()
+    cfg.SOLVER.REFERENCE_MAX_ITER = cfg.SOLVER.MAX_ITER
+    resolve_schedule(Settings(cfg), 1, 40)
+    assert cfg == before and cfg.SOLVER.STEPS == (312, 371)
+    resolve_schedule(Settings(cfg), 4, 40)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == (100, (78, 93), 10)
+
+
+@pytest.mark.parametrize("length", [("SOLVER.EPOCHS", 1), ("SOLVER.MAX_ITER", 40)])
+def test_the_epochs_of_a_file_give_way_to_a_typed_length(length):
+    cfg = config(R50, *length, "SOLVER.IMS_PER_GPU", 1)
+    if length[0] == "SOLVER.MAX_ITER":
+        cfg.SOLVER.EPOCHS = 7.0
+    cfg.SOLVER.WARMUP_EPOCHS, cfg.SOLVER.STEPS_AT = 1.0, (0.5,)
+    resolve_schedule(Settings(cfg, [length[0]]), 1, 40)
+    solver = cfg.SOLVER
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (40, (20,), 4)
+    assert solver.EPOCHS == (1 if length[0] == "SOLVER.EPOCHS" else 0)
+    before = cfg.clone()
+    resolve_schedule(Settings(cfg), 1, 40)  # of the saved config
+    assert cfg == before
+
+
+@pytest.mark.parametrize(
+    "opts, num_images, message",
+    [
+        (("SOLVER.EPOCHS", 1, "SOLVER.MAX_ITER", 9), 9, "MAX_ITER and SOLVER.EPOCHS are both on"),
+        (("SOLVER.STEPS_AT", (0.5,), "SOLVER.STEPS", (9,)), 9, "STEPS and SOLVER.STEPS_AT are bot"),
+        (("TEST.EVAL_EPOCHS", 1, "TEST.EVAL_PERIOD", 9), 9, "EVAL_PERIOD and TEST.EVAL_EPOCHS"),
+        (("SOLVER.EPOCHS", 1), None, "EPOCHS is 1, but how many images .* DATASETS.TRAIN is no"),
+        (("SOLVER.EPOCHS", -1), 9, "EPOCHS is -1.0; it must be a number of epochs, or 0"),
+        (("SOLVER.EPOCHS", "1e999"), 9, "EPOCHS is inf; it must be a number of epochs"),
+        (("SOLVER.STEPS_AT", (0.9, 0.5)), 9, r"STEPS_AT is \(0.9, 0.5\); it must be parts of the"),
+        (("SOLVER.STEPS_AT", (1.5,)), 9, r"STEPS_AT is \(1.5,\); it must be parts of the run"),
+    ],
+)
+def test_contradictions_of_epochs(opts, num_images, message):
+    with pytest.raises(ConfigError, match=message):
+        typed(*opts, num_images=num_images)
+
+
+def test_the_table_says_why(caplog):
+    with caplog.at_level("INFO"):
+        typed("SOLVER.IMS_PER_GPU", 2, "SOLVER.EPOCHS", 3, "SOLVER.BASE_LR", 0.01, num_images=75)
+    table = caplog.messages[0].splitlines()
+    columns = [re.split(r"\s{2,}", line.strip()) for line in table[1:]]
+    rows = {key: rest for key, *rest in columns}
+    assert rows["SOLVER.MAX_ITER"] == ["270000", "113", "3 epochs of 75 images"]
+    assert rows["SOLVER.WARMUP_ITERS"] == ["1000", "12", "at most 10% of the run"]
+    assert rows["SOLVER.BASE_LR"] == ["0.01", "typed"]
+    assert rows["SOLVER.STEPS"][2:] == ["the same part of the run"]
+    assert rows["SOLVER.CHECKPOINT_PERIOD"] == ["5000", "40000", "the same images"]
