@@ -12,6 +12,7 @@ that was interrupted is resumed, so the same command goes on where it stopped. A
 import argparse
 import itertools
 import json
+import os
 import re
 import shlex
 import statistics
@@ -60,17 +61,19 @@ def run(args, norm: str, per_step: int, seed: int) -> None:
     opts = [
         *(word for key in NORM_KEYS for word in (f"MODEL.{key}.NORM", name)),
         *("MODEL.GN.WEIGHT_STANDARDIZATION", "authors" if ws else "''"),
-        *("SOLVER.MAX_ITER", args.images // reference, "SOLVER.IMS_PER_GPU", per_step),
-        *("TEST.EVAL_PERIOD", 0, "SEED", seed),
+        *("SOLVER.IMS_PER_GPU", per_step, "TEST.EVAL_PERIOD", 0, "SEED", seed),
         *("GUARDS.SCRATCH_FROZEN_BN", False),  # what it costs is a row of the table
         *args.opts,
     ]
     data = [(f"--{option}", getattr(args, option.replace("-", "_"))) for option in DATA]
     data = [word for pair in data if pair[1] for word in pair]
     command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume", *data]
-    command += ["--config-file", args.config_file, *opts, "OUTPUT_DIR", directory]
-    command = list(map(str, command))
     directory.mkdir(parents=True, exist_ok=True)
+    recipe = directory / "recipe.yaml"  # what a file states is scaled with the images of a step
+    base, iterations = json.dumps(os.path.abspath(args.config_file)), args.images // reference
+    recipe.write_text(f"_BASE_: {base}\nSOLVER:\n  MAX_ITER: {iterations}\n")
+    command += ["--config-file", recipe, *opts, "OUTPUT_DIR", directory]
+    command = list(map(str, command))
     stated, settings = directory / "settings.txt", shlex.join(command[2:])
     if stated.exists() and stated.read_text() != settings:
         sys.exit(f"error: {directory} holds a run with other settings; choose another --output")

@@ -115,7 +115,7 @@ class Resume(HookBase):
             raise ConfigError(
                 f"the checkpoint's {iterations} iterations of {old} images saw more than the "
                 f"{self._max_iter} iterations of {new} images of this run; scale its length with "
-                f"the images, or let {self._keys['ims_per_gpu']} do it"
+                f"the images, or let {self._keys['epochs']} do it"
             )
         logger.warning(
             f"resuming with {new} images per iteration, where the checkpoint had {old}: its "

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from helpers import SHARED_DATA, SQUARE_RLE
 
@@ -52,6 +52,22 @@ def test_dicts_are_those_of_detectron2(mixed):
         pytest.skip(f"there is no {SHARED_DATA}")
     for path in ("coco_dev/train.json", "nuclei_dsb2018/val.json"):
         assert_same_dicts(SHARED_DATA / path)
+
+
+@pytest.mark.parametrize("filter_empty", [True, False])
+@pytest.mark.parametrize("min_keypoints", [0, 2, 3])
+def test_the_images_of_an_epoch_are_those_that_detectron2_keeps(mixed, filter_empty, min_keypoints):
+    for i, annotation in enumerate(mixed.content["annotations"]):
+        annotation["keypoints"][2::3] = [2, 0, i % 2]
+    empty = {"id": 4, "file_name": "4.png", "height": 64, "width": 64}
+    crowded = {**empty, "id": 5, "file_name": "5.png"}
+    mixed.content["images"] += [empty, crowded]
+    mixed.content["annotations"].append({**mixed.content["annotations"][0], "id": 9, "image_id": 5})
+    mixed.write()
+    register_coco_json("epoch", str(mixed.json_file), str(mixed.image_root))
+    options = {"filter_empty": filter_empty, "min_keypoints": min_keypoints}
+    expected = len(get_detection_dataset_dicts("epoch", **options))
+    assert load_coco(str(mixed.json_file)).num_trained(**options) == expected
 
 
 def test_packed_form_is_the_same(mixed, tmp_path, monkeypatch):
