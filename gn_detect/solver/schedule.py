@@ -203,7 +203,7 @@ def _derive(run: Settings, images: int, reference: int, num_images: int | None) 
     settle("ims_per_batch", images, "the images of a GPU")
     for name in ("base_lr", "base_lr_end"):
         if run[name] is not None:
-            settle(name, run[name] * images / reference, "the linear rule")
+            settle(name, run[name] * (images / reference), "the linear rule")
 
     typed = any(run[name] and run.is_typed(name) for name in ("max_iter", "epochs"))
     other = bool(run["epochs"]) or typed  # than the length of the file
