@@ -9,11 +9,14 @@ import string
 from pathlib import Path
 
 import pytest
+from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
 from helpers import ROOT, TINY, CocoFiles, coco_json, config, run_tool
+from omegaconf import OmegaConf
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.config import load_config, locate
 from gn_detect.data import shapes
 from gn_detect.engine.lazy_config import load_lazy_config
 
@@ -104,10 +107,44 @@ def test_commands(page, user, monkeypatch):
                 args.append("--report")  # tests/tools/test_compare_norms.py trains
                 Path("output/norms").mkdir(exist_ok=True)
             elif tool in ("train_net.py", "bn_to_gn.py"):
-                args = with_options(args, TINY, ["SOLVER.MAX_ITER", 1])
+                length = ("EPOCHS", 0.01) if "SOLVER.EPOCHS" in args else ("MAX_ITER", 1)
+                args = with_options(args, TINY, [f"SOLVER.{length[0]}", length[1]])
             run_tool(tool, *args)
     for block in blocks(page, "python"):
         exec(block, {})
+
+
+def test_what_commands_type_holds(user, monkeypatch):
+    """In the config of the run, as on a machine with CUDA."""
+    held = []
+
+    def check(cfg, args):
+        if isinstance(cfg, CfgNode):
+            typed = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
+            told = load_config("", [word for pair in typed.items() for word in pair])
+            for key in typed:
+                (node, name), (theirs, _) = locate(cfg, key), locate(told, key)
+                assert theirs[name] in (node[name], "auto"), key
+            held.extend(typed)
+        else:
+            for key, _, text in (override.partition("=") for override in args.opts):
+                assert str(OmegaConf.select(cfg, key)) == text
+                held.append(key)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("detectron2.engine.default_setup", check)
+    monkeypatch.setattr("gn_detect.engine.launch._start", lambda main, args: main(args))
+    for name in ("check_recipe", "describe_data"):  # which take long, and derive nothing
+        monkeypatch.setattr(f"gn_detect.engine.prepare.{name}", lambda *_, **__: None)
+    Path("output/run.pth").touch()
+    for path, *args in [words[1:] for page in PAGES for words in shell_lines(page) if words[1:]]:
+        if path in ("tools/train_net.py", "tools/lazyconfig_train_net.py"):
+            weights = [i for i, arg in enumerate(args) if arg == "MODEL.WEIGHTS"]
+            for i in weights:  # of another command
+                args[i + 1] = "output/run.pth"
+            run_tool(path.removeprefix("tools/"), *args)
+    assert {"SOLVER.IMS_PER_GPU", "SOLVER.MAX_ITER", "train.amp.enabled"} <= set(held)
 
 
 def end(*_) -> None:

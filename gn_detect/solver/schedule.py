@@ -235,7 +235,10 @@ def _derive(run: Settings, images: int, reference: int, num_images: int | None) 
         settle(name, warmup / max(end, 1) if lazy else warmup, why)
 
     if (period := run["checkpoint_period"]) > 0:
-        settle("checkpoint_period", max(1, round(period * scale)), same_images)
+        every, half = max(1, round(period * scale)), max(1, _up(end / 2))
+        shorter = other and half < every  # one on the way, at least
+        why = "half of the run" if shorter else same_images
+        settle("checkpoint_period", half if shorter else every, why)
     if run["eval_epochs"]:
         settle("eval_period", *epochs("eval_epochs"))
     elif (period := run["eval_period"]) > 0:

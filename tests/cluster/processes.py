@@ -187,19 +187,23 @@ class Runs:
         self._started.append(run := Run(cwd, *arguments, **options))
         return run
 
-    def train(self, output: str, *options: object, before=(), iterations=6, **kwargs) -> Run:
+    def train(
+        self, output: str, *options: object, before=(), iterations=6, recipe=None, **kwargs
+    ) -> Run:
         """``tools/train_net.py`` on a small model.
 
         Args:
             output: directory of the run, below that of all.
             options: arguments, then ``KEY VALUE ...``.
             before: arguments of python before the tool, such as torchrun.
+            recipe: a file that states batch and length in place of what is typed here.
         """
         split = next((i for i, x in enumerate(options) if str(x)[:1].isupper()), len(options))
         return self.start(
-            *(*before, ROOT / "tools/train_net.py", "--config-file", QUICK),
-            *(*self.files.arguments(), *options[:split], *TINY, "SOLVER.IMS_PER_BATCH", 2),
-            *("SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, "INPUT.RANDOM_FLIP", "none"),
+            *(*before, ROOT / "tools/train_net.py", "--config-file", recipe or QUICK),
+            *(*self.files.arguments(), *options[:split], *TINY),
+            *(() if recipe else ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", iterations)),
+            *("TEST.EVAL_PERIOD", 0, "INPUT.RANDOM_FLIP", "none"),
             # So that an iteration does not depend on how many will follow.
             *("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
             *("OUTPUT_DIR", self.directory / output, *options[split:]),

@@ -30,7 +30,7 @@ SRUN, TORCHRUN, BY_HAND = (
     block for block in blocks("docs/clusters.md", "bash") if block.startswith("#!/bin/bash\n")
 )
 PATIENCE = 120  # seconds that a test waits for what must come: the cores may be busy
-ITERATIONS = 30
+ITERATIONS = 15
 STOPPED = r"(SIGUSR1|SIGTERM): stopped after iteration (\d+)"
 # As srun does: each task has its place in the environment; the exit code is the highest, or 128 and
 # the signal. The process ids of the tasks are for scancel.

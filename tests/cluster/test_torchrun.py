@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cluster.processes import ROUNDS, TORCHRUN, free_address, images_seen
+from cluster.processes import QUICK, ROUNDS, TORCHRUN, free_address, images_seen
 from helpers import assert_equal
 
 pytestmark = [
@@ -68,10 +68,11 @@ def test_machines_come_and_go(runs):
     before = (*TORCHRUN, 1, "--nnodes", "1:2", "--rdzv-backend", "c10d", "--max-restarts", 3)
     settings = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"  # seconds
     before += ("--rdzv-endpoint", address, "--rdzv-conf", settings)
-    options = ("SOLVER.IMS_PER_GPU", 1, "SOLVER.REFERENCE_BATCH_SIZE", 2)
-    options += ("SOLVER.CHECKPOINT_PERIOD", 2)  # of 2 images
+    options = ("SOLVER.IMS_PER_GPU", 1)
+    recipe = runs.directory / "recipe.yaml"  # of 2 images an iteration
+    recipe.write_text(f"_BASE_: {QUICK}\nSOLVER: {{MAX_ITER: 16, CHECKPOINT_PERIOD: 2}}\n")
     elastic = ("--resume", "auto", *options)
-    start = {"before": before, "iterations": 16, "SECONDS_PER_STEP": "0.1"}
+    start = {"before": before, "recipe": recipe, "SECONDS_PER_STEP": "0.1"}
     start["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # with it, torch 2.14 loses who comes later
     first = runs.train("run", *elastic, **start)
     first.wait_for("iteration 3 of rank 0")
@@ -82,7 +83,7 @@ def test_machines_come_and_go(runs):
         second.kill(pid)
     output = first.succeeds()
 
-    whole = images_seen(runs.train("whole", *options, iterations=16).succeeds())
+    whole = images_seen(runs.train("whole", *options, recipe=recipe).succeeds())
     stream = [image for images in whole.values() for image in images]
     assert len(stream) == 32
     alone, both, rest = re.split("World size: [12]", output)[1:]

@@ -42,6 +42,36 @@ def test_without_cuda_the_cpu_is_used_and_said(own_data, caplog):
 
 
 @no_cuda
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.DEVICE", "cuda", "MODEL.DEVICE is 'cuda' on the command line, but no CUDA device"),
+        ("SOLVER.AMP.ENABLED", True, "ENABLED is True .*float16 needs CUDA .*bfloat16 does not"),
+    ],
+)
+def test_what_needs_cuda_is_refused_where_it_is_typed(own_data, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare([*own_data, key, value], typed=[key])
+
+
+def test_an_epoch_is_of_the_images_that_are_trained_on(own_data, coco_files):
+    coco_files.content["annotations"].pop()
+    coco_files.write()
+    epochs = ["SOLVER.EPOCHS", 5, "SOLVER.IMS_PER_GPU", 1]
+    assert prepare([*own_data, *epochs]).SOLVER.MAX_ITER == 5 * 2
+    every = ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    assert prepare([*own_data, *epochs, *every]).SOLVER.MAX_ITER == 5 * 3
+    DatasetCatalog.register("function", lambda: [])
+    MetadataCatalog.get("function").set(evaluator_type="coco", thing_classes=["dog", "cat"])
+    try:
+        with pytest.raises(ConfigError, match="EPOCHS is 5, but how many images .* is not known"):
+            prepare([*own_data, *epochs, "DATASETS.TRAIN", ("own", "function")])
+    finally:
+        DatasetCatalog.remove("function")
+        MetadataCatalog.remove("function")
+
+
+@no_cuda
 def test_bfloat16_needs_no_cuda(own_data, caplog):
     amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
     assert prepare([*own_data, *amp]).SOLVER.AMP.ENABLED

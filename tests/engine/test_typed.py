@@ -6,7 +6,7 @@ The keys are those that a preparation changes, whatever they are: one more is co
 import re
 
 import pytest
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from helpers import ROOT, SQUARE_RLE, CocoFiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,6 +54,10 @@ LAZY_EPOCHS = "train.update(epochs=20, warmup_epochs=3, eval_epochs=1)"
 LAZY_SCENARIOS = [("", []), (LAZY_EPOCHS, []), (LAZY_EPOCHS, [("train.epochs", 1)])]
 
 
+# Lists of calls, which a saved config has by name.
+CALLS = {f"dataloader.{split}.mapper.augmentations" for split in ("train", "test")}
+
+
 class Kind:
     """YAML or lazy: loads a config with what is typed, and prepares it."""
 
@@ -97,7 +101,11 @@ def flat(node, prefix=""):
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, tuple(value) if isinstance(value, list) else value
+            yield prefix + key, tuples(value)
+
+
+def tuples(value):
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 @pytest.fixture(scope="module")
@@ -170,15 +178,14 @@ def like(before, after):
     return either | numbers.get(kind, st.nothing())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_is_typed_holds(derived, data):
     keys = sorted({(kind.lazy, key) for kind, _, _, key, *_ in derived.cases})
     drawn = data.draw(st.sampled_from(keys))
     cases = [case for case in derived.cases if (case[0].lazy, case[3]) == drawn]
     kind, file, base, key, *pair = data.draw(st.sampled_from(cases))
-    value = data.draw(like(*pair))
-    value = tuple(value) if isinstance(value, list) else value
+    value = tuples(data.draw(like(*pair)))
     typed = [*base, (key, value)]
     try:
         _, after = kind.prepare(file, typed)
@@ -186,3 +193,21 @@ def test_what_is_typed_holds(derived, data):
         assert key in str(error)
     else:
         assert after[key] == value or value in (None, "auto")
+
+
+def test_a_saved_config_is_of_the_run(kinds, tmp_path):
+    """A run from it is the same: nothing is scaled twice."""
+    for kind in kinds:
+        length = ("train.max_iter", 20) if kind.lazy else ("SOLVER.MAX_ITER", 20)
+        for file, typed in [*kind.files, (kind.files[0][0], [length])]:
+            cfg = kind.load(file, typed)
+            prepare_run(cfg, typed=[key for key, _ in typed])
+            saved = tmp_path / "config.yaml"
+            if kind.lazy:
+                LazyConfig.save(cfg, str(saved))
+            else:
+                saved.write_text(cfg.dump())
+            again = kind.load(str(saved), [])
+            prepare_run(again)
+            keys = set(changed(kind.values(cfg), kind.values(again)))
+            assert {key for key in keys if "_target_" not in key} <= CALLS

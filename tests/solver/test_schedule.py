@@ -189,7 +189,7 @@ def test_20_typed_iterations_are_20():
     assert cfg.SOLVER.BASE_LR == 0.01  # 0.02 for 2 images
     # 200 iterations would see the images of the file's warm-up; it evaluates twice.
     assert (cfg.SOLVER.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD) == (2, 10)
-    assert cfg.SOLVER.CHECKPOINT_PERIOD == 1000
+    assert cfg.SOLVER.CHECKPOINT_PERIOD == 10
 
 
 def test_steps_keep_their_part_of_a_typed_length():
@@ -331,4 +331,4 @@ def test_the_table_says_why(caplog):
     assert rows["SOLVER.WARMUP_ITERS"] == ["1000", "12", "at most 10% of the run"]
     assert rows["SOLVER.BASE_LR"] == ["0.01", "typed"]
     assert rows["SOLVER.STEPS"][2:] == ["the same part of the run"]
-    assert rows["SOLVER.CHECKPOINT_PERIOD"] == ["5000", "40000", "the same images"]
+    assert rows["SOLVER.CHECKPOINT_PERIOD"] == ["5000", "57", "half of the run"]

@@ -46,6 +46,22 @@ def ten_images(source, target) -> dict:
     return content
 
 
+def test_typed_datasets_hold(coco_files, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "detectron2.engine.default_setup", lambda cfg, _: seen.append(cfg.DATASETS) or sys.exit(0)
+    )
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    data, options = coco_files.arguments(), [*TINY, "OUTPUT_DIR", tmp_path / "run"]
+    typed = [*options, "DATASETS.TEST", "('own',)"]
+    train_net(*PHOTOS[1:], *data, *typed)
+    train_net(*PHOTOS[1:], *data, *options)
+    assert [datasets.TEST for datasets in seen] == [("own",), ()]
+    assert {datasets.TRAIN for datasets in seen} == {("custom_train",)}
+    message = refusal(*PHOTOS, *data, *coco_files.arguments("val"), *typed)
+    assert "DATASETS.TEST is ('own',) on the command line, but --val-json is custom_val" in message
+
+
 @pytest.fixture
 def coco(shared_data, tmp_path):
     """Ten photos, for training and for validation, in the place of COCO 2017."""
