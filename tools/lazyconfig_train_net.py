@@ -22,8 +22,8 @@ from gn_detect.settings import Settings
 def main(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     start_log(cfg)
-    check_same(cfg, eval_only=args.eval_only, resume=args.resume)
     typed = [override.partition("=")[0] for override in args.opts]
+    check_same(cfg, typed, eval_only=args.eval_only, resume=args.resume)
     prepare_run(cfg, typed=typed, eval_only=args.eval_only, resume=args.resume)
     default_setup(cfg, args)
     if args.eval_only:

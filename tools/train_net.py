@@ -75,10 +75,10 @@ def main(args):
     cfg = load_config(args.config_file, args.opts)
     start_log(cfg)
     names = ("eval_only", "resume", "val_fraction", "train_json", "val_json")
-    check_same(cfg, **{name: getattr(args, name) for name in names})
+    typed = args.opts[::2]
+    check_same(cfg, typed, **{name: getattr(args, name) for name in names})
     if args.val_fraction:
         split_data(args, cfg)
-    typed = args.opts[::2]
     register_data(args, Settings(cfg, typed))
     prepare_run(cfg, typed=typed, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()

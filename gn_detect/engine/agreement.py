@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import detectron2
@@ -27,12 +27,13 @@ _SHOWN = 8  # options that a message names
 _TOLERANCE = 1e-5
 
 
-def check_same(cfg: CfgNode | DictConfig, **arguments: Any) -> None:
+def check_same(cfg: CfgNode | DictConfig, typed: Iterable[str] = (), **arguments: Any) -> None:
     """Compare, over all processes, what each was told: the config, but for the output directory,
     which need not be shared; the command line; the versions of the software; and whether there is
     CUDA. All processes call it, before anything is derived from ``cfg``.
 
     Args:
+        typed: the keys of ``cfg`` on the command line.
         arguments: of the command line, by their names with underscores.
 
     Raises:
@@ -42,7 +43,8 @@ def check_same(cfg: CfgNode | DictConfig, **arguments: Any) -> None:
         return
     told = {f"--{name.replace('_', '-')}": repr(value) for name, value in arguments.items()}
     told.update(_options(cfg if isinstance(cfg, CfgNode) else OmegaConf.to_container(cfg)))
-    told.pop(Settings(cfg).keys["output_dir"])
+    told.pop(output_dir := Settings(cfg).keys["output_dir"])
+    told["what is typed"] = ", ".join(sorted({*typed} - {output_dir})) or "nothing"
     for library in (gn_detect, detectron2, torch):
         told[f"the version of {library.__name__}"] = str(library.__version__)
     told["torch.cuda.is_available()"] = str(torch.cuda.is_available())

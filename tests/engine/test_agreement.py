@@ -60,6 +60,14 @@ def test_a_key_that_differs(run, key, first, second):
     assert run(options, [(key, second), (key, second)]) == [None, None]
 
 
+def test_what_is_typed_differs_though_it_is_what_the_file_states(run):
+    """One would scale it, the other not."""
+    typed = [{"typed": ["SOLVER.MAX_ITER", "OUTPUT_DIR"]}, {"typed": []}]
+    text = refused(run(options, [(), ()], typed))
+    wanted = "what is typed is SOLVER.MAX_ITER on rank 0 (host a), nothing on rank 1 (host b)"
+    assert text == SENTENCE.format(wanted)
+
+
 def test_many_keys_that_differ(run):
     guards = [f"GUARDS.{name}" for name in config().GUARDS]
     on, off = ([x for key in guards for x in (key, value)] for value in (True, False))
