@@ -24,6 +24,8 @@ from gn_detect.drawing import XYWH_TO_XYXY, draw, from_coco
 from .inputs import Input
 
 logger = logging.getLogger(__name__)
+# Which logs a traceback of what it raises.
+logging.getLogger("supervision.utils.video").setLevel(logging.CRITICAL)
 
 _PICTURES = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 _PICTURES |= {".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}

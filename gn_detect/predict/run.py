@@ -7,8 +7,9 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from detectron2.structures import Instances
@@ -31,6 +32,7 @@ from .predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FPS = 25.0  # of a video that does not tell
 
 
@@ -124,19 +126,13 @@ def predict_files(
     with _until_interrupted(summary):
         if stills:
             names = class_names, predictor.keypoint_names
-            failure = None  # what is found before it is written, as before an interruption
-            with dataset_files(output, *names, score) as add, _until_interrupted(summary):
-                try:
-                    images = _read(predictor, stills, summary)
-                    for (item, target), pixels, found, shown in found_in(images):
-                        add(item.name, pixels.shape[:2], found)
-                        if pictures:
-                            write_picture(target, draw_results(pixels, shown, class_names))
-                        summary.images += 1
-                except ConfigError as error:
-                    failure = error
-            if failure:
-                raise ConfigError(f"{failure}. What was predicted until now is written") from None
+            with _written_so_far(dataset_files(output, *names, score), summary) as add:
+                images = _read(predictor, stills, summary)
+                for (item, target), pixels, found, shown in found_in(images):
+                    add(item.name, pixels.shape[:2], found)
+                    if pictures:
+                        write_picture(target, draw_results(pixels, shown, class_names))
+                    summary.images += 1
         for item, target in pairs:
             if item.is_video and not summary.interrupted:
                 _predict_video(item, target, found_in, class_names, pictures, summary)
@@ -184,8 +180,8 @@ def _predict_video(
     except DataError as error:
         return summary.fail(str(error))
     count, total, name = 0, info.total_frames or 0, target.name
-    with contextlib.ExitStack() as files:
-        add = files.enter_context(results_file(target.with_name(f"{name}.json")))
+    results = results_file(target.with_name(f"{name}.json"))
+    with _written_so_far(results, summary) as add, contextlib.ExitStack() as files:
         write = None
         bar = tqdm(frames, desc=item.name, total=total or None, unit=" frames", disable=None)
         with _until_interrupted(summary):
@@ -203,6 +199,20 @@ def _predict_video(
     summary.frames += count
     if count < total and not summary.interrupted:
         summary.fail(f"{item.path}: {count} of {total} frames can be decoded; it may be cut off")
+
+
+@contextlib.contextmanager
+def _written_so_far(results: AbstractContextManager[T], summary: Summary) -> Iterator[T]:
+    """``results``, which come to their end with what is found until an interruption, or until a
+    picture or a video cannot be written."""
+    failure = None
+    with results as add, _until_interrupted(summary):
+        try:
+            yield add
+        except ConfigError as error:
+            failure = error
+    if failure:
+        raise ConfigError(f"{failure}. What was predicted until now is written") from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -253,6 +254,28 @@ def test_a_picture_that_cannot_be_written_leaves_the_results(files, tmp_path):
     for name in ("predictions", "annotations"):
         content = json.loads((tmp_path / f"out/{name}.json").read_bytes())
         assert len(content if name == "predictions" else content["annotations"]) == 2
+
+
+def test_a_video_that_cannot_be_written_leaves_the_results(tmp_path, capfd):
+    rng, clip = np.random.default_rng(0), tmp_path / "in/clip.mp4"
+    clip.parent.mkdir()
+    with video_file(clip, 64, 64, 24) as write:
+        for _ in range(60):
+            write(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    _, inputs = find_inputs([str(clip)], tmp_path)
+    targets = plan_outputs(inputs, tmp_path / "out", False)
+    predictor = SimpleNamespace(stream=one_object, class_names=["thing"], keypoint_names=[])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # as a full disk
+    try:
+        with pytest.raises(ConfigError, match="clip.mp4 cannot be written.*now is written"):
+            predict_files(predictor, inputs, targets, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "out") == ["clip.mp4.json"]
+    results = json.loads((tmp_path / "out/clip.mp4.json").read_bytes())
+    assert [r["image_id"] for r in results] == list(range(len(results))) and len(results) > 9
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def instances(masks, scores, keypoints=None):
