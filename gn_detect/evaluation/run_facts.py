@@ -20,7 +20,7 @@ METRICS = {
     "panoptic_seg/PQ": "panoptic quality",
     "sem_seg/mIoU": "semantic mIoU",
 }
-AVERAGED = " (EMA)"
+AVERAGED, AUGMENTED = " (EMA)", " (TTA)"
 _RECORD = re.compile(r"^\[\d\d/\d\d \d\d:\d\d:\d\d\]", re.MULTILINE)  # begins one of the log
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
 # Rows of Detectron2's table that say nothing of a run.
@@ -60,7 +60,8 @@ class RunFacts:
 
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(iterations done, key of metrics.json -> value), in order, of the ``METRICS``; of several
-        test sets each with its name in front, and those of the averaged weights after ``ema/``."""
+        test sets each with its name in front, those of the averaged weights after ``ema/``, and of
+        test-time augmentation as ``bbox_TTA/AP``."""
         return self.by_iteration(sorted(filter(metric_name, self.curves), key=_order))
 
     def by_iteration(self, keys: Iterable[str]) -> list[tuple[int, dict[str, float]]]:
@@ -75,24 +76,26 @@ class RunFacts:
 
 
 def metric_name(key: str) -> str:
-    """``bbox/AP`` is "box AP", ``ema/photos/bbox/AP`` "photos: box AP (EMA)"; "" for others."""
-    ema, test, metric = _split(key)
+    """``bbox/AP`` is "box AP", ``ema/photos/bbox/AP`` "photos: box AP (EMA)", and ``bbox_TTA/AP``
+    "box AP (TTA)"; "" for others."""
+    kind, test, metric = _split(key)
     name = METRICS.get(metric, "")
     test = f"{test}: " if test else ""
-    return name and f"{test}{name}{AVERAGED if ema else ''}"
+    return name and f"{test}{name}{kind}"
 
 
-def _split(key: str) -> tuple[bool, str, str]:
-    """Whether it is of the averaged weights, the test set, and the metric."""
+def _split(key: str) -> tuple[str, str, str]:
+    """``AVERAGED``, ``AUGMENTED`` or "", the test set, and the metric."""
     *parts, task, metric = ["", *key.split("/")]
-    ema = parts[1:2] == ["ema"]
-    return ema, "/".join(parts[2 if ema else 1 :]), f"{task}/{metric}"
+    kind = AVERAGED if parts[1:2] == ["ema"] else AUGMENTED if "_TTA/" in key else ""
+    test = "/".join(parts[2 if kind == AVERAGED else 1 :])
+    return kind, test.removesuffix("_TTA"), f"{task.removesuffix('_TTA')}/{metric}"
 
 
 def _order(key: str) -> tuple:
     """Test set by test set, the metrics in their order."""
-    ema, test, metric = _split(key)
-    return ema, test, list(METRICS).index(metric)
+    kind, test, metric = _split(key)
+    return kind, test, list(METRICS).index(metric)
 
 
 def read_run(directory: str | os.PathLike, run: Settings, *, training: bool = True) -> RunFacts:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gn_detect.evaluation.analysis import Analysis, Bin, ClassScores, ErrorKind, WorstImage
 from gn_detect.evaluation.report import MAX_CLASSES, TestSet, write_report
-from gn_detect.evaluation.run_facts import RunFacts, read_run
+from gn_detect.evaluation.run_facts import RunFacts, metric_name, read_run
 from gn_detect.settings import Settings
 
 NAN = math.nan
@@ -225,6 +225,21 @@ def test_evaluations_and_the_best_of_them(page):
     cards = re.findall(r'class="card score[^"]*"><b>(.*?)</b><span>(.*?)</span>', page.source)
     assert cards[:2] == [("9.9", "box AP"), ("26.5", "box AP50")]
     assert cards[2] == ("2", "iteration of the best of 2 evaluations, by box AP")
+
+
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("bbox/AP", "box AP"),
+        ("ema/photos/segm/AP", "photos: mask AP (EMA)"),
+        ("segm_TTA/AP", "mask AP (TTA)"),
+        ("photos_TTA/bbox/AP", "photos: box AP (TTA)"),
+        ("bbox_TTA/AP50", ""),
+        ("lr", ""),
+    ],
+)
+def test_what_metrics_are_called(key, name):
+    assert metric_name(key) == name
 
 
 def test_what_there_is_is_shown(tmp_path):

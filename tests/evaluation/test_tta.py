@@ -61,7 +61,9 @@ def test_masks_are_made_one_by_one(trainer):
 
 
 def test_at_the_end_of_a_training_and_with_eval_only(trainer, coco_files, tmp_path):
+    trainer.cfg.TEST.REPORT = True
     trainer.train()
+    assert "mask AP (TTA)" in (tmp_path / "run/report.html").read_text()
     lines = map(json.loads, (tmp_path / "run/metrics.json").read_text().splitlines())
     metrics = {name: value for line in lines for name, value in line.items()}
     assert {"bbox/AP", "segm/AP", "bbox_TTA/AP", "segm_TTA/AP50"} <= metrics.keys()
