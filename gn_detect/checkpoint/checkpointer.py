@@ -180,9 +180,12 @@ class Checkpointer(DetectionCheckpointer):
             return
         if os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
             return
-        for ema, name in [(False, "model_final"), (True, "model_final_ema")]:
-            if not ema or self._averaged is not None:
-                self.save_weights(name, ema=ema, pth=False, **self._progress)
+        self.save_weights("model_final", ema=False, pth=False, **self._progress)
+        ema = "model_final_ema"
+        if self._averaged is not None:
+            self.save_weights(ema, ema=True, pth=False, **self._progress)
+        elif self.path_manager.exists(path := os.path.join(self.save_dir, f"{ema}.safetensors")):
+            logger.warning(f"{path} is not of this run, which has no average of its weights (EMA)")
 
     def save_weights(
         self, name: str, *, ema: bool, iteration: int, metrics: Mapping[str, float], pth: bool

@@ -193,7 +193,8 @@ class Trainer(DefaultTrainer, EndsEarly):
         ret = [h for h in ret if not isinstance(h, hooks.PeriodicCheckpointer)]
         place = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
         run = Settings(self.cfg)
-        evaluation = EvalHook(test.EVAL_PERIOD, evaluate, best_of(run), saving, run.keys)
+        self._best = best_of(run)
+        evaluation = EvalHook(test.EVAL_PERIOD, evaluate, self._best, saving, run.keys)
         # At the end alone, as in Detectron2: it takes many times as long.
         augmented = EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
         ret[place : place + 1] = [saving, evaluation, augmented]
@@ -205,6 +206,11 @@ class Trainer(DefaultTrainer, EndsEarly):
         super().resume_or_load(resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self._resume.start(self.start_iter, self.scheduler)
+            # For TEST.EXPECTED_RESULTS: a run that had ended early does not evaluate again.
+            self._last_eval_results = {}
+            for name, value in self._best.metrics.items():
+                task, _, metric = name.partition("/")
+                self._last_eval_results.setdefault(task, {})[metric] = value
 
     def train(self):
         """Train to the end, with a progress bar if the output is a terminal.

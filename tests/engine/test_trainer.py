@@ -127,20 +127,24 @@ def test_metrics_and_results_are_written(train, tmp_path):
     assert results and {"image_id", "bbox", "score", "segmentation"} <= results[0].keys()
 
 
-def test_a_run_ends_early(train, tmp_path, monkeypatch):
-    values = iter([2.0, 1.0])
+def test_a_run_ends_early(train, tmp_path, monkeypatch, caplog):
+    values = iter([2.0, 2.0, 1.0, 1.0])  # of the average, and of the weights
     monkeypatch.setattr(
         Trainer, "test", classmethod(lambda *_: {"segm": {"AP": next(values)}, "bbox": {"AP": 9.0}})
     )
-    trainer = train("run", "TEST.EVAL_PERIOD", 1, "SOLVER.EARLY_STOP", 1)
+    options = ("TEST.EVAL_PERIOD", 1, "SOLVER.EARLY_STOP", 1)
+    options += ("TEST.EXPECTED_RESULTS", [["segm", "AP", 1.0, 0.1]])
+    trainer = train("run", *options, "SOLVER.EMA.ENABLED", True)
     trainer.train()
     assert trainer.iter == trainer.max_iter == 2
     lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
     assert json.loads(lines[-1])["segm/AP"] == 1.0
     files = {name: torch.load(tmp_path / "run" / f"model_{name}.pth") for name in ("final", "best")}
     assert {name: file["iteration"] for name, file in files.items()} == {"final": 1, "best": 0}
-    resumed = train("run", "TEST.EVAL_PERIOD", 1, "SOLVER.EARLY_STOP", 1, resume=True)
+    resumed = train("run", *options, resume=True)
     resumed.train()
+    averaged = tmp_path / "run" / "model_final_ema.safetensors"
+    assert averaged.exists() and "model_final_ema.safetensors is not of this run" in caplog.text
     assert resumed.iter == resumed.start_iter == 2
     # The best is weights to start from.
     started = train("next", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_best.safetensors"))
