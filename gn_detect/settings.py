@@ -28,6 +28,8 @@ _KEYS = {
     "keep": ("SOLVER.CHECKPOINT_KEEP", "train.checkpointer.max_to_keep"),
     "train_data": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "test_data": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    "memory": ("MODEL.GN.MEMORY", "model.memory"),
+    "num_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
     "masks": ("MODEL.MASK_ON", "dataloader.train.mapper.use_instance_mask"),
     "keypoints": ("MODEL.KEYPOINT_ON", "dataloader.train.mapper.use_keypoint"),
     "num_keypoints": (

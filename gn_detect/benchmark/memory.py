@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from detectron2.modeling import build_backbone
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from gn_detect.engine.step_memory import Allocations, tensors
 
 from .detectors import Settings, variant_config
 
@@ -27,12 +26,12 @@ def saved_bytes(forward: Callable[[], object]) -> int:
         forward: gives a tensor, or tensors in lists and dicts. What it reads counts only where it
             creates it, and what it stores elsewhere counts, too.
     """
-    with _Storages() as created:
-        results = [tensor.grad_fn for tensor in _tensors(forward())]
+    with Allocations() as memory:
+        results = [tensor.grad_fn for tensor in tensors(forward())]
     gc.collect()
-    total = sum(size for ref, size in created.sizes.items() if not ref.expired())
+    kept = memory.live
     del results
-    return total
+    return kept
 
 
 def backbone_bytes(variant: str, settings: Settings) -> int:
@@ -51,26 +50,3 @@ def backbone_bytes(variant: str, settings: Settings) -> int:
                 return backbone(torch.empty(settings.images, 3, *settings.size))
 
         return saved_bytes(forward)
-
-
-class _Storages(TorchDispatchMode):
-    """The storages of all tensors that operations return, by weak references."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: dict[StorageWeakRef, int] = {}
-        self.inputs: set[StorageWeakRef] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # A view of a parameter has its storage, and so has the result of an in-place operation.
-        read = {StorageWeakRef(t.untyped_storage()) for t in _tensors((args, kwargs))}
-        self.inputs |= read - self.sizes.keys()
-        result = func(*args, **(kwargs or {}))
-        storages = [tensor.untyped_storage() for tensor in _tensors(result)]
-        created = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
-        self.sizes |= {ref: size for ref, size in created.items() if ref not in self.inputs}
-        return result
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
