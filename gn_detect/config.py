@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 
 _PACKAGE = Path(__file__).resolve().parent
 _EPOCHS = ("SOLVER.EPOCHS", "SOLVER.WARMUP_EPOCHS", "TEST.EVAL_EPOCHS")
-_OR_AUTO = ("SOLVER.ACCUMULATE_STEPS",)
+_OR_AUTO = ("SOLVER.ACCUMULATE_STEPS", "SOLVER.IMS_PER_GPU")
 
 
 class ConfigError(ValueError):
@@ -49,7 +49,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     # "lean" also runs the last 1x1 convolution of each residual block, and its shortcut's, again,
     # where a norm follows (not in the pre-activation ResNet);
     # "checkpoint" keeps the inputs of blocks alone and runs them twice. Same gradients;
-    # docs/memory.md has the bytes and the time.
+    # docs/memory.md has the bytes and the time. "auto": the first of "fast", "lean" and
+    # "checkpoint" that fits into the memory.
     gn.setdefault("MEMORY", "fast")
 
     # The weights of the convolutions of our components, and so the maps from the stem to the heads,
@@ -76,6 +77,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("REFERENCE_MAX_ITER", 0)
     # Images of a forward pass of one GPU. If it is positive, IMS_PER_BATCH and the recipe follow
     # from it by the linear rule (docs/small_batches.md); if it is 0, they are taken as stated.
+    # "auto": as many as fit into the memory, up to 4 (docs/memory.md).
     cfg.SOLVER.setdefault("IMS_PER_GPU", 0)
     # The length of the run in epochs, whole or not, of the images that are trained on; MAX_ITER
     # follows. 0: MAX_ITER as stated.

@@ -30,6 +30,10 @@ _KEYS = {
     "test_data": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "memory": ("MODEL.GN.MEMORY", "model.memory"),
     "num_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
+    "aspect_ratio_grouping": (
+        "DATALOADER.ASPECT_RATIO_GROUPING",
+        "dataloader.train.aspect_ratio_grouping",
+    ),
     "masks": ("MODEL.MASK_ON", "dataloader.train.mapper.use_instance_mask"),
     "keypoints": ("MODEL.KEYPOINT_ON", "dataloader.train.mapper.use_keypoint"),
     "num_keypoints": (

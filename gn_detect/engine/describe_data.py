@@ -46,7 +46,7 @@ def model_input(cfg: CfgNode | DictConfig) -> ModelInput:
     run, resizing = Settings(cfg), {}
     try:
         for use in ("training", "evaluation"):
-            for augmentation in _augmentations(cfg, use == "training"):
+            for augmentation in augmentations(cfg, use == "training"):
                 if isinstance(augmentation, (T.ResizeShortestEdge, T.ResizeScale)):
                     resizing[use] = Resizing(augmentation)
     except (AssertionError, TypeError, statistics.StatisticsError) as error:
@@ -61,7 +61,8 @@ def model_input(cfg: CfgNode | DictConfig) -> ModelInput:
     return ModelInput(resizing)
 
 
-def _augmentations(cfg: CfgNode | DictConfig, training: bool) -> list[T.Augmentation]:
+def augmentations(cfg: CfgNode | DictConfig, training: bool) -> list[T.Augmentation]:
+    """Of the images of the config, one after the other."""
     if isinstance(cfg, DictConfig):
         key = f"dataloader.{'train' if training else 'test'}.mapper.augmentations"
         return instantiate_key(cfg, key) or []

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
@@ -57,6 +58,15 @@ EXPECTED_ERRORS = (
 )
 # Of gloo and of NCCL, whose other end is gone.
 _LOST_CONNECTION = re.compile(r"Connection (closed|reset|refused)|Broken pipe|NCCL", re.I)
+# Of PyTorch's allocators, of oneDNN, and of C++.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|bad_alloc|[Cc]annot allocate memory|"
+    r"could not create a (memory|primitive)"
+)
+REMEDY = (
+    "set SOLVER.IMS_PER_GPU to fewer images or auto, MODEL.GN.MEMORY to lean or checkpoint, or the "
+    "sizes of INPUT smaller (lazy configs: train.ims_per_gpu, model.memory, the augmentations)"
+)
 # Of PyTorch's DataLoader.
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+?)\.?\s*$", re.M)
 
@@ -90,7 +100,19 @@ def sentence(error: BaseException) -> str | None:
             "DATALOADER.NUM_WORKERS (in lazy configs dataloader.train.num_workers); "
             f"{last_checkpoint()}"
         )
+    if is_out_of_memory(error):
+        return f"out of memory ({text.partition(chr(10))[0] or 'MemoryError'}): {REMEDY}; " + (
+            last_checkpoint() or "nothing was trained yet"
+        )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device, or of the machine."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or (
+        isinstance(error, (OSError, RuntimeError)) and bool(_OUT_OF_MEMORY.search(str(error)))
+    )
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -107,7 +107,8 @@ def _apply_override(cfg: DictConfig, override: str) -> None:
     section = isinstance(before, DictConfig) and "_target_" not in before
     if section and not isinstance(after, DictConfig):
         raise ConfigError(f"the command line: {key} holds keys, such as {key}.{next(iter(before))}")
-    if isinstance(before, (int, float)) and isinstance(after, str):
+    automatic = (key, after) == ("train.ims_per_gpu", "auto")
+    if isinstance(before, (int, float)) and isinstance(after, str) and not automatic:
         raise ConfigError(f"the command line: {key} is {after!r}, not a number like {before!r}")
 
 

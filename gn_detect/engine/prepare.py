@@ -31,6 +31,7 @@ from .errors import set_run_directory
 from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
+from .memory import resolve_memory
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,10 @@ def prepare_run(
     """Complete ``cfg`` in place for this machine and its datasets, and check it.
 
     Sets the device (and AMP) where there is no CUDA, classes, keypoints and format of the masks
-    from the data, and the schedule from the images of a GPU (``solver/schedule.py``), and logs each
-    with the reason. What the user typed stays, or is refused where it cannot work
-    (:meth:`.Settings.derive`). Looks through the annotations of the COCO-format datasets, and says
-    what there is to train on.
+    from the data, what fits into the memory (:mod:`.memory`), and the schedule from the images of a
+    GPU (``solver/schedule.py``), and logs each with the reason. What the user typed stays, or is
+    refused where it cannot work (:meth:`.Settings.derive`). Looks through the annotations of the
+    COCO-format datasets, and says what there is to train on.
 
     All processes of a run call it, once they know that they were told the same
     (:func:`.agreement.check_same`). The first one decides for all. The first of each machine looks
@@ -114,6 +115,7 @@ def prepare_run(
     train = dataset_names(run, "train")
     counts = [summaries[n].num_images if n in summaries else None for n in train]
     num_images = sum(counts) if counts and None not in counts else None
+    resolve_memory(run, processes, [n for n in train if n in summaries], bool(checkpoint))
     resolve_schedule(run, processes, num_images and sum(summaries[n].num_trained for n in train))
     check_best(run, dataset_names(run, "test"))
 

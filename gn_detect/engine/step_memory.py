@@ -288,7 +288,9 @@ _OF_VALUES: dict[object, Callable] = {
     aten.nonzero.default: _nonzero,
     aten.index.Tensor: _index,
     aten._unique2.default: lambda x, *_, **__: (
-        x.new_zeros(1), x.new_zeros(1, dtype=torch.int64), x.new_zeros(1, dtype=torch.int64)
+        x.new_zeros(1),
+        x.new_zeros(1, dtype=torch.int64),
+        x.new_zeros(1, dtype=torch.int64),
     ),  # fmt: skip
     torch.ops.torchvision.nms.default: lambda boxes, *_: boxes.new_zeros(
         len(boxes), dtype=torch.int64

@@ -213,6 +213,8 @@ def finish_norms(
         if hasattr(child, "adapted"):
             logger.info(f"{name}.{child_name}: {child.adapted}")
             del child.adapted
+    if memory == "auto":  # of a model that is not trained (engine/memory.py)
+        memory = "fast"
     if memory not in MODES:
         raise ConfigError(f"MODEL.GN.MEMORY (memory) is {memory!r}; known: {', '.join(MODES)}")
     module = fuse_norms(module, memory)

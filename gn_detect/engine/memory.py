@@ -1,0 +1,279 @@
+"""Whether a training step fits into the memory of the device, before the run; and what fits."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import functools
+import logging
+import math
+import os
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.utils import comm
+
+from gn_detect.config import ConfigError
+from gn_detect.data.coco import load_coco
+from gn_detect.distributed import from_first_process
+from gn_detect.layers.recompute import MODES
+from gn_detect.settings import Settings
+
+from .describe_data import augmentations
+from .errors import REMEDY
+from .step_memory import Batch, StepMemory, estimate_step, gib
+
+logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 4  # of a GPU, of SOLVER.IMS_PER_GPU auto
+SPARE = 0.1  # of the free memory is left
+_MIB = 2**20
+# What a step takes beside its tensors: on CUDA the workspaces of cuDNN and cuBLAS and the gaps of
+# PyTorch's allocator; on a CPU the heap, stacks of threads, and what a process loads in its first
+# step. Measured: docs/memory.md.
+_BESIDE = {"cuda": (512 * _MIB, 0.05), "cpu": (128 * _MIB, 0.03)}
+_WORKER = 160 * _MIB  # of a data loading worker, which shares most of its memory
+_M_MMAP_THRESHOLD = -3
+_SCARCE = 0.4  # a step that needs more of the free memory of a CPU has it given back at once
+
+
+def available_memory(device: str, processes_here: int = 1) -> tuple[int, int]:
+    """Bytes that this process may still take on ``device``, and those that there are at all.
+
+    On a CPU: the least of what the machine, the control groups (v1 and v2) and the limits of the
+    process (``ulimit -v``, ``ulimit -d``) leave. Of the first two, each of ``processes_here`` has
+    its part.
+    """
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    machine = _numbers("/proc/meminfo")
+    shared = [(machine["MemAvailable"] * 1024, machine["MemTotal"] * 1024), *_control_groups()]
+    limits = [(free // processes_here, total) for free, total in shared]
+    used = _numbers("/proc/self/status")
+    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            limits.append((limit - used[name] * 1024, limit))
+    free, total = min(limits)
+    return max(free, 0), total
+
+
+def _numbers(path: str) -> dict[str, int]:
+    """Of the lines ``name: number ...``, or ``name number``, of a file of Linux."""
+    lines = (line.replace(":", " ").split() for line in Path(path).read_text().splitlines())
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
+
+
+def _control_groups(root: str = "/sys/fs/cgroup", groups: str = "/proc/self/cgroup") -> list:
+    """(free, limit) of the control groups of this process that limit its memory."""
+    found = []
+    for line in Path(groups).read_text().splitlines() if os.path.exists(groups) else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, names = Path(root), ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            base /= "memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        # A container sees its own group at the root, whatever it is called outside.
+        within = base / path.lstrip("/")
+        for group in {within, *within.parents, base} - {*base.parents}:
+            try:
+                limit = int((group / names[0]).read_text())
+                used = int((group / names[1]).read_text())
+                cache = _numbers(group / "memory.stat").get(names[2], 0)
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            if limit < 2**60:
+                found.append((limit - used + cache, limit))
+    return found
+
+
+def resolve_memory(
+    run: Settings, processes: int, data: Sequence[str] = (), resume: bool = False
+) -> None:
+    """Settle ``SOLVER.IMS_PER_GPU`` and ``MODEL.GN.MEMORY`` where they are ``"auto"``, and log what
+    a step needs: the most images, up to ``MOST_IMAGES``, that fit; where not even one does, in the
+    first of the modes that save memory in which one does (unless the mode was typed).
+
+    The process with the least free memory decides for all. A run that is resumed keeps what it had.
+
+    Args:
+        processes: of the run, on all machines.
+        data: names of the training sets that are COCO JSON files.
+
+    Raises:
+        ConfigError: a value is none of these, or not even one image fits.
+    """
+    images, mode = run["ims_per_gpu"], run["memory"]
+    if images != "auto" and (type(images) is not int or images < 0):
+        key = run.keys["ims_per_gpu"]
+        raise ConfigError(f"{key} is {images!r}; it must be a number of images, or 'auto'")
+    if resume and "auto" in (images, mode):
+        _take_saved(run)
+    free, total = min(comm.all_gather(available_memory(run["device"], comm.get_local_size())))
+    decide = functools.partial(_decide, run, processes, data, free, total)
+    values, scarce = from_first_process(decide)
+    for name, value in values.items():
+        run[name] = value
+    if run["device"] == "cpu" and scarce:
+        _spare_the_heap()
+
+
+def _take_saved(run: Settings) -> None:
+    """What the run that is resumed has chosen, as its config has it."""
+    path = Path(run["output_dir"], "config.yaml")
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return
+    for name in ("ims_per_gpu", "memory"):
+        value = saved
+        for part in run.keys.get(name, "").split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if run[name] == "auto" and value not in (None, "auto"):
+            run[name] = value
+            logger.info(f"{run.keys[name]} = {value}, as before ({path})")
+
+
+def _decide(
+    run: Settings, processes: int, data: Sequence[str], free: int, total: int
+) -> tuple[dict[str, int | str], bool]:
+    """The values of ``run`` to set, and whether memory is scarce."""
+    images, mode, room = run["ims_per_gpu"], run["memory"], free * (1 - SPARE)
+    asks = "auto" in (images, mode)
+    modes = ["fast" if mode == "auto" else mode or "fast"]
+    if mode == "auto" or (images == "auto" and mode in MODES and not run.is_typed("memory")):
+        modes += [m for m in ("lean", "checkpoint") if MODES.index(m) > MODES.index(modes[0])]
+    others = run["reference_world_size"] or processes * (run["accumulate_steps"] or 1)
+    stated = 1 if images == "auto" else images or max(run["ims_per_batch"] // others, 1)
+    counts = range(stated, MOST_IMAGES + 1 if images == "auto" else stated + 1)
+    found: dict[tuple[str, int], StepMemory] = {}
+
+    def need(mode: str, count: int) -> float:
+        found[mode, count] = estimate_step(_in_mode(run, mode), batch(count), processes)
+        return needed(run, found[mode, count])
+
+    try:
+        batch = largest_batch(run, data)
+        for mode in modes:
+            fitting = bisect.bisect(counts, room, key=functools.partial(need, mode))
+            if fitting:
+                break
+        count = counts[max(fitting - 1, 0)]
+        step, needs = found[mode, count], needed(run, found[mode, count])
+        side = 0 if fitting else _side_that_fits(run, mode, batch(1), processes, room)
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind: of a model that we do not know
+        logger.warning(
+            "no estimate of the memory of a training step: on tensors without memory, the model "
+            f"ends with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        )
+        return _values(run, stated, modes[0]), False
+    height, width = batch(count).size
+    text = (
+        f"a training step of {count} image(s) of up to {height}x{width} needs {gib(needs)} of "
+        f"{gib(free)} GiB (free, of {gib(total)}): {step}"
+    )
+    logger.info(text)
+    values = _values(run, count, mode)
+    for name, value in values.items():
+        logger.info(f"{run.keys[name]} = {value}, which {'fits' if fitting else 'is the least'}")
+    if not fitting:
+        advice = f"images of up to {side} pixels would" if side else "no size of images would"
+        advice = f"{text}. With {run.keys['memory']} {mode}, {advice} fit with {SPARE:.0%} to spare"
+        advice += f" ({run.keys['image_size']}, one image); {REMEDY}"
+        if asks and needs > free:
+            raise ConfigError(
+                f"{advice}. Numbers in the place of auto let it be tried all the same"
+            )
+        logger.warning(advice)
+    return values, needs > _SCARCE * free
+
+
+def _values(run: Settings, count: int, mode: str) -> dict[str, int | str]:
+    values = {"ims_per_gpu": count} if run["ims_per_gpu"] == "auto" else {}
+    return values | ({"memory": mode} if run["memory"] not in (None, mode) else {})
+
+
+def _in_mode(run: Settings, mode: str) -> Settings:
+    copied = Settings(copy.deepcopy(run.cfg))
+    if "memory" in run.keys:
+        copied["memory"] = mode
+    return copied
+
+
+def needed(run: Settings, step: StepMemory) -> float:
+    """Bytes of memory that a process takes for a step, on its device."""
+    fixed, share = _BESIDE[torch.device(run["device"]).type]
+    workers = run["num_workers"] or 0 if run["device"] == "cpu" else 0
+    return fixed + workers * _WORKER + step.total * (1 + share)
+
+
+def _side_that_fits(run: Settings, mode: str, batch: Batch, processes: int, room: float) -> int:
+    """The longer side of images of which one fits into ``room``, in pixels; 0: there is none. Maps
+    grow with the area of an image."""
+    run, longest = _in_mode(run, mode), max(batch.size)
+    areas, needs = [], []
+    for part in (1, 2):
+        size = (batch.size[0] // part, batch.size[1] // part)
+        areas.append(size[0] * size[1])
+        step = estimate_step(run, dataclasses.replace(batch, size=size), processes)
+        needs.append(needed(run, step))
+    area = areas[1] + (room - needs[1]) * (areas[0] - areas[1]) / (needs[0] - needs[1])
+    side = longest * math.sqrt(max(area, 0) / areas[0])
+    return int(side) // 32 * 32
+
+
+def largest_batch(run: Settings, data: Sequence[str] = ()) -> Callable[[int], Batch]:
+    """The largest batch that the run can meet, by the number of its images.
+
+    Args:
+        data: names of training sets that are COCO JSON files, whose images and objects count;
+            without, the sizes of the config.
+    """
+    sets = [load_coco(MetadataCatalog.get(name).json_file) for name in data]
+    objects = max((np.bincount(d.image[~d.crowd]).max(initial=1) for d in sets), default=20)
+    sizes = np.concatenate([np.stack([d.heights, d.widths], axis=1) for d in sets] or [[]])
+    known, bitmasks = augmentations(run.cfg, training=True), run["mask_format"] == "bitmask"
+    for augmentation in known:
+        if isinstance(augmentation, (T.RandomCrop, T.FixedSizeCrop)):
+            bitmasks |= isinstance(run.cfg, CfgNode)  # of NamingDatasetMapper
+            sizes = np.array([augmentation.crop_size[::-1], augmentation.crop_size])
+        elif isinstance(augmentation, T.ResizeShortestEdge):
+            edge, longest = max(augmentation.short_edge_length), augmentation.max_size
+            if any(isinstance(other, T.RandomCrop) for other in known) or not len(sizes):
+                sizes = np.array([(edge, longest), (longest, edge)])
+            elif edge:
+                shape = T.ResizeShortestEdge.get_output_shape
+                pairs = np.unique(sizes, axis=0).tolist()
+                sizes = np.array([shape(*size, edge, longest) for size in pairs])
+
+    def batch(images: int) -> Batch:
+        # Those of a batch are padded to one size; they are of one orientation.
+        of_one = [sizes[sizes[:, 0] < sizes[:, 1]], sizes[sizes[:, 0] >= sizes[:, 1]]]
+        groups = [size[None] for size in sizes] if images == 1 else of_one if group else [sizes]
+        sides = [tuple(map(int, group.max(axis=0))) for group in groups if len(group)]
+        return Batch(images, max(sides, key=math.prod), int(objects), bitmasks)
+
+    group = run["aspect_ratio_grouping"] is not False
+    return batch
+
+
+def _spare_the_heap() -> None:
+    """Have glibc give memory back as soon as it is freed. Else a training on a CPU takes up to 1.6
+    times what it needs, as the heap keeps what does not fit what comes next; it takes 14 % less
+    time, however (docs/memory.md)."""
+    with contextlib.suppress(AttributeError, OSError):  # of another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MIB)
