@@ -2,6 +2,7 @@
 """What GN costs, one command per question.
 
     python tools/benchmark.py memory    --output DIR   what the ResNet keeps for its backward pass
+    python tools/benchmark.py estimate  --output DIR   a step's memory, estimated and measured
     python tools/benchmark.py kernels   --output DIR   each GN layer alone
     python tools/benchmark.py step      --output DIR   a training step of Mask R-CNN
     python tools/benchmark.py inference --output DIR   images per second
@@ -30,6 +31,7 @@ from gn_detect.engine.train_loop import AMP_DTYPES
 
 QUESTIONS = {
     "memory": questions.memory,
+    "estimate": questions.estimate,
     "kernels": questions.kernels,
     "step": questions.step,
     "inference": questions.inference,
@@ -55,9 +57,10 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
         sizes, rois, rounds, device = [(480, 800), (640, 1088), (800, 1344)], 512, 50, "cuda"
         dtypes, layouts = list(kernels.DTYPES)[:2], list(kernels.LAYOUTS)
     sizes = {"memory": [(512, 512)], "scaling": sizes}.get(question, sizes[-1:])
-    images = {"memory": [1], "inference": [1], "step": [2]}.get(question, [1, 2])
+    images = {"memory": [1], "estimate": [1], "inference": [1], "step": [2]}.get(question, [1, 2])
     known = kernels.VARIANTS if question == "kernels" else detectors.VARIANTS
-    usual = known[:3] if question == "inference" else known  # modes of memory do not differ there
+    # The modes of memory do not differ in inference, and Detectron2's variants have no estimate.
+    usual = {"inference": known[:3], "estimate": known[2:]}.get(question, known)
 
     add = parser.add_argument
     add("--output", type=Path, required=True, help="directory of the results")
@@ -70,7 +73,8 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
         add("--device", choices=["cuda", "cpu"], default=device, help="which need not be there")
     else:
         parser.set_defaults(device=device)
-        add("--rounds", type=positive, default=rounds, help="timed")
+        if question != "estimate":
+            add("--rounds", type=positive, default=rounds, help="timed")
     if question not in ("memory", "inference"):
         add("--rois", type=positive, default=rois, help="of each image, a quarter with masks")
     if question == "kernels":

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import torch
+from torch.utils.benchmark import timer
 
 from .detectors import DETECTRON2_GN, FROZEN_BN, Detector, Settings
 from .kernels import DTYPES, PASSES, gn_layers, layer_run
-from .memory import backbone_bytes, saved_bytes
+from .memory import backbone_bytes, estimated_step, measured_step, saved_bytes
 from .timing import as_cuda_graph, interleave, kernel_clock, wall_clock
 
 _BASELINES = (DETECTRON2_GN, FROZEN_BN, "eager", "copy")
@@ -45,6 +47,24 @@ def memory(settings: Settings, variants: Sequence[str]) -> Groups:
     """What the graph of the ResNet keeps for its backward pass. Nothing is timed, nor computed, and
     no device is needed."""
     return [({}, {name: {"MiB": [backbone_bytes(name, settings) / _MIB]} for name in variants})]
+
+
+def estimate(settings: Settings, variants: Sequence[str]) -> Groups:
+    """What a training step needs of the memory of the device: by fake tensors, and measured."""
+    measured: dict[str, Measures | str] = {}
+    for name in variants:
+        start = timer()
+        estimated = estimated_step(name, settings).total
+        measures = {"estimate MiB": estimated / _MIB, "estimate s": timer() - start}
+        try:
+            found = measured_step(name, settings)
+        except torch.OutOfMemoryError:
+            found = {}
+        measures |= {f"{what} MiB": size / _MIB for what, size in found.items()}
+        if found:
+            measures["estimate / peak"] = estimated / found["peak"]
+        measured[name] = {what: [value] for what, value in measures.items()}
+    return [({"kernel": settings.kernel, "amp": settings.amp}, measured)]
 
 
 def step(settings: Settings, **how) -> Groups:

@@ -57,10 +57,10 @@ def available_memory(device: str, processes_here: int = 1) -> tuple[int, int]:
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
-    machine = _numbers("/proc/meminfo")
+    machine = numbers("/proc/meminfo")
     shared = [(machine["MemAvailable"] * 1024, machine["MemTotal"] * 1024), *_control_groups()]
     limits = [(free // processes_here, total) for free, total in shared]
-    used = _numbers("/proc/self/status")
+    used = numbers("/proc/self/status")
     for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
             limits.append((limit - used[name] * 1024, limit))
@@ -68,7 +68,7 @@ def available_memory(device: str, processes_here: int = 1) -> tuple[int, int]:
     return max(free, 0), total
 
 
-def _numbers(path: str) -> dict[str, int]:
+def numbers(path: str) -> dict[str, int]:
     """Of the lines ``name: number ...``, or ``name number``, of a file of Linux."""
     lines = (line.replace(":", " ").split() for line in Path(path).read_text().splitlines())
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
@@ -91,7 +91,7 @@ def _control_groups(root: str = "/sys/fs/cgroup", groups: str = "/proc/self/cgro
             try:
                 limit = int((group / names[0]).read_text())
                 used = int((group / names[1]).read_text())
-                cache = _numbers(group / "memory.stat").get(names[2], 0)
+                cache = numbers(group / "memory.stat").get(names[2], 0)
             except (OSError, ValueError):  # no such group, or "max"
                 continue
             if limit < 2**60:
@@ -127,7 +127,7 @@ def resolve_memory(
     for name, value in values.items():
         run[name] = value
     if run["device"] == "cpu" and scarce:
-        _spare_the_heap()
+        spare_the_heap()
 
 
 def _take_saved(run: Settings) -> None:
@@ -271,7 +271,7 @@ def largest_batch(run: Settings, data: Sequence[str] = ()) -> Callable[[int], Ba
     return batch
 
 
-def _spare_the_heap() -> None:
+def spare_the_heap() -> None:
     """Have glibc give memory back as soon as it is freed. Else a training on a CPU takes up to 1.6
     times what it needs, as the heap keeps what does not fit what comes next; it takes 14 % less
     time, however (docs/memory.md)."""

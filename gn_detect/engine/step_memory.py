@@ -100,6 +100,9 @@ def estimate_step(run: Settings, batch: Batch, processes: int = 1) -> StepMemory
         memory = Allocations(workspace=device.type == "cpu")
         with FakeTensorMode(), memory, device, _fake_detection():
             model, optimizer = _build(run)
+            for group in optimizer.param_groups:
+                if device.type == "cuda" and group.get("foreach", True) is None:
+                    group["foreach"] = True  # as for parameters that are not fake
             weights = memory.live
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

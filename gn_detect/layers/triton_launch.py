@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.compiler import CompiledKernel
 
 from . import triton_device as device
@@ -17,8 +18,10 @@ def launch(kernel, programs: int, warps: int, *arguments) -> None:
 
     Triton looks at each argument of each launch, to find what it compiled for its like. That takes
     longer than many a kernel runs, so here it is done once for all tensors of the same dtypes, and
-    sizes that the kernel is not compiled for count for nothing.
+    sizes that the kernel is not compiled for count for nothing. On fake tensors nothing runs.
     """
+    if isinstance(arguments[0], FakeTensor):
+        return
     if not isinstance(kernel, triton.JITFunction):  # the interpreter
         kernel[(programs,)](*arguments, num_warps=warps)
         return
