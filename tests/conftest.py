@@ -10,6 +10,8 @@ os.environ.pop("DETECTRON2_DATASETS", None)
 
 from helpers import SHARED_DATA, CocoFiles
 
+from gn_detect.engine import prepare
+
 # The workers of pytest-xdist share the cores; and maps are so small that threads would wait.
 torch.set_num_threads(1)
 
@@ -18,6 +20,13 @@ torch.set_num_threads(1)
 def cache(tmp_path_factory):
     """What is kept from one run to the next goes not to the user's directory, either."""
     os.environ["FVCORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def resolved_memory(monkeypatch):
+    """To look whether a step fits takes longer than the tests' steps: tests/engine/test_memory.py
+    does."""
+    monkeypatch.setattr(prepare, "resolve_memory", lambda *_: None)
 
 
 @pytest.fixture

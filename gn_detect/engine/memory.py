@@ -42,6 +42,7 @@ _MIB = 2**20
 # PyTorch's allocator; on a CPU the heap, stacks of threads, and what a process loads in its first
 # step. Measured: docs/memory.md.
 _BESIDE = {"cuda": (512 * _MIB, 0.05), "cpu": (128 * _MIB, 0.03)}
+_ADDRESSES = 640 * _MIB  # of libraries that a run still loads, and of the heaps of its threads
 _WORKER = 160 * _MIB  # of a data loading worker, which shares most of its memory
 _M_MMAP_THRESHOLD = -3
 _SCARCE = 0.4  # a step that needs more of the free memory of a CPU has it given back at once
@@ -61,9 +62,12 @@ def available_memory(device: str, processes_here: int = 1) -> tuple[int, int]:
     shared = [(machine["MemAvailable"] * 1024, machine["MemTotal"] * 1024), *_control_groups()]
     limits = [(free // processes_here, total) for free, total in shared]
     used = numbers("/proc/self/status")
-    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+    for kind, name, loaded in (
+        (resource.RLIMIT_AS, "VmSize", _ADDRESSES),
+        (resource.RLIMIT_DATA, "VmData", 0),
+    ):
         if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
-            limits.append((limit - used[name] * 1024, limit))
+            limits.append((limit - used[name] * 1024 - loaded, limit))
     free, total = min(limits)
     return max(free, 0), total
 
@@ -186,10 +190,7 @@ def _decide(
         f"a training step of {count} image(s) of up to {height}x{width} needs {gib(needs)} of "
         f"{gib(free)} GiB (free, of {gib(total)}): {step}"
     )
-    logger.info(text)
     values = _values(run, count, mode)
-    for name, value in values.items():
-        logger.info(f"{run.keys[name]} = {value}, which {'fits' if fitting else 'is the least'}")
     if not fitting:
         advice = f"images of up to {side} pixels would" if side else "no size of images would"
         advice = f"{text}. With {run.keys['memory']} {mode}, {advice} fit with {SPARE:.0%} to spare"
@@ -199,6 +200,10 @@ def _decide(
                 f"{advice}. Numbers in the place of auto let it be tried all the same"
             )
         logger.warning(advice)
+    else:
+        logger.info(text)
+    for name, value in values.items():
+        logger.info(f"{run.keys[name]} = {value}, which {'fits' if fitting else 'is the least'}")
     return values, needs > _SCARCE * free
 
 
