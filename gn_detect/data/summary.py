@@ -28,7 +28,8 @@ class DataSummary:
     image_sizes: np.ndarray  # height and width in pixels, (I, 2) int64
     image_objects: np.ndarray  # (I,)
     num_crowds: int
-    aspect_ratios: np.ndarray  # height / width of the boxes, (N,)
+    object_image: np.ndarray  # index of its image, (N,) int64
+    boxes: np.ndarray  # height and width in pixels, (N, 2)
     areas: dict[str, np.ndarray]  # in pixels, (N,): "original", and resized for "training", ...
     resizing: dict[str, str]  # "training", "evaluation" -> how, in words; where it is known
     best_iou: np.ndarray | None  # of each box with an anchor in training, (N,); None without these
@@ -37,13 +38,18 @@ class DataSummary:
     def text(self, num_classes: int = 20) -> str:
         """Counts and tables, of which one names the first ``num_classes`` classes."""
         parts = [self.heading(), self._class_table(num_classes)]
-        if len(self.aspect_ratios):
+        if len(self.boxes):
             parts += [self._size_table(), self._quantile_table()]
         if self.best_iou is not None:
             parts.append(self.anchor_fit())
         if self.warnings:
             parts.append("\n- ".join(["mended, left out, or to look at:", *self.warnings]))
         return "\n\n".join(parts)
+
+    @property
+    def aspect_ratios(self) -> np.ndarray:
+        """Height / width of the boxes, (N,)."""
+        return self.boxes[:, 0] / self.boxes[:, 1]
 
     def heading(self) -> str:
         """How many there are of everything, on a line."""
@@ -128,7 +134,6 @@ def summarize(data: CocoData, given: ModelInput, warnings: Sequence[str] = ()) -
     counts = np.bincount(category, minlength=num_classes)
     order = np.argsort(-counts, kind="stable")
     found = np.unique(image * num_classes + category) % num_classes  # once for each image
-    width, height = (clipped[objects, 2:] - clipped[objects, :2]).T
     return DataSummary(
         json_file=data.json_file,
         classes=[data.categories[i].name for i in order],
@@ -137,7 +142,8 @@ def summarize(data: CocoData, given: ModelInput, warnings: Sequence[str] = ()) -
         image_sizes=sizes,
         image_objects=np.bincount(image, minlength=len(sizes)),
         num_crowds=int(data.crowd.sum()),
-        aspect_ratios=height / width,
+        object_image=image,
+        boxes=(clipped[objects, 2:] - clipped[objects, :2])[:, ::-1],
         areas=areas,
         resizing={use: resizing.text for use, resizing in given.resizing.items()},
         best_iou=best_iou,
