@@ -7,6 +7,7 @@ Without CUDA it runs on the CPU, in --num-gpus processes. torchrun and srun can 
 """
 
 import os
+from pathlib import Path
 
 from detectron2.engine import default_setup
 
@@ -34,6 +35,12 @@ def parse_arguments():
         metavar="X",
         help="take this part (such as 0.2) of the images of --train-json for validation",
     )
+    group.add_argument(
+        "--recipe",
+        choices=("auto", "none"),
+        help="derive image sizes, anchors and length of the run from --train-json, or leave what "
+        "the config has; auto is the default with configs/finetune/",
+    )
     args = parse_args(parser)
     for split in ("train", "val"):
         if bool(getattr(args, f"{split}_json")) != bool(getattr(args, f"{split}_images")):
@@ -43,6 +50,14 @@ def parse_arguments():
             parser.error(f"--val-fraction is {args.val_fraction:g}; it must be between 0 and 1")
         if not args.train_json or args.val_json or args.eval_only:
             parser.error("--val-fraction splits --train-json: no --val-json, no --eval-only")
+    if args.recipe == "auto" and args.eval_only:
+        parser.error(
+            "--recipe auto is of a training run, which writes what it derived as config.yaml: "
+            "evaluate with that as --config-file"
+        )
+    if args.recipe is None:
+        own = args.train_json and not args.eval_only
+        args.recipe = "auto" if own and Path(args.config_file).parent.name == "finetune" else "none"
     return args
 
 
@@ -74,13 +89,14 @@ def register_data(args, run):
 def main(args):
     cfg = load_config(args.config_file, args.opts)
     start_log(cfg)
-    names = ("eval_only", "resume", "val_fraction", "train_json", "val_json")
+    names = ("eval_only", "resume", "val_fraction", "train_json", "val_json", "recipe")
     typed = args.opts[::2]
     check_same(cfg, typed, **{name: getattr(args, name) for name in names})
     if args.val_fraction:
         split_data(args, cfg)
     register_data(args, Settings(cfg, typed))
-    prepare_run(cfg, typed=typed, eval_only=args.eval_only, resume=args.resume)
+    options = {"eval_only": args.eval_only, "resume": args.resume, "recipe": args.recipe == "auto"}
+    prepare_run(cfg, typed=typed, **options)
     cfg.freeze()
     default_setup(cfg, args)
     if args.eval_only:

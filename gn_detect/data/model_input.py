@@ -15,25 +15,29 @@ class Resizing:
     """Detectron2's resizing, at one of the sizes that it draws: the mean of the shorter sides; of
     large-scale jitter scale 1, which is padded to ``full``.
 
+    Args:
+        share: of the sides of an image, what a crop before has of them.
+
     Attributes:
         full: height and width of images that are padded, else 0.
         text: the same in words.
     """
 
-    def __init__(self, augmentation: T.ResizeShortestEdge | T.ResizeScale):
+    def __init__(self, augmentation: T.ResizeShortestEdge | T.ResizeScale, share: float = 1.0):
         self.full = (0, 0)
         if isinstance(augmentation, T.ResizeScale):
             self.full = (augmentation.target_height, augmentation.target_width)
             scales = f"{augmentation.min_scale:g} to {augmentation.max_scale:g}"
             self.text = f"within {self.full[1]} x {self.full[0]}, at scale 1 of {scales}"
             return
-        edges, self.longest = augmentation.short_edge_length, augmentation.max_size
-        self.edge = round(statistics.fmean(edges))
+        edges = augmentation.short_edge_length
+        self.edge = round(statistics.fmean(edges) / share)
+        self.longest = augmentation.max_size / share
         self.text = f"shorter side {self.edge}" if self.edge else "not resized"
         if len(set(edges)) > 1:
-            self.text += f" (mean of {min(edges)} to {max(edges)})"
+            self.text += f" (mean of {min(edges) / share:.0f} to {max(edges) / share:.0f})"
         if self.edge and self.longest < sys.maxsize:
-            self.text += f", longer at most {self.longest}"
+            self.text += f", longer at most {self.longest:.0f}"
 
     def __call__(self, sizes: np.ndarray) -> np.ndarray:
         """Height and width of images, (I, 2) int64 in pixels, after the resizing."""

@@ -46,9 +46,13 @@ def model_input(cfg: CfgNode | DictConfig) -> ModelInput:
     run, resizing = Settings(cfg), {}
     try:
         for use in ("training", "evaluation"):
+            share = 1.0
             for augmentation in augmentations(cfg, use == "training"):
                 if isinstance(augmentation, (T.ResizeShortestEdge, T.ResizeScale)):
-                    resizing[use] = Resizing(augmentation)
+                    resizing[use] = Resizing(augmentation, share)
+                elif isinstance(augmentation, T.RandomCrop):  # Detectron2's, before the resizing
+                    if augmentation.crop_type == "relative":
+                        share = statistics.fmean(augmentation.crop_size)
     except (AssertionError, TypeError, statistics.StatisticsError) as error:
         key = run.keys["image_size"]
         raise ConfigError(f"{key} is {run['image_size']}: {error}") from None

@@ -32,6 +32,7 @@ from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
 from .memory import resolve_memory
+from .recipe import resolve_recipe
 from .train_loop import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def prepare_run(
     processes: int | None = None,
     eval_only: bool = False,
     resume: bool = False,
+    recipe: bool = False,
 ) -> None:
     """Complete ``cfg`` in place for this machine and its datasets, and check it.
 
@@ -80,6 +82,7 @@ def prepare_run(
         processes: that train, on all machines; those that there are where it is None.
         eval_only: evaluate, do not train.
         resume: continue from the last checkpoint in the output directory.
+        recipe: derive sizes, anchors and length of the run from its data (:mod:`.recipe`).
 
     Raises:
         CheckpointError, ConfigError, DataError: the run could not work.
@@ -113,6 +116,8 @@ def prepare_run(
             "save to the next, or 0 to save by iterations alone"
         )
     train = dataset_names(run, "train")
+    if recipe:
+        resolve_recipe(run, train, processes)
     counts = [summaries[n].num_images if n in summaries else None for n in train]
     num_images = sum(counts) if counts and None not in counts else None
     resolve_memory(run, processes, [n for n in train if n in summaries], bool(checkpoint))

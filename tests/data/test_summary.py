@@ -44,6 +44,24 @@ def test_resizing_is_detectron2s(augmentation, drawn, text):
         assert tuple(resized) == image.image.shape[:2]
 
 
+def test_the_scale_of_crops_is_detectron2s(coco_files):
+    options = (
+        "INPUT.CROP.ENABLED",
+        True,
+        "INPUT.CROP.TYPE",
+        "relative",
+        "INPUT.CROP.SIZE",
+        [0.5, 0.5],
+    )
+    given = model_input(config(FPN, *options, "INPUT.MIN_SIZE_TRAIN", (100,)))
+    size = np.array([[400, 640]])
+    cut = T.AugInput(np.zeros((*size[0], 3), np.uint8))
+    T.AugmentationList([T.RandomCrop("relative", [0.5, 0.5]), T.ResizeShortestEdge(100)])(cut)
+    assert (given.resizing["training"](size)[0] == 2 * np.array(cut.image.shape[:2])).all()
+    assert "shorter side 200" in given.resizing["training"].text
+    assert given.resizing["evaluation"].edge == 800
+
+
 def crowded(coco_files, per_image=40):
     """Boxes of all kinds: thin, large, of a pixel, at and beyond the edge."""
     rng, content = np.random.default_rng(0), coco_files.content
