@@ -95,6 +95,9 @@ def derive_recipe(
 
 def apply_recipe(run: Settings, rows: Sequence[Row]) -> None:
     """Set ``rows`` in ``run``, but for what was typed, and log them as a table."""
+    if not rows:
+        logger.warning("--recipe auto: the training data have no objects; the config's stays")
+        return
     stated = [run[row.name] for row in rows]
     table = [
         [run.keys[row.name], row.value, "" if row.value == before else before, row.reason]
@@ -227,10 +230,8 @@ def schedule(run: Settings, summary: DataSummary, processes: int) -> Iterator[Ro
         epochs = num_epochs(num_images, scratch=not run["weights"])
         start = "from weights" if run["weights"] else "from scratch, which takes twice as long"
         yield Row("epochs", epochs, f"{num_images:,} images with objects, {start}")
-    stated = run["warmup_iters"] * run["reference_batch_size"] / num_images
-    warmup = run["warmup_epochs"] or stated
-    if warmup > epochs / 10 and not run.is_typed("warmup_iters"):
-        reason = f"a tenth of the run; the config's is {warmup:.3g} epochs"
+    if run["warmup_epochs"] > epochs / 10:  # that of iterations is shortened by the schedule
+        reason = f"a tenth of the run; the config's is {run['warmup_epochs']:.3g} epochs"
         yield Row("warmup_epochs", _digits(epochs / 10), reason)
     if run["test_data"] and not run.is_typed("eval_period"):
         reason = f"{EVALUATIONS} evaluations of the run, an epoch apart or more"

@@ -212,20 +212,25 @@ def test_the_length_of_a_run():
     found = recipe(data(40, 100))
     assert found["SOLVER.EPOCHS"] == 100  # from scratch
     assert found["TEST.EVAL_EPOCHS"] == 10 and found["SOLVER.EARLY_STOP"] == 5
-    assert "SOLVER.WARMUP_EPOCHS" not in found  # the config's is 2
     assert recipe(data(40, 100), "MODEL.WEIGHTS", "some.pth")["SOLVER.EPOCHS"] == 50
 
 
 def test_a_typed_length_stays_and_the_rest_follows_it():
     found = recipe(data(40, 100), "SOLVER.MAX_ITER", "1000")  # 20 epochs of 2 images
     assert "SOLVER.EPOCHS" not in found and found["TEST.EVAL_EPOCHS"] == 2
-    assert "SOLVER.WARMUP_EPOCHS" not in found
-    found = recipe(data(40, 100), "SOLVER.MAX_ITER", "500", "SOLVER.IMS_PER_GPU", "1", processes=2)
-    assert found["TEST.EVAL_EPOCHS"] == 1 and found["SOLVER.WARMUP_EPOCHS"] == 1
+    found = recipe(data(40, 100), "SOLVER.MAX_ITER", "1000", "SOLVER.IMS_PER_GPU", "1", processes=3)
+    assert found["TEST.EVAL_EPOCHS"] == 3
     found = recipe(data(40, 100), "SOLVER.EPOCHS", "30.0", "TEST.EVAL_PERIOD", "7")
     assert "SOLVER.EPOCHS" not in found and "TEST.EVAL_EPOCHS" not in found
-    found = recipe(data(40, 100), "SOLVER.EPOCHS", "3.0", "SOLVER.WARMUP_ITERS", "7")
-    assert "SOLVER.WARMUP_EPOCHS" not in found
+
+
+def test_a_warm_up_takes_no_more_than_a_tenth():
+    run, _ = derived(data(40, 100))
+    run.cfg.SOLVER.WARMUP_EPOCHS = 20.0
+    rows = derive_recipe(run, data(40, 100), STRIDES)
+    assert {row.name: row.value for row in rows}["warmup_epochs"] == 10
+    run.cfg.SOLVER.WARMUP_EPOCHS = 9.0
+    assert "warmup_epochs" not in [row.name for row in derive_recipe(run, data(40, 100), STRIDES)]
 
 
 def test_a_recipe_is_the_same_each_time_and_changes_nothing_by_itself():
@@ -233,7 +238,6 @@ def test_a_recipe_is_the_same_each_time_and_changes_nothing_by_itself():
     before, summary = cfg.dump(), data(np.random.default_rng(0).uniform(3, 40, (400, 2)))
     first, second = (derive_recipe(Settings(cfg), summary, STRIDES) for _ in range(2))
     assert first == second and cfg.dump() == before
-    assert derive_recipe(Settings(cfg), data(np.zeros((0, 2))), STRIDES) == []  # no objects
 
 
 def another(value):
@@ -250,7 +254,7 @@ def test_what_was_typed_stays():
     short = ("SOLVER.EPOCHS", "9.0", "INPUT.CROP.ENABLED", "False")
     thin = recipe(data(np.tile([[10.0, 60]], (400, 1))), *short)
     keys = recipe(summary) | thin | recipe(summary, *short)
-    assert len(keys) == 21
+    assert len(keys) == 20
     for key, value in keys.items():
         run, _ = derived(summary, key, another(value))
         assert value_of(run, key) == another(value), key
@@ -283,6 +287,20 @@ def test_a_run_takes_its_recipe_and_prints_it(coco_files, caplog):
     cfg = load_config(get_config_file(PHOTOS), typed)
     prepare_run(cfg, typed=typed[::2])
     assert cfg.SOLVER.EARLY_STOP == 0
+
+
+def test_a_config_that_fits_its_data_stays(shared_data):
+    """So that at the length that is typed, both are one run."""
+    summary = summarize(load_coco(str(shared_data / "pennfudan/train.json")), ModelInput())
+    run, _ = derived(summary, "SOLVER.MAX_ITER", "400", "TEST.EVAL_PERIOD", "0")
+    cfg = as_shipped(PHOTOS).clone()
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST = 400, 0, ("own_val",)
+    assert run.cfg.dump() == cfg.dump()
+
+
+def test_data_without_objects_have_no_recipe(caplog):
+    derived(data(np.zeros((0, 2))))
+    assert "--recipe auto: the training data have no objects" in caplog.text
 
 
 def test_a_recipe_follows_one_training_set(coco_files):

@@ -151,6 +151,18 @@ def test_own_data_then_eval_only_gives_the_same_ap_and_reports(shared_data, tmp_
     assert f"<b>{trained['segm/AP']:.1f}</b><span>mask AP</span>" in evaluated
 
 
+def test_a_recipe_is_that_of_the_run(coco_files, tmp_path):
+    data = ("--train-json", coco_files.json_file, "--train-images", coco_files.image_root)
+    options = [*TINY, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "run", "SOLVER.BASE_LR", 0.001]
+    output = train_net("--config-file", QUICK, *data, "--recipe", "auto", *options).stdout
+    assert output.count("recipe from the data (--recipe none leaves the config's)") == 1
+    assert "best IoU" in output and "Starting training from iteration 0" in output
+    data = ("--val-json", coco_files.json_file, "--val-images", coco_files.image_root)
+    again = ("--eval-only", "--config-file", tmp_path / "run/config.yaml", *data)
+    weights = ("MODEL.WEIGHTS", tmp_path / "run/model_final.pth", "OUTPUT_DIR", tmp_path / "eval")
+    assert "recipe from the data" not in train_net(*again, *weights).stdout
+
+
 def test_keypoints_of_own_data_train_and_are_evaluated(coco_files, tmp_path):
     for annotation in coco_files.content["annotations"]:
         annotation["keypoints"] = [8, 8, 2, 31, 31, 2]
