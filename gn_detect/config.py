@@ -117,6 +117,15 @@ def add_gn_config(cfg: CfgNode) -> None:
     lsj.setdefault("MAX_SCALE", 2.0)
     lsj.setdefault("IMAGE_SIZE", 1024)  # pixels
 
+    # Simple copy-paste (same paper): objects of another training image, scaled and flipped on its
+    # own, are pasted into each one. For models with masks, which become bitmaps; best with LSJ.
+    cfg.INPUT.setdefault("COPY_PASTE", CfgNode()).setdefault("ENABLED", False)
+    # Brightness, contrast and saturation change by factors within 1 +- this, the hue by a tenth of
+    # it; 0: not at all.
+    cfg.INPUT.setdefault("COLOR_JITTER", 0.0)
+    # The share of the iterations, at the end of the run, without both.
+    cfg.INPUT.setdefault("CLOSE_AUGMENTATION", 0.15)
+
     # Pairs of keypoints that a horizontal flip exchanges, by their names in ``categories``, such as
     # [["left_eye", "right_eye"]]; None: those of left and right in their names.
     cfg.INPUT.setdefault("KEYPOINT_FLIP_PAIRS", None)

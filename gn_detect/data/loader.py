@@ -1,17 +1,16 @@
-"""Training data in an order that a resumed run can continue."""
+"""Training data in an order that a resumed run can continue, and images that errors name."""
 
 from __future__ import annotations
 
-import collections
 import copy
-import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import (
+    DatasetFromList,
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gn_detect.config import ConfigError
 
+from .augment import AugmentedDataset
 from .coco import read_canonical
 from .headers import image_size
 from .images import (
@@ -35,63 +35,9 @@ from .images import (
     value_range,
 )
 from .keypoints import flip_indices, flip_pairs
+from .sampler import ResumableSampler
 
 logger = logging.getLogger(__name__)
-
-
-class ResumableSampler(Sampler[int]):
-    """A sampler of Detectron2, one batch after the other, from any batch on.
-
-    Detectron2 groups images by orientation after they are loaded, so where its stream stands
-    depends on images that wait in its buckets. Grouping the indices gives the same batches, and
-    skips ``start`` of them without loading an image.
-
-    Args:
-        sampler: an endless stream of indices that follows from the seeds it has drawn.
-        groups: one group for each image; the images of a batch are of one group.
-        batch_size: images per process.
-    """
-
-    def __init__(self, sampler: Sampler[int], groups: list[int], batch_size: int):
-        self.sampler = sampler
-        self.groups = groups
-        self.batch_size = batch_size
-        self.start = 0  # batches to skip; may be set
-
-    def __iter__(self) -> Iterator[int]:
-        batches = itertools.islice(self._batches(), self.start, None)
-        return itertools.chain.from_iterable(batches)
-
-    def _batches(self) -> Iterator[list[int]]:
-        buckets = collections.defaultdict(list)
-        for index in self.sampler:
-            group = self.groups[index]
-            buckets[group].append(index)
-            if len(buckets[group]) == self.batch_size:
-                yield buckets.pop(group)
-
-    def state_dict(self) -> dict:
-        """What decides the order: the kind of the sampler, the number of images, and what it has
-        drawn, which are its seeds and its tables of indices."""
-        drawn = {
-            name: value
-            for name, value in vars(self.sampler).items()
-            if ("seed" in name and isinstance(value, int))
-            or (isinstance(value, torch.Tensor) and not value.is_floating_point())
-        }
-        kind = type(self.sampler).__name__
-        return {"sampler": kind, "num_images": len(self.groups), "drawn": drawn}
-
-    def load_state_dict(self, state: dict) -> str:
-        """Take the order of an earlier run. Returns why that cannot be; "" if it can."""
-        ours = self.state_dict()
-        if not ours["drawn"]:
-            return f"{ours['sampler']} keeps no seed"
-        for what in ("sampler", "num_images"):
-            if state[what] != ours[what]:
-                return f"its {what} is {ours[what]}, the checkpoint's {state[what]}"
-        vars(self.sampler).update(state["drawn"])
-        return ""
 
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
@@ -104,15 +50,24 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     arguments = build_detection_train_loader.from_config(cfg, mapper=NamingDatasetMapper)
     arguments["mapper"] = NamingDatasetMapper(cfg)  # now that the data are read, and their metadata
     arguments["total_batch_size"] //= cfg.SOLVER.ACCUMULATE_STEPS or 1
-    return resumable_train_loader(**arguments)
+    return resumable_train_loader(
+        **arguments,
+        copy_paste=cfg.INPUT.COPY_PASTE.ENABLED,
+        color_jitter=cfg.INPUT.COLOR_JITTER,
+        close_augmentation=cfg.INPUT.CLOSE_AUGMENTATION,
+    )
 
 
 def resumable_train_loader(
     dataset: list[dict] | Dataset,
     *,
+    mapper: Callable[[dict], dict | None] | None,
     total_batch_size: int,
     sampler: Sampler[int] | None = None,
     aspect_ratio_grouping: bool = True,
+    copy_paste: bool = False,
+    color_jitter: float = 0.0,
+    close_augmentation: float = 0.15,
     **arguments,
 ) -> DataLoader:
     """Detectron2's ``build_detection_train_loader``, whose order a resumed run can continue.
@@ -122,7 +77,20 @@ def resumable_train_loader(
         total_batch_size: images of all processes.
         sampler: a ``TrainingSampler`` if None.
         aspect_ratio_grouping: batches are of images of one orientation.
+        copy_paste, color_jitter: see :class:`.augment.AugmentedDataset`; they need a list.
+        close_augmentation: the share of the run, at its end, without both.
+
+    Raises:
+        ConfigError: see :class:`.augment.AugmentedDataset`.
     """
+    augments = copy_paste or color_jitter
+    if augments and not (isinstance(dataset, list) and 0 <= close_augmentation <= 1):
+        raise ConfigError(
+            "INPUT.COPY_PASTE and INPUT.COLOR_JITTER (in lazy configs copy_paste and color_jitter "
+            "of dataloader.train) need a list of images in Detectron2's format, and "
+            "INPUT.CLOSE_AUGMENTATION (close_augmentation) from 0 to 1, the share of the run "
+            f"without them; the data is a {type(dataset).__name__}, the share {close_augmentation}"
+        )
     if isinstance(dataset, list):
         sampler = ResumableSampler(
             sampler or TrainingSampler(len(dataset)),
@@ -130,8 +98,14 @@ def resumable_train_loader(
             batch_size=total_batch_size // comm.get_world_size(),
         )
         aspect_ratio_grouping = False  # the sampler has done it
+    if augments:
+        sampler.close = close_augmentation
+        dicts = DatasetFromList(dataset, copy=False)
+        dataset = AugmentedDataset(dicts, mapper, copy_paste=copy_paste, color_jitter=color_jitter)
+        mapper = None  # the dataset has it
     return build_detection_train_loader(
         dataset,
+        mapper=mapper,
         total_batch_size=total_batch_size,
         sampler=sampler,
         aspect_ratio_grouping=aspect_ratio_grouping,

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gn_detect.checkpoint import Checkpointer
 from gn_detect.config import ConfigError
-from gn_detect.data.loader import ResumableSampler
+from gn_detect.data.sampler import ResumableSampler
 from gn_detect.settings import Settings
 
 from .train_loop import AccumulatingTrainer
@@ -128,7 +128,12 @@ class Resume(HookBase):
         if self._start_iter >= self._max_iter > 0:  # finished, but perhaps on a full disk
             self._checkpointer.save_safetensors()
         if self._sampler:
-            self._sampler.start = self._start_iter * self._loop.accumulate_steps
+            steps, close = self._loop.accumulate_steps, self._sampler.close
+            self._sampler.start = self._start_iter * steps
+            if close:
+                closed_from = self._max_iter - round(self._max_iter * close)
+                self._sampler.closed_from = closed_from * steps
+                logger.info(f"from iteration {closed_from} on: no copy-paste, no colour jitter")
         # Creating the iterator draws from torch's generator: first that, then the saved state.
         self._loop._data_loader_iter  # noqa: B018
         states = self._resumed.get("random_states", [])

@@ -22,11 +22,11 @@ from gn_detect.data import DataError, images
 from gn_detect.data.coco import register_coco_json
 from gn_detect.data.loader import (
     NamingDatasetMapper,
-    ResumableSampler,
     _orientation,
     build_test_loader,
     build_train_loader,
 )
+from gn_detect.data.sampler import ResumableSampler
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 SIZES = [(100, 60), (60, 100), (50, 50), (120, 40), (40, 120), (30, 90), (90, 30)]

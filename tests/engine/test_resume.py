@@ -14,6 +14,7 @@ from helpers import CocoFiles, assert_equal, config, differences, record_images,
 from safetensors.torch import load_file
 
 from gn_detect.config import ConfigError
+from gn_detect.data.sampler import ResumableSampler
 from gn_detect.engine.resume import Resume
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
@@ -28,6 +29,7 @@ SAMPLER += ("DATALOADER.REPEAT_THRESHOLD", 0.9)
 EMA = ("SOLVER.EMA.ENABLED", True)
 STEPS = (*NO_TEST, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2, *EMA)
 STEPS += ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+STEPS += ("INPUT.COPY_PASTE.ENABLED", True, "INPUT.COLOR_JITTER", 0.3)  # closed in iteration 5
 HOOKS = ("EMA", "EvalHook")
 EVALUATED = ("TEST.EVAL_PERIOD", 2, *EMA, "SOLVER.EMA.DECAY", 0.5)
 
@@ -217,14 +219,21 @@ def test_resuming_beyond_the_end(train, tmp_path):
     assert_equal(load_file(file), weights(finished))
 
 
-def progress(monkeypatch, processes: int, max_iter: int, batch: tuple, saved=None) -> Resume:
-    """Of a run in so many processes; of ``saved``, the state of another one."""
+def progress(
+    monkeypatch, processes: int, max_iter: int, batch: tuple, saved=None, close=0.0
+) -> Resume:
+    """Of a run in so many processes, which has closed its augmentation for the share ``close`` at
+    its end; of ``saved``, the state of another one."""
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: processes)
     cfg = config(
         "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", "SOLVER.MAX_ITER", max_iter, *batch
     )
     resolve_schedule(Settings(cfg), processes)
-    loop = SimpleNamespace(accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS, data_loader=None)
+    sampler = ResumableSampler(TrainingSampler(9, seed=1), [i % 2 for i in range(9)], 2)
+    sampler.close = close
+    loader = SimpleNamespace(dataset=SimpleNamespace(sampler=sampler))
+    loop = SimpleNamespace(accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS, data_loader=loader)
+    loop._data_loader_iter = None
     resume = Resume(Settings(cfg), loop, None)
     resume.load_state_dict(saved or {})
     return resume
@@ -246,6 +255,30 @@ def test_processes_that_come_and_go(monkeypatch, per_gpu, max_iter):
             images = min(done * first * per_gpu, other._max_iter * second * per_gpu)
             assert 0 <= images - start * second * per_gpu < second * per_gpu
             assert start <= other._max_iter
+
+
+@pytest.mark.parametrize(
+    "saved, done, start", [(None, 0, 0), ((16, 1), 5, 10), ((8, 2), 5, 5), ((4, 1), 36, 18)]
+)
+def test_the_end_of_a_run_is_without_more_augmentation(monkeypatch, caplog, saved, done, start):
+    """Of a resumed one, too, whose checkpoint is of other images per iteration."""
+    batch = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_BATCH_SIZE", 8)
+    state = None
+    if saved:
+        images, steps = saved
+        state = {"batch": {"images_per_iteration": images, "accumulate_steps": steps}}
+        state["batch"]["processes"] = 2
+    resume = progress(
+        monkeypatch, 2, 20, (*batch, "SOLVER.ACCUMULATE_STEPS", 2), saved=state, close=0.15
+    )
+    assert resume.start(done) == start
+    with caplog.at_level(logging.INFO, "gn_detect"):
+        resume.before_train()
+    assert "from iteration 17 on: no copy-paste, no colour jitter" in messages(caplog)
+    images = list(itertools.islice(resume._sampler, (20 - start) * 4))  # 8 in 2 processes
+    assert [image < 0 for image in images] == [i // 4 + start >= 17 for i in range(len(images))]
+    plain = list(itertools.islice(resume._sampler._batches(), start * 2, 20 * 2))
+    assert [max(i, ~i) for i in images] == list(itertools.chain(*plain))
 
 
 @pytest.mark.parametrize("accumulate", [1, "auto"])

@@ -14,6 +14,7 @@ def coco(kind="coco", masks=True):
     datasets/README.md says how to prepare the last)."""
     dataloader = load(f"data/{kind}.py", "dataloader")
     dataloader.train._target_ = resumable_train_loader
+    dataloader.train.update(copy_paste=False, color_jitter=0.0, close_augmentation=0.15)
     dataloader.train.mapper._target_ = dataloader.test.mapper._target_ = NamingDatasetMapper
     dataloader.train.mapper.use_instance_mask &= masks
     dataloader.train.mapper.bit_depth_range = ()
