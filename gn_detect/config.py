@@ -118,7 +118,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     lsj.setdefault("IMAGE_SIZE", 1024)  # pixels
 
     # Simple copy-paste (same paper): objects of another training image, scaled and flipped on its
-    # own, are pasted into each one. For models with masks, which become bitmaps; best with LSJ.
+    # own, are pasted into each one. For models with masks, which become bitmaps.
     cfg.INPUT.setdefault("COPY_PASTE", CfgNode()).setdefault("ENABLED", False)
     # Brightness, contrast and saturation change by factors within 1 +- this, the hue by a tenth of
     # it; 0: not at all.

@@ -9,6 +9,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BitMasks, BoxMode
+from helpers import config
 from PIL import Image
 from pycocotools import mask as mask_util
 from torchvision.transforms.v2 import functional
@@ -16,8 +17,14 @@ from torchvision.transforms.v2 import functional
 from gn_detect.config import ConfigError
 from gn_detect.data import augment
 from gn_detect.data.augment import AugmentedDataset, jitter_colors
-from gn_detect.data.loader import NamingDatasetMapper, resumable_train_loader
+from gn_detect.data.coco import register_coco_json
+from gn_detect.data.loader import (
+    NamingDatasetMapper,
+    build_train_loader,
+    resumable_train_loader,
+)
 
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 SIZES = [(40, 60), (60, 40), (50, 50), (30, 64), (64, 30)]  # height, width
 CROWD = 200
 
@@ -151,6 +158,19 @@ def test_workers_know_from_which_batch_on_it_is_closed(dicts, workers):
         green = [set(sample["image"][1].unique().tolist()) for sample in batch]
         foreign.append(any(g - o for g, o in zip(green, own, strict=True)))
     assert sum(foreign[:20]) > 10 and not any(foreign[20:])
+
+
+def test_the_keys_of_a_config(coco_files):
+    coco_files.write()
+    register_coco_json("own", str(coco_files.json_file), str(coco_files.image_root))
+    base = ("DATASETS.TRAIN", ("own",), "SOLVER.IMS_PER_BATCH", 1, "INPUT.CLOSE_AUGMENTATION", 0.2)
+    plain = build_train_loader(config(MASK_RCNN, *base)).dataset
+    assert not isinstance(plain.dataset, AugmentedDataset) and plain.sampler.close == 0
+    for key, value in (("COPY_PASTE.ENABLED", True), ("COLOR_JITTER", 0.3)):
+        loader = build_train_loader(config(MASK_RCNN, *base, f"INPUT.{key}", value)).dataset
+        given = {"COPY_PASTE.ENABLED": False, "COLOR_JITTER": 0.0, key: value}
+        assert [loader.dataset.copy_paste, loader.dataset.color_jitter] == [*given.values()]
+        assert loader.dataset.image_format == "BGR" and loader.sampler.close == 0.2
 
 
 def test_without_them_the_samples_are_those_of_detectron2s_loader(dicts):

@@ -7,8 +7,10 @@ from safetensors.torch import load_file
 
 from gn_detect.engine import lazy, prepare_run
 from gn_detect.engine.lazy import do_train
+from gn_detect.engine.lazy_config import instantiate_key
 from gn_detect.engine.trainer import build_loop
 from gn_detect.evaluation.masks import PastedMasks
+from gn_detect.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +55,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(lazy_data, tmp_path):
     half = train("stopped", *rate, stop=2)
     assert any(not torch.equal(value, whole[key]) for key, value in half.items())
     assert_equal(train("stopped", *rate, resume=True), whole)
+
+
+def test_more_augmentation(lazy_data):
+    cfg = lazy_data("dataloader.train.copy_paste=True", "dataloader.train.color_jitter=0.3")
+    run = Settings(cfg)
+    assert [run[n] for n in ("copy_paste", "color_jitter", "close_augmentation")] == [
+        True,
+        0.3,
+        0.15,
+    ]
+    loader = instantiate_key(cfg, "dataloader.train").dataset
+    assert loader.dataset.copy_paste and loader.dataset.color_jitter == 0.3
+    assert loader.sampler.close == 0.15
 
 
 def test_accumulation_shares_the_images_of_an_iteration(lazy_data, tmp_path, monkeypatch):
