@@ -1,5 +1,4 @@
-"""Weights with the names and shapes of Detectron's blobs (detectron/modeling/ResNet.py, FPN.py,
-fast_rcnn_heads.py, mask_rcnn_heads.py) against the same arrays placed by hand."""
+"""Weights with the names and shapes of Detectron's blobs against the same arrays placed by hand."""
 
 import pickle
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList
+from detectron_blobs import Blobs
 from helpers import config
 
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
@@ -17,7 +17,6 @@ from gn_detect.checkpoint.export import write_weights
 from gn_detect.checkpoint.origin import DETECTRON, Origin
 from gn_detect.config import ConfigError
 
-BLOCKS = (3, 4, 6, 3)
 WIDTH = 32  # of the stem, the FPN and the heads: a quarter of the weights of Detectron's networks
 CLASSES = 3
 
@@ -32,69 +31,19 @@ def mask_rcnn_config(*opts):
     return config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_2x.yaml", *widths, *opts)
 
 
-class Blobs(dict):
-    """Arrays by the names that Detectron's functions give them."""
-
-    def __init__(self):
-        self._rng = np.random.default_rng(0)
-
-    def add(self, name, *shape, scale=None):
-        scale = scale or (1 / np.prod(shape[1:])) ** 0.5
-        self[name] = self._rng.normal(0, scale, shape).astype(np.float32)
-
-    def conv_gn(self, name, out, dim_in, k):  # model.ConvGN: no bias
-        self.add(f"{name}_w", out, dim_in, k, k)
-        self.add(f"{name}_gn_s", out, scale=1)
-        self.add(f"{name}_gn_b", out, scale=0.1)
-
-    def conv(self, name, *shape):
-        self.add(f"{name}_w", *shape)
-        self.add(f"{name}_b", shape[0], scale=0.1)
-
-
-def resnet50(blobs):
-    blobs.conv_gn("conv1", WIDTH, 3, 7)
-    dim_in = WIDTH
-    for stage, blocks in enumerate(BLOCKS, 2):
-        inner, out = WIDTH * 2 ** (stage - 2), 4 * WIDTH * 2 ** (stage - 2)
-        for block in range(blocks):
-            name = f"res{stage}_{block}_branch"
-            blobs.conv_gn(f"{name}2a", inner, dim_in, 1)
-            blobs.conv_gn(f"{name}2b", inner, inner, 3)
-            blobs.conv_gn(f"{name}2c", out, inner, 1)
-            if block == 0:
-                blobs.conv_gn(f"{name}1", out, dim_in, 1)
-            dim_in = out
-
-
 def imagenet_backbone():
     """R-50-GN.pkl: no ``blobs``, and a classifier."""
-    blobs = Blobs()
-    resnet50(blobs)
+    blobs = Blobs(width=WIDTH)
+    blobs.resnet()
     blobs.conv("pred", 10, 32 * WIDTH)
     return dict(blobs)
 
 
 def mask_rcnn():
     """model_final.pkl of e2e_mask_rcnn_R-50-FPN_2x_gn."""
-    blobs = Blobs()
-    resnet50(blobs)
-    blobs.conv_gn("fpn_inner_res5_2_sum", WIDTH, 32 * WIDTH, 1)
-    for level, dim in (("res4_5", 16 * WIDTH), ("res3_3", 8 * WIDTH), ("res2_2", 4 * WIDTH)):
-        blobs.conv_gn(f"fpn_inner_{level}_sum_lateral", WIDTH, dim, 1)
-    for level in ("res5_2", "res4_5", "res3_3", "res2_2"):
-        blobs.conv_gn(f"fpn_{level}_sum", WIDTH, WIDTH, 3)
-    blobs.conv("conv_rpn_fpn2", WIDTH, WIDTH, 3, 3)
-    blobs.conv("rpn_cls_logits_fpn2", 3, WIDTH, 1, 1)
-    blobs.conv("rpn_bbox_pred_fpn2", 12, WIDTH, 1, 1)
-    for i in range(4):
-        blobs.conv_gn(f"head_conv{i + 1}", WIDTH, WIDTH, 3)
-        blobs.conv_gn(f"_mask_fcn{i + 1}", WIDTH, WIDTH, 3)
-    blobs.conv("fc6", 64, WIDTH * 7 * 7)
-    blobs.conv("cls_score", CLASSES + 1, 64)
-    blobs.conv("bbox_pred", (CLASSES + 1) * 4, 64)
-    blobs.conv("conv5_mask", WIDTH, WIDTH, 2, 2)
-    blobs.conv("mask_fcn_logits", CLASSES + 1, WIDTH, 1, 1)
+    blobs = Blobs(width=WIDTH, dim=WIDTH, fc=64, classes=CLASSES)
+    blobs.resnet()
+    blobs.heads()
     momentum = {f"{name}_momentum": np.zeros_like(array) for name, array in blobs.items()}
     return {"blobs": {**blobs, **momentum}, "cfg": "MODEL: {TYPE: generalized_rcnn}\n"}
 
