@@ -184,7 +184,7 @@ def test_weight_standardization_is_where_gn_is(model):
 
 def resnet_stages(cfg) -> list[str]:
     resnet = "backbone.bottom_up" if cfg.MODEL.FPN.IN_FEATURES else "backbone"
-    return [f"{resnet}.{stage}." for stage in ("stem", "res2", "res3", "res4")]
+    return [f"{resnet}.{stage}." for stage in ("stem", "res2", "res3", "res4", "res5")]
 
 
 def test_what_is_frozen_and_what_decays(model):

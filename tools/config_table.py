@@ -30,6 +30,7 @@ FIGURES = {
     "COCO-PanopticSegmentation": ("PQ",),
     "GN-paper": ("box", "mask"),
     "quickstart": ("box", "mask"),
+    "finetune": ("box", "mask"),
 }
 
 
