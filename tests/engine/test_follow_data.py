@@ -47,7 +47,7 @@ def prepare(train, *opts, config=CONFIG):
     return cfg
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "COCO-Keypoints" in name])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "keypoint_rcnn" in name])
 def test_every_config_for_keypoints_takes_own_data(register, name):
     small = ("MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.NUM_GROUPS", 1)
     cfg = prepare(register("own"), *small, config=get_config_file(name))
