@@ -1,5 +1,6 @@
 """What README.md and docs/ say holds: commands run, links lead somewhere, tables are of today."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -9,13 +10,14 @@ import string
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
-from helpers import ROOT, TINY, CocoFiles, coco_json, config, run_tool
+from helpers import CONFIGS, ROOT, TINY, CocoFiles, as_shipped, coco_json, config, run_tool
 from omegaconf import OmegaConf
 
-from gn_detect.checkpoint import Checkpointer, WeightGuards
+from gn_detect.checkpoint import Checkpointer, WeightGuards, sources
 from gn_detect.config import load_config, locate
 from gn_detect.data import shapes
 from gn_detect.engine.lazy_config import load_lazy_config
@@ -54,8 +56,22 @@ def with_options(args: list[str], before: list, after: list) -> list[str]:
     return [*args[:start], *map(str, before), *args[start:], *map(str, after)]
 
 
+@pytest.fixture(scope="module")
+def downloads():
+    """The detectors that configs/finetune/ starts from, smaller, where downloads are kept."""
+    starts = {as_shipped(n).MODEL.WEIGHTS: n for n in CONFIGS if re.match("finetune/mask.*coco", n)}
+    for weights, name in starts.items():
+        model = weights.removeprefix("detectron://")
+        path = Path(sources._cached(weights if model == weights else sources._detectron(model)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cfg = config(name, *TINY)
+        loader = Checkpointer(build_model(cfg), guards=WeightGuards.from_config(cfg))
+        content = {"model": loader.model.state_dict(), "origin": dataclasses.asdict(loader.origin)}
+        torch.save(content, path)
+
+
 @pytest.fixture
-def user(tmp_path, monkeypatch):
+def user(tmp_path, monkeypatch, downloads):
     """The directory of a user, with a checkout, photos, COCO, and the weights that pages name."""
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "tools"):
