@@ -1,6 +1,8 @@
 """configs/finetune/: they fit the weights that they name, train what they say, and name no data."""
 
+import operator
 import re
+import shlex
 from pathlib import Path
 
 import detectron2
@@ -9,16 +11,19 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron_blobs import Blobs
-from helpers import CONFIGS, as_shipped
+from helpers import CONFIGS, ROOT, as_shipped
 
+import gn_detect
 from gn_detect.checkpoint import WeightGuards
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.coverage import component_of, cover
 from gn_detect.checkpoint.origin import Origin
 from gn_detect.checkpoint.sources import _DETECTRON_GN
+from gn_detect.config import load_config, locate
 from gn_detect.engine.guards import without_weights
 
 FINETUNE = [name for name in CONFIGS if name.startswith("finetune/")]
+PAGE = (ROOT / "docs/finetune.md").read_text()
 ZOO = Path(detectron2.__file__).parent / "model_zoo"
 every_config = pytest.mark.parametrize("name", FINETUNE)
 every_weights = pytest.mark.parametrize("name", [n for n in FINETUNE if "scratch" not in n])
@@ -119,12 +124,14 @@ def test_the_name_says_what_it_is(name):
     assert cfg.SOLVER.BASE_LR == (0.02 if depth == "18" else 0.02 * 2 / 16)
 
 
-def test_every_start_is_there():
-    stems = {re.sub(r"finetune/|_FPN|\.yaml", "", name) for name in FINETUNE}
-    assert stems >= {
-        *(f"mask_rcnn_R_{d}_gn_{s}" for d in (50, 101) for s in ("coco", "imagenet")),
-        *(f"mask_rcnn_R_{d}_gn_coco_heads_only" for d in (50, 101)),
-        *(f"scratch_mask_rcnn_R_{d}_gn" for d in (18, 50, 101)),
-        *(f"keypoint_rcnn_R_50_gn_{s}" for s in ("coco", "coco_heads_only", "imagenet")),
-        "scratch_keypoint_rcnn_R_50_gn",
-    }
+def test_the_page_names_every_config_and_keys_that_there_are():
+    named = re.findall(r"`((?:scratch_)?(?:mask|keypoint)_rcnn_[^`]+)`", PAGE)
+    depths = [n.replace("{50,101}", depth) for n in named for depth in ("50", "101")]
+    assert {f"finetune/{name}.yaml" for name in depths} == set(FINETUNE)
+    cfg = as_shipped(FINETUNE[0])
+    for key in re.findall(r"`([A-Z]\w+\.[A-Z_.\d]+)`", PAGE):
+        operator.getitem(*locate(cfg, key))
+    options = re.findall(r"`([A-Z]\w+\.[A-Z_.\d]+ [^`]+)`", PAGE)
+    assert len(options) >= 10
+    for option in options:
+        load_config(gn_detect.get_config_file(FINETUNE[0]), shlex.split(option))
