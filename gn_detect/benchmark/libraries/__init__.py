@@ -1,0 +1,80 @@
+"""What people use instead, trained on the same images for the same time: the contestants of
+``tools/compare_libraries.py``. Each has an adapter with a function ``train(job) -> Trained``, which
+runs in a process of its own (``python -m gn_detect.benchmark.libraries JOB``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+# Name -> the package that its adapter is with, and what the adapter is told.
+CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gn_detect": ("gn_detect", {"config": "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"}),
+    "torchvision": ("torchvision", {}),
+    "yolo11n-seg": ("ultralytics", {"model": "yolo11n-seg.yaml"}),
+    "yolo26n-seg": ("ultralytics", {"model": "yolo26n-seg.yaml"}),
+    "mayaku-n-seg": ("mayaku", {}),
+    # With images of about the size of gn_detect's, which their documentation does not advise.
+    "torchvision-256": ("torchvision", {"min_size": 256, "max_size": 384}),
+    "yolo11n-seg-320": ("ultralytics", {"model": "yolo11n-seg.yaml", "imgsz": 320}),
+    "mayaku-n-seg-384": ("mayaku", {"size_budget": 384}),
+}
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One training.
+
+    Attributes:
+        package, options: of ``CONTESTANTS``.
+        folder: for what is written.
+        seconds: of training, from the first batch to the last step; nothing else counts.
+        cores: of the CPU that the process may use, and threads of PyTorch.
+    """
+
+    package: str
+    options: dict[str, Any]
+    train_json: str
+    train_images: str
+    val_json: str
+    val_images: str
+    folder: str
+    seconds: float
+    cores: int
+    device: str
+    seed: int
+
+
+class Detections(NamedTuple):
+    """Of an image, N of them, in its pixels: boxes (N, 4), XYXY; scores (N,); categories (N,), ids
+    of the dataset; masks, (height, width) bool, one after another."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    categories: np.ndarray
+    masks: Sequence[np.ndarray]
+
+
+class Trained(NamedTuple):
+    """``predict`` takes the path of an image; ``seconds`` are those of the iterations."""
+
+    predict: Callable[[str], Detections]
+    iterations: int
+    images_per_iteration: int
+    seconds: float
+
+
+def iterations_within(seconds: float, marks: Sequence[float]) -> int:
+    """How many iterations fit, by the mean of some, of which the first does not count. ``marks``:
+    ``time.perf_counter()`` before the first and after each."""
+    return max(2, int(seconds * (len(marks) - 2) / (marks[-1] - marks[1])))
+
+
+def from_instances(found, category_ids: Sequence[int]) -> Detections:
+    """Of Detectron2's ``Instances``, or mayaku's, which are alike."""
+    boxes, scores = found.pred_boxes.tensor.cpu().numpy(), found.scores.cpu().numpy()
+    categories = np.asarray(category_ids)[found.pred_classes.cpu().numpy()]
+    masks = found.pred_masks.cpu().numpy() if len(found) else []
+    return Detections(boxes, scores, categories, masks)

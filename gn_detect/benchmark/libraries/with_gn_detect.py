@@ -1,0 +1,40 @@
+"""gn_detect itself, by the command that its users type."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pycocotools.coco import COCO
+
+import gn_detect
+
+from . import Detections, Job, Trained, from_instances
+
+TOOL = Path(gn_detect.__file__).parents[1] / "tools/train_net.py"
+
+
+def train(job: Job) -> Trained:
+    def fit(iterations: int, name: str) -> tuple[Path, str]:
+        folder = Path(job.folder, name)
+        data = ["--train-json", job.train_json, "--train-images", job.train_images]
+        opts = ["SOLVER.MAX_ITER", iterations, "SEED", job.seed, "MODEL.DEVICE", job.device]
+        opts += ["TEST.EVAL_PERIOD", 0, "TEST.REPORT", False, "OUTPUT_DIR", folder]
+        config = ["--config-file", gn_detect.get_config_file(job.options["config"])]
+        command = [sys.executable, TOOL, *config, *data, *job.options.get("words", []), *opts]
+        subprocess.run(list(map(str, command)), check=True)
+        return folder, (folder / "log.txt").read_text()
+
+    _, log = fit(20, "timing")
+    each = float(re.search(r"Overall training speed: .*\((\S+) s / it\)", log)[1])
+    iterations = max(2, int(job.seconds / each))
+    folder, log = fit(iterations, "train")
+    hours, minutes, seconds = re.search(r"Total training time: (\d+):(\d+):(\d+)", log).groups()
+    predictor = gn_detect.Predictor(folder / "model_final.pth", device=job.device)
+    category_ids = sorted(COCO(job.train_json).cats)
+
+    def predict(path: str) -> Detections:
+        return from_instances(predictor(path), category_ids)
+
+    took = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+    return Trained(predict, iterations, predictor.cfg.SOLVER.IMS_PER_BATCH, took)
