@@ -119,9 +119,9 @@ def test_commands(page, user, monkeypatch):
                 patch.setattr("detectron2.engine.default_setup", end)
             elif any(arg.startswith("configs/lazy/") for arg in args):
                 patch.setattr("gn_detect.engine.launch._start", load_lazy)
-            elif tool == "compare_norms.py":
-                args.append("--report")  # tests/tools/test_compare_norms.py trains
-                Path("output/norms").mkdir(exist_ok=True)
+            elif tool in ("compare_norms.py", "compare_libraries.py"):
+                args.append("--report")  # their own tests train
+                Path(args[args.index("--output") + 1]).mkdir(exist_ok=True)
             elif tool in ("train_net.py", "bn_to_gn.py"):
                 length = ("EPOCHS", 0.01) if "SOLVER.EPOCHS" in args else ("MAX_ITER", 1)
                 args = with_options(args, TINY, [f"SOLVER.{length[0]}", length[1]])

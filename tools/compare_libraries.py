@@ -14,7 +14,6 @@ minutes in libraries.png.
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -32,10 +31,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from gn_detect.benchmark.libraries import CONTESTANTS, Job
+from gn_detect.benchmark.libraries import CONTESTANTS, USUAL, Job
 from gn_detect.data.shapes import write_shapes
-
-USUAL = [name for name in CONTESTANTS if not name[-1].isdigit()]
 
 
 def parse_args(argv):
@@ -95,10 +92,10 @@ def run(job: Job) -> bool:
         words = (folder / "output.txt").read_text(errors="replace")[-1000:]
         print(f"error: {label} failed; its last words, of {output.name}:\n{words}", flush=True)
         return False
-    packages = ("torch", "torchvision", "pycocotools", job.package)
     result = json.loads((folder / "run.json").read_text())
-    result |= {"versions": {name: importlib.metadata.version(name) for name in packages}}
-    result |= score(job.val_json, str(folder / "predictions.json"))
+    result |= {"job": msgspec.to_builtins(job)} | score(
+        job.val_json, str(folder / "predictions.json")
+    )
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     print(f"{label}: {cell([result])}", flush=True)
     return True

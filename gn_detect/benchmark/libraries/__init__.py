@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 # Name -> the package that its adapter is with, and what the adapter is told.
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gn_detect": ("gn_detect", {"config": "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"}),
+    "gn_detect": ("gn_detect", {"config": PHOTOS}),
     "torchvision": ("torchvision", {}),
     "yolo11n-seg": ("ultralytics", {"model": "yolo11n-seg.yaml"}),
     "yolo26n-seg": ("ultralytics", {"model": "yolo26n-seg.yaml"}),
@@ -22,6 +23,7 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "yolo11n-seg-320": ("ultralytics", {"model": "yolo11n-seg.yaml", "imgsz": 320}),
     "mayaku-n-seg-384": ("mayaku", {"size_budget": 384}),
 }
+USUAL = list(CONTESTANTS)[:5]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

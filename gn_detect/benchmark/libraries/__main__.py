@@ -29,8 +29,10 @@ def main(job_file: str) -> None:
     for image in COCO(job.val_json).dataset["images"]:
         found = trained.predict(os.path.join(job.val_images, image["file_name"]))
         results += to_results(image["id"], found)
-    _, *rest = trained
-    run = dict(zip(trained._fields[1:], rest, strict=True))
+    run = trained._asdict()
+    del run["predict"]
+    names = {"torch", "torchvision", job.package}
+    run["versions"] = {name: sys.modules[name].__version__ for name in sorted(names)}
     for name, content in (("predictions", results), ("run", run)):
         Path(job.folder, f"{name}.json").write_text(json.dumps(content))
 

@@ -1,8 +1,10 @@
 """gn_detect itself, by the command that its users type."""
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -15,22 +17,24 @@ TOOL = Path(gn_detect.__file__).parents[1] / "tools/train_net.py"
 
 
 def train(job: Job) -> Trained:
-    def fit(iterations: int, name: str) -> tuple[Path, str]:
-        folder = Path(job.folder, name)
+    def fit(iterations: int, folder: str) -> str:
         data = ["--train-json", job.train_json, "--train-images", job.train_images]
         opts = ["SOLVER.MAX_ITER", iterations, "SEED", job.seed, "MODEL.DEVICE", job.device]
-        opts += ["TEST.EVAL_PERIOD", 0, "TEST.REPORT", False, "OUTPUT_DIR", folder]
+        opts += ["DATALOADER.NUM_WORKERS", job.cores, "TEST.EVAL_PERIOD", 0, "TEST.REPORT", False]
         config = ["--config-file", gn_detect.get_config_file(job.options["config"])]
         command = [sys.executable, TOOL, *config, *data, *job.options.get("words", []), *opts]
+        command += ["OUTPUT_DIR", folder]
         subprocess.run(list(map(str, command)), check=True)
-        return folder, (folder / "log.txt").read_text()
+        return Path(folder, "log.txt").read_text()
 
-    _, log = fit(20, "timing")
+    with tempfile.TemporaryDirectory() as folder:
+        log = fit(20, folder)
     each = float(re.search(r"Overall training speed: .*\((\S+) s / it\)", log)[1])
     iterations = max(2, int(job.seconds / each))
-    folder, log = fit(iterations, "train")
+    folder = os.path.join(job.folder, "train")
+    log = fit(iterations, folder)
     hours, minutes, seconds = re.search(r"Total training time: (\d+):(\d+):(\d+)", log).groups()
-    predictor = gn_detect.Predictor(folder / "model_final.pth", device=job.device)
+    predictor = gn_detect.Predictor(f"{folder}/model_final.pth", device=job.device)
     category_ids = sorted(COCO(job.train_json).cats)
 
     def predict(path: str) -> Detections:

@@ -3,6 +3,8 @@
 schedule has the iterations that fit."""
 
 import json
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def train(job: Job) -> Trained:
     )
     resolve_schedule, train_json = cli.resolve_schedule, write_polygons(job)
 
-    def fit(iterations: int, name: str) -> tuple[Path, list[float]]:
+    def fit(iterations: int, folder: str) -> list[float]:
         marks = []
 
         class Timer(IterationTimer):
@@ -79,20 +81,22 @@ def train(job: Job) -> Trained:
         cli.IterationTimer = Timer
         # As if each iteration was an epoch.
         cli.resolve_schedule = lambda *args: resolve_schedule(iterations, 1, 1, args[-1])
-        folder = Path(job.folder, name)
         cli.run_train(
             config,
             coco_gt_json=train_json,
             image_root=Path(job.train_images),
-            output_dir=folder,
+            output_dir=Path(folder),
             device=job.device.partition(":")[0],
             # A backbone that hardly learns is for one that has learned before.
             user_set_paths={"solver.llrd_decay"},
         )
-        return folder, marks
+        return marks
 
-    folder, marks = fit(iterations_within(job.seconds, fit(4, "timing")[1]), "train")
-    predictor = from_pretrained(select_final_weights(folder), device=job.device)
+    with tempfile.TemporaryDirectory() as folder:
+        iterations = iterations_within(job.seconds, fit(4, folder))
+    folder = os.path.join(job.folder, "train")
+    marks = fit(iterations, folder)
+    predictor = from_pretrained(select_final_weights(Path(folder)), device=job.device)
     category_ids = sorted(COCO(train_json).cats)
 
     def predict(path: str) -> Detections:
