@@ -150,7 +150,7 @@ def in_process(monkeypatch):
 
     def train(command, check):
         assert Path(command[1]).samefile(ROOT / "tools/train_net.py")
-        run_tool("train_net.py", *command[2:], *TINY[2:], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0)
+        run_tool("train_net.py", *command[2:], *TINY[2:], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
 
     monkeypatch.setattr(with_gn_detect, "subprocess", SimpleNamespace(run=train))
     return cores
