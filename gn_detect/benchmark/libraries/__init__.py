@@ -13,11 +13,12 @@ import numpy as np
 PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 # Name -> the package that its adapter is with, and what the adapter is told.
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gn_detect": ("gn_detect", {"config": PHOTOS}),
+    "gn_detect": ("gn_detect", {"config": PHOTOS, "recipe": "auto"}),
     "torchvision": ("torchvision", {}),
     "yolo11n-seg": ("ultralytics", {"model": "yolo11n-seg.yaml"}),
     "yolo26n-seg": ("ultralytics", {"model": "yolo26n-seg.yaml"}),
     "mayaku-n-seg": ("mayaku", {}),
+    "gn_detect-none": ("gn_detect", {"config": PHOTOS, "recipe": "none"}),
     # With images of about the size of gn_detect's, which their documentation does not advise.
     "torchvision-256": ("torchvision", {"min_size": 256, "max_size": 384}),
     "yolo11n-seg-320": ("ultralytics", {"model": "yolo11n-seg.yaml", "imgsz": 320}),

@@ -22,8 +22,8 @@ def train(job: Job) -> Trained:
         opts = ["SOLVER.MAX_ITER", iterations, "SEED", job.seed, "MODEL.DEVICE", job.device]
         opts += ["DATALOADER.NUM_WORKERS", job.cores, "TEST.EVAL_PERIOD", 0, "TEST.REPORT", False]
         config = ["--config-file", gn_detect.get_config_file(job.options["config"])]
-        command = [sys.executable, TOOL, *config, *data, *job.options.get("words", []), *opts]
-        command += ["OUTPUT_DIR", folder]
+        config += ["--recipe", job.options["recipe"]]
+        command = [sys.executable, TOOL, *config, *data, *opts, "OUTPUT_DIR", folder]
         subprocess.run(list(map(str, command)), check=True)
         return Path(folder, "log.txt").read_text()
 
