@@ -102,29 +102,24 @@ def check_weights_same(model: nn.Module, iteration: int) -> None:
         sizes = [torch.linalg.vector_norm(p, 1, dtype=torch.float64) for p in parameters]
         ours = torch.stack([*sums, *sizes]).cpu().reshape(2, -1)
     hosts, everywhere = zip(*comm.all_gather((socket.gethostname(), ours)), strict=True)
-    # (processes, parameters): in parts of the first process's absolute sum
-    differences = torch.stack([_difference(theirs, everywhere[0]) for theirs in everywhere])
-    differs = differences > _TOLERANCE
-    if not differs.any():
+    sums = torch.stack(everywhere)  # (processes, 2, parameters)
+    sums = sums.where(sums.isfinite().all(1, keepdim=True), torch.nan)
+    # In parts of the absolute sums of the first process.
+    parts = sums / sums[0, 1].nan_to_num(1).clamp(min=1e-300)
+    apart = ~torch.isclose(parts, parts[0], rtol=0, atol=_TOLERANCE, equal_nan=True).all(1)
+    if not apart.any():
         return
+    differences = (parts - parts[0]).abs().amax(1).nan_to_num(torch.inf, torch.inf).where(apart, 0)
     rank, worst = divmod(int(differences.argmax()), len(names))
     values = [f"{everywhere[r][0, worst]:.7g} on {_name([r], hosts)}" for r in (0, rank)]
-    ranks = differs.any(1).nonzero().flatten().tolist()
+    ranks = apart.any(1).nonzero().flatten().tolist()
     raise ProcessesError(
         f"at iteration {iteration} the weights of {_name(ranks, hosts)} are not those of "
-        f"{_name([0], hosts)}: {int(differs.any(0).sum())} of {len(names)} parameters differ, most "
+        f"{_name([0], hosts)}: {int(apart.any(0).sum())} of {len(names)} parameters differ, most "
         f"of all {names[worst]}, whose sum is {' and '.join(values)}. Either a parameter was "
         "changed outside of DistributedDataParallel, or a GPU computes wrongly; the last "
         "checkpoint before it is intact"
     )
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How far the sums ``a`` (2, P) are from ``b``, in parts of the absolute sum; infinite where
-    those of one alone are finite, and 0 where neither's are."""
-    finite, expected = a.isfinite().all(0), b.isfinite().all(0)
-    relative = ((a - b).abs().amax(0) / b[1].clamp(min=1e-300)).where(finite & expected, 0.0)
-    return relative.where(finite == expected, torch.inf)
 
 
 def _name(ranks: list[int], hosts: Sequence[str]) -> str:
