@@ -6,10 +6,11 @@ what to call, of which only the components of detectors are allowed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -135,9 +136,7 @@ def build_mapper(cfg: CfgNode | DictConfig) -> DatasetMapper:
 
 
 def _saved_config(weights: Weights, name: str, opts: list[str]) -> CfgNode | DictConfig:
-    text = weights.rest.get("config") or (weights.rest.get("metadata") or {}).get(
-        "gn_detect.config"
-    )
+    text = weights.rest.get("config")
     if not text or not isinstance(text, str):
         raise WeightsError(f"{name} does not say what config it was trained with: {_REMEDY}")
     try:
@@ -191,18 +190,15 @@ def _lazy_config(saved: dict, name: str, opts: list[str]) -> DictConfig:
     return cfg
 
 
-class _Named:
+class _Named(NamedTuple):
     """What PyYAML writes of a function or a class (``!!python/name:``), or of an object."""
 
-    def __init__(self, path: str, arguments: dict | None = None):
-        self.path, self.arguments = path, arguments
+    path: str
+    arguments: dict | None = None
 
 
 class _Loader(yaml.SafeLoader):
     """Of plain values, and of names, which stay names."""
-
-    def named(self, path: str, node: yaml.Node) -> _Named:
-        return _Named(path)
 
     def object(self, path: str, node: yaml.Node) -> _Named:
         return _Named(path, self.construct_mapping(node, deep=True))
@@ -212,7 +208,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _PYTHON = "tag:yaml.org,2002:python/"
-_Loader.add_multi_constructor(f"{_PYTHON}name:", _Loader.named)
+_Loader.add_multi_constructor(f"{_PYTHON}name:", lambda loader, path, node: _Named(path))
 _Loader.add_multi_constructor(f"{_PYTHON}object:", _Loader.object)
 _Loader.add_constructor(f"{_PYTHON}tuple", _Loader.tuple)
 
@@ -240,10 +236,8 @@ def _allowed(path: Any, name: str) -> tuple[str, Any]:
     plain = path.removeprefix("LabGym.")  # whose copy of Detectron2 this may be
     found = None
     if plain.startswith((*_ROOMS, "gn_detect.data.loader.", "detectron2.data.DatasetMapper")):
-        try:
+        with contextlib.suppress(Exception):  # of the import of anything there
             found = locate(plain)
-        except Exception:  # of the import of anything there
-            found = None
     if isinstance(found, type) and issubclass(found, _KINDS):
         room = f"{found.__module__.removeprefix('LabGym.')}."
         if room.startswith(_ROOMS) and not room.startswith(_FOREIGN):
