@@ -6,6 +6,7 @@ data of your own in COCO format; --val-fraction takes a part of the training set
 Without CUDA it runs on the CPU, in --num-gpus processes. torchrun and srun can start it, too.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from gn_detect.engine.prepare import claim_output, start_log
 from gn_detect.engine.report import report_run
 from gn_detect.engine.trainer import load_to_evaluate
 from gn_detect.settings import Settings
+
+logger = logging.getLogger("gn_detect")
 
 
 def parse_arguments():
@@ -57,8 +60,13 @@ def parse_arguments():
         )
     if args.recipe is None:
         own = args.train_json and not args.eval_only
-        args.recipe = "auto" if own and Path(args.config_file).parent.name == "finetune" else "none"
+        args.recipe = "auto" if own and is_finetune(args) else "none"
     return args
+
+
+def is_finetune(args):
+    """Whether the config is one of configs/finetune/."""
+    return Path(args.config_file).parent.name == "finetune"
 
 
 def split_data(args, cfg):
@@ -92,6 +100,11 @@ def main(args):
     names = ("eval_only", "resume", "val_fraction", "train_json", "val_json", "recipe")
     typed = args.opts[::2]
     check_same(cfg, typed, **{name: getattr(args, name) for name in names})
+    if args.eval_only and is_finetune(args):
+        logger.warning(
+            "sizes and anchors are the config's: to evaluate weights of a run that had a recipe, "
+            "give the config.yaml of its OUTPUT_DIR as --config-file"
+        )
     if args.val_fraction:
         split_data(args, cfg)
     register_data(args, Settings(cfg, typed))

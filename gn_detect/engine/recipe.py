@@ -132,7 +132,7 @@ def image_sizes(run: Settings, summary: DataSummary) -> Iterator[Row]:
     elif side * small < SMALL_OBJECT:
         side = min(_up(SMALL_OBJECT / small, 32), 2 * side)
         why = "twice the config's" if side == 2 * stated else f"the config's {stated} is too small"
-        crops = not run.is_typed("crop")
+        crops = not any(map(run.is_typed, ("crop", "crop_type", "crop_size")))
     elif side > 2 * native:  # small objects of COCO, below 32 pixels, gain from more
         side = min(max(_up(2 * native, 32), _up(2 * SMALL_OBJECT / small, 32)), side)
         if side < stated:

@@ -12,7 +12,7 @@ from helpers import ROOT, TINY, as_shipped, config
 
 from gn_detect import get_config_file
 from gn_detect.config import ConfigError, load_config, locate
-from gn_detect.data.anchors import best_iou
+from gn_detect.data.anchors import best_iou, fit_sizes
 from gn_detect.data.coco import load_coco, register_coco_json
 from gn_detect.data.model_input import ModelInput
 from gn_detect.data.summary import DataSummary, summarize
@@ -105,6 +105,9 @@ def test_full_images_are_cut_in_training_at_the_scale_of_the_evaluation():
     assert "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE" not in found  # 64 for 12 objects of a crop
     assert "INPUT.CROP.SIZE" not in recipe(data(10, per_image=13))  # 4 objects of a crop
     assert "INPUT.CROP.SIZE" not in recipe(data(40, per_image=40))
+    assert "INPUT.CROP.ENABLED" not in recipe(
+        data(10, per_image=40), "INPUT.CROP.SIZE", "[0.9, 0.9]"
+    )
     typed = recipe(data(10, per_image=40), "INPUT.CROP.ENABLED", "False")
     assert np.mean(typed["INPUT.MIN_SIZE_TRAIN"]) == 416
     assert typed["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] == 256
@@ -156,6 +159,13 @@ def test_anchors_that_cover_stay_and_others_are_fitted():
     assert all(2 * s <= a <= 16 * s for s, (a,) in zip(STRIDES, found[key], strict=True))
     typed = recipe(data(thin), key, "[[10], [20], [40], [80], [160]]")
     assert typed[key] == [[10], [20], [40], [80], [160]]
+
+
+def test_anchors_follow_sizes_that_were_typed():
+    thin = np.random.default_rng(0).uniform(4, 8, (400, 1)) * [[1, 6]]
+    found = recipe(data(thin, size=(256, 512)), "INPUT.MAX_SIZE_TRAIN", "384")
+    assert min(found["INPUT.MIN_SIZE_TRAIN"]) > 192  # half of 384, which holds
+    assert found["MODEL.ANCHOR_GENERATOR.SIZES"] == fit_sizes(thin * 384 / 512, STRIDES, 1)
 
 
 def test_anchors_of_a_c4_and_of_a_retinanet_keep_their_number():

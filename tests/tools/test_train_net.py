@@ -158,9 +158,12 @@ def test_a_recipe_is_that_of_the_run(coco_files, tmp_path):
     assert output.count("recipe from the data (--recipe none leaves the config's)") == 1
     assert "best IoU" in output and "Starting training from iteration 0" in output
     data = ("--val-json", coco_files.json_file, "--val-images", coco_files.image_root)
-    again = ("--eval-only", "--config-file", tmp_path / "run/config.yaml", *data)
+    (tmp_path / "finetune").mkdir()
+    config = (tmp_path / "run/config.yaml").rename(tmp_path / "finetune/config.yaml")
     weights = ("MODEL.WEIGHTS", tmp_path / "run/model_final.pth", "OUTPUT_DIR", tmp_path / "eval")
-    assert "recipe from the data" not in train_net(*again, *weights).stdout
+    output = train_net("--eval-only", "--config-file", config, *data, *weights).stdout
+    assert "recipe from the data" not in output
+    assert output.count("give the config.yaml of its OUTPUT_DIR as --config-file") == 1
 
 
 def test_keypoints_of_own_data_train_and_are_evaluated(coco_files, tmp_path):
