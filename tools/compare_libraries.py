@@ -148,7 +148,8 @@ def report(args) -> None:
                 if results:
                     both = ([r["seconds"] / 60, r["mask AP"]] for r in results)
                     points.append([statistics.mean(values) for values in zip(*both, strict=True)])
-            axes.plot(*zip(*points, strict=True), "o-", label=contestant) if points else None
+            took, ap = zip(*points, strict=True) if points else ((), ())
+            axes.plot(took, ap, "o-", label=contestant)
         axes.set(title=data.name, xlabel="minutes of training", ylabel="mask AP", ylim=(0, None))
     columns[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
     headers = ["data", "from scratch", "minutes", "box / mask AP"]
@@ -163,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     failed = 0
     if not args.report:
         for data in args.data:
-            if data.name == "shapes":
-                write_shapes(data) if not data.is_dir() else None
+            if data.name == "shapes" and not data.exists():
+                write_shapes(data)
             if not (data / "train.json").is_file():
                 sys.exit(f"error: --data {data} has no train.json; name a folder that has")
         for name in dict.fromkeys(CONTESTANTS[c][0] for c in args.contestants):
