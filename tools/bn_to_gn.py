@@ -17,6 +17,8 @@ from gn_detect.checkpoint.export import check_output, write_weights
 from gn_detect.config import load_config
 from gn_detect.engine import errors_as_sentences
 from gn_detect.engine.bn_to_gn import METHODS, convert, read_images
+from gn_detect.engine.prepare import resolve_device
+from gn_detect.settings import Settings
 
 
 def parse_args(argv):
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     with errors_as_sentences():
         check_output(args.output)
         cfg = load_config(args.config_file, args.opts)
+        resolve_device(Settings(cfg, args.opts[::2]))
         images = read_images(args.images, args.num_images, cfg)
         result = convert(cfg, args.weights, images, args.method)
         write_weights(args.output, Weights("Detectron2", result.weights, False, result.origin))
