@@ -85,6 +85,7 @@ def test_yaml_does_not_execute_code(tmp_path):
         (["MODEL.NOTHING", "1"], "command line: Non-existent key: MODEL.NOTHING"),
         (["SOLVER.MAX_ITER"], "command line: Override list has odd length"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["SOLVER.EPOCHS", "many"], "SOLVER.EPOCHS is 'many'; it must be a number of epochs"),
         (["SOLVER.MAX_ITER.X", "3"], "the command line: "),
     ],
 )

@@ -119,6 +119,11 @@ def _choose(run: Settings, num_images: int | None) -> bool:
                 f"{keys.get('train_data', 'what is trained on')} is no data in COCO format. Set "
                 f"{keys[stated]}, and {key} to 0"
             )
+    if run["warmup_epochs"] and not keys.keys() & {"warmup_iters", "warmup_length"}:
+        raise ConfigError(
+            f"{keys['warmup_epochs']} is {run['warmup_epochs']}, but lr_multiplier has no "
+            "warmup_length (WarmupParamScheduler)"
+        )
     return any(run[relative] for relative in _RELATIVE.values())
 
 

@@ -276,6 +276,39 @@ def test_the_derived_schedule_is_that_of_yaml_configs(name, per_gpu, steps, proc
         assert [rate] == pytest.approx(scheduler.get_lr(), rel=0.03)  # iterations are rounded
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"max_iter": 20},
+        {"epochs": 3},
+        {"epochs": 2.5, "warmup_epochs": 0.1, "eval_epochs": 1},
+        {"max_iter": 5000, "eval_period": 7},
+    ],
+)
+def test_a_typed_length_is_that_of_yaml_configs(typed):
+    name, per_gpu = "quickstart/mask_rcnn_R_18_FPN_gn_shapes", {"ims_per_gpu": 1}
+    keys = [f"train.{key}" for key in typed | per_gpu]
+    cfg = load(name, *(f"train.{key}={value}" for key, value in (typed | per_gpu).items()))
+    section = {key: "TEST" if key.startswith("eval") else "SOLVER" for key in typed | per_gpu}
+    opts = [(f"{section[key]}.{key.upper()}", v) for key, v in (typed | per_gpu).items()]
+    yaml = config(f"{name}.yaml", *(word for pair in opts for word in pair))
+    for _ in range(2):
+        resolve_schedule(Settings(cfg, keys), 1, 100)
+        resolve_schedule(Settings(yaml, [key for key, _ in opts]), 1, 100)
+        assert cfg.train.max_iter == yaml.SOLVER.MAX_ITER
+        assert cfg.train.eval_period == yaml.TEST.EVAL_PERIOD
+        assert cfg.train.checkpointer.period == yaml.SOLVER.CHECKPOINT_PERIOD
+        warmup = cfg.lr_multiplier.warmup_length * cfg.train.max_iter
+        assert warmup == pytest.approx(yaml.SOLVER.WARMUP_ITERS)
+
+
+def test_epochs_of_a_warm_up_that_is_not_there():
+    cfg = load("quickstart/mask_rcnn_R_18_FPN_gn_shapes", "train.warmup_epochs=1")
+    cfg.lr_multiplier = cfg.lr_multiplier.scheduler
+    with pytest.raises(ConfigError, match="train.warmup_epochs is 1, but lr_multiplier has no"):
+        resolve_schedule(Settings(cfg), 1, 100)
+
+
 def test_what_scores_is_named_by_its_own_key(lazy_data):
     cfg = lazy_data("dataloader.evaluator.coco_eval=c")
     with pytest.raises(ConfigError, match="^dataloader.evaluator.coco_eval is 'c'; known: auto"):
