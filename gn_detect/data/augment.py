@@ -29,8 +29,7 @@ class AugmentedDataset(Dataset):
             that they are scaled and flipped on their own.
         copy_paste: paste objects of another image (:func:`paste`): a random subset, which may be
             empty, of those that are no crowd regions.
-        color_jitter: see :func:`jitter_colors`; 0 for none.
-        image_format: of the mapper.
+        color_jitter: the strength of :func:`jitter_colors`; 0 for none.
 
     Raises:
         ConfigError: an argument has no such value, or the samples have what cannot be pasted.
