@@ -10,7 +10,8 @@ os.environ.pop("DETECTRON2_DATASETS", None)
 
 from helpers import SHARED_DATA, CocoFiles
 
-from gn_detect.engine import prepare
+from gn_detect.engine import memory
+from gn_detect.engine.step_memory import StepMemory
 
 # The workers of pytest-xdist share the cores; and maps are so small that threads would wait.
 torch.set_num_threads(1)
@@ -23,10 +24,10 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def resolved_memory(monkeypatch):
-    """To look whether a step fits takes longer than the tests' steps: tests/engine/test_memory.py
-    does."""
-    monkeypatch.setattr(prepare, "resolve_memory", lambda *_: None)
+def estimate(monkeypatch):
+    """Of no bytes: a true one, in tests/engine/test_memory.py, takes longer than a step of the
+    tests."""
+    monkeypatch.setattr(memory, "estimate_step", lambda *_: StepMemory(0, 0, 0, 0, 0))
 
 
 @pytest.fixture

@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 MOST_IMAGES = 4  # of a GPU, of SOLVER.IMS_PER_GPU auto
 SPARE = 0.1  # of the free memory is left
 _MIB = 2**20
-# What a step takes beside its tensors: on CUDA the workspaces of cuDNN and cuBLAS and the gaps of
-# PyTorch's allocator; on a CPU the heap, stacks of threads, and what a process loads in its first
-# step. Measured: docs/memory.md.
-_BESIDE = {"cuda": (512 * _MIB, 0.05), "cpu": (128 * _MIB, 0.03)}
+# What a step takes beside its tensors, in bytes and as a share of them, in the measurements of
+# docs/memory.md: on CUDA the gaps of PyTorch's allocator and workspaces of cuDNN; on a CPU what a
+# process loads in its first steps, and writes a checkpoint with.
+_BESIDE = {"cuda": (256 * _MIB, 0.08), "cpu": (128 * _MIB, 0.03)}
 _ADDRESSES = 640 * _MIB  # of libraries that a run still loads, and of the heaps of its threads
 _WORKER = 160 * _MIB  # of a data loading worker, which shares most of its memory
 _M_MMAP_THRESHOLD = -3
@@ -159,7 +159,9 @@ def _decide(
     modes = ["fast" if mode == "auto" else mode or "fast"]
     if mode == "auto" or (images == "auto" and mode in MODES and not run.is_typed("memory")):
         modes += [m for m in ("lean", "checkpoint") if MODES.index(m) > MODES.index(modes[0])]
-    others = run["reference_world_size"] or processes * (run["accumulate_steps"] or 1)
+    passes = run["accumulate_steps"]  # "auto" goes with images of a GPU
+    passes = passes if isinstance(passes, int) and passes else 1
+    others = run["reference_world_size"] or processes * passes
     stated = 1 if images == "auto" else images or max(run["ims_per_batch"] // others, 1)
     counts = range(stated, MOST_IMAGES + 1 if images == "auto" else stated + 1)
     found: dict[tuple[str, int], StepMemory] = {}

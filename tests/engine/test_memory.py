@@ -26,11 +26,6 @@ MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def resolved_memory():
-    """Not the stand-in of the other tests."""
-
-
 def run_of(*opts, typed=()):
     return Settings(config(MASK_RCNN, *TINY, *opts), typed)
 
