@@ -80,6 +80,16 @@ def test_memory(benchmark):
         assert row["MiB / detectron2-gn"] == ratio(kept[row["variant"]], kept["detectron2-gn"])
 
 
+def test_estimate(benchmark):
+    """Of what a process of its own measures, in which the model of the tests is a small part."""
+    options = ["--size", "64x96", "--rois", 16, "--variants", "ours-fast"]
+    (row,), (result,) = benchmark("estimate", *options)
+    (measures,) = result["variants"].values()
+    (estimate,), (peak,) = measures["estimate MiB"], measures["peak MiB"]
+    assert row["estimate / peak"] == quartiles([estimate / peak])
+    assert 1 < estimate < peak < estimate + 150
+
+
 def test_kernels(benchmark, capsys):
     options = ["--size", "64x64", "-n", 1, "--dtypes", "bfloat16", "--variants", "autocast", "copy"]
     rows, results = benchmark("kernels", *STEP, *options)
