@@ -82,6 +82,7 @@ def derive_recipe(
         lambda: anchors(trial, summary, strides),
         lambda: crowds(trial, summary),
         lambda: balance(trial, summary),
+        lambda: images_per_step(trial, processes),
         lambda: schedule(trial, summary, processes),
     ]
     rows = []
@@ -220,6 +221,19 @@ def balance(run: Settings, summary: DataSummary) -> Iterator[Row]:
     most = math.sqrt(threshold / share[0])
     reason = f"images of {rare} classes come up to {most:.2g} times as often"
     yield Row("repeat_threshold", threshold, reason)
+
+
+def images_per_step(run: Settings, processes: int) -> Iterator[Row]:
+    """One, from scratch on a CPU, where two take twice as long: GN has no statistics of a batch, so
+    that more and smaller steps of the linear rule learn more from the same images."""
+    batch, stated = run["ims_per_batch"], run["reference_batch_size"]
+    typed = any(map(run.is_typed, ("ims_per_batch", "ims_per_gpu", "accumulate_steps")))
+    statistics_of_batch = run.cfg.MODEL.RESNETS.NORM in ("BN", "SyncBN")
+    if run["device"] != "cpu" or run["weights"] or typed or statistics_of_batch:
+        return
+    if batch == stated > processes and not run["ims_per_gpu"]:
+        reason = "more steps of the same images: box AP 34.0, 29.5 with 2 (docs/small_batches.md)"
+        yield Row("ims_per_gpu", 1, reason)
 
 
 def schedule(run: Settings, summary: DataSummary, processes: int) -> Iterator[Row]:
