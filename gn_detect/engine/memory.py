@@ -133,7 +133,7 @@ def resolve_memory(
     decide = functools.partial(_decide, run, processes, data, free, total)
     values, scarce = from_first_process(decide)
     for name, value in values.items():
-        run[name] = value
+        run.derive(name, value, "what fits into the memory")
     if run["device"] == "cpu" and scarce:
         spare_the_heap()
 
@@ -150,7 +150,7 @@ def _take_saved(run: Settings) -> None:
         for part in run.keys.get(name, "").split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if run[name] == "auto" and value not in (None, "auto"):
-            run[name] = value
+            run.derive(name, value, f"as before ({path})")
             logger.info(f"{run.keys[name]} = {value}, as before ({path})")
 
 

@@ -213,6 +213,22 @@ def test_rare_classes_come_up_to_four_times(class_images):
         assert threshold <= np.median(share) + 1e-4
 
 
+def test_a_step_from_scratch_on_a_cpu_has_one_image():
+    key, cpu = "SOLVER.IMS_PER_GPU", ("MODEL.DEVICE", "cpu")
+    assert recipe(data(), *cpu)[key] == 1
+    for other in (
+        ("MODEL.DEVICE", "cuda"),  # where a step of one image is hardly faster
+        (*cpu, "SOLVER.IMS_PER_BATCH", 2),
+        (*cpu, "SOLVER.ACCUMULATE_STEPS", 2),
+        (*cpu, "MODEL.WEIGHTS", "detectron2://a.pkl"),
+        (*cpu, "MODEL.RESNETS.NORM", "BN"),
+    ):
+        assert key not in recipe(data(), *other)
+    assert key not in recipe(data(), *cpu, processes=2)
+    run, _ = derived(data(), *cpu, "SOLVER.IMS_PER_GPU", 2)
+    assert run["ims_per_gpu"] == 2
+
+
 def test_the_length_of_a_run():
     assert num_epochs(100, scratch=False) == 50  # small data
     assert num_epochs(118_000, scratch=False) == 12  # 1x of COCO
@@ -290,7 +306,7 @@ def test_a_run_takes_its_recipe_and_prints_it(coco_files, caplog):
     cfg = load_config(get_config_file(PHOTOS), typed)
     with caplog.at_level(logging.INFO, "gn_detect"):
         prepare_run(cfg, typed=typed[::2], recipe=True)
-    assert cfg.SOLVER.EARLY_STOP == 5 and cfg.TEST.EVAL_PERIOD == 2  # 3 images, by 2
+    assert cfg.SOLVER.EARLY_STOP == 5 and cfg.TEST.EVAL_PERIOD == 3  # images, one by one
     (table,) = (r.message for r in caplog.records if r.message.startswith("recipe from the data"))
     row = next(line for line in table.splitlines() if line.startswith("SOLVER.EARLY_STOP"))
     assert re.fullmatch(r"SOLVER.EARLY_STOP +5 +0 +half of the run without a gain *", row)

@@ -80,10 +80,10 @@ class Kind:
         """The values of all keys before and after."""
         cfg = self.load(file, typed)
         before = self.values(cfg)
-        keys = [key for key, _ in typed]
-        prepare_run(cfg, typed=keys)
+        options = {"typed": [key for key, _ in typed], "recipe": not self.lazy}
+        prepare_run(cfg, **options)
         after = self.values(cfg)
-        prepare_run(cfg, typed=keys)
+        prepare_run(cfg, **options)
         assert changed(after, self.values(cfg)) == {}  # to prepare it again changes nothing
         return before, after
 
