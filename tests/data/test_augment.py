@@ -140,7 +140,17 @@ def test_a_closed_sample_is_that_of_the_mapper(dicts, copy_paste):
         assert torch.equal(samples[0]["image"], samples[1]["image"])
         masks = [sample["instances"].gt_masks.tensor for sample in samples]
         assert torch.equal(*masks)
-    assert any((dataset[0]["image"] != mapper(dicts[0])["image"]).any() for _ in range(5))
+
+
+def test_the_image_and_what_is_pasted_are_jittered(monkeypatch, dicts):
+    def jitter(image, strength, image_format):
+        assert (strength, image_format) == (0.5, "RGB")
+        return image + torch.tensor([0, 0, 7], dtype=torch.uint8)[:, None, None]
+
+    monkeypatch.setattr(augment, "jitter_colors", jitter)
+    np.random.seed(0)
+    dataset = pasting(dicts, flipping(), color_jitter=0.5)
+    assert {blue for i in range(5) for blue in dataset[i]["image"][2].unique().tolist()} == {7}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
