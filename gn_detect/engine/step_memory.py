@@ -146,8 +146,7 @@ def _build(run: Settings) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _fake_data(run: Settings, model: nn.Module, batch: Batch) -> list[dict]:
-    height, width = batch.size
-    data = []
+    (height, width), data = batch.size, []
     for _ in range(batch.images):
         instances = Instances(batch.size)
         instances.gt_boxes = Boxes(torch.zeros(batch.objects, 4))
