@@ -15,15 +15,8 @@ import torch
 from helpers import ROOT, TINY, CocoFiles, coco_json, run_tool
 from pycocotools import mask as mask_util
 
-from gn_detect.benchmark.libraries import (
-    CONTESTANTS,
-    Detections,
-    Job,
-    iterations_within,
-    with_gn_detect,
-)
+from gn_detect.benchmark.libraries import CONTESTANTS, Job, iterations_within, with_gn_detect
 from gn_detect.benchmark.libraries.__main__ import main as run_job
-from gn_detect.benchmark.libraries.__main__ import to_results
 from gn_detect.benchmark.libraries.with_ultralytics import write_yolo
 
 pytestmark = pytest.mark.slow
@@ -36,12 +29,14 @@ def found(shift: int = 0) -> list[dict]:
     """The objects of ``coco_json``, as results, moved to the right."""
     results = []
     for annotation in coco_json()["annotations"]:
-        mask = np.zeros((64, 64), bool)
-        mask[8:32, 8 + shift : 32 + shift] = True
-        box = np.array([[8 + shift, 8, 32 + shift, 32]], np.float32)
-        one = Detections(box, np.ones(1), np.array([annotation["category_id"]]), [mask])
-        results += to_results(annotation["image_id"], one)
-    return json.loads(json.dumps(results))
+        mask = np.zeros((64, 64), np.uint8, order="F")
+        mask[8:32, 8 + shift : 32 + shift] = 1
+        rle = mask_util.encode(mask)
+        rle["counts"] = rle["counts"].decode()
+        where = {key: annotation[key] for key in ("image_id", "category_id")}
+        box = [8 + shift, 8, 24, 24]
+        results.append({**where, "bbox": box, "score": 1.0, "segmentation": rle})
+    return results
 
 
 @pytest.fixture
@@ -70,13 +65,6 @@ def test_results_are_scored_as_coco_defines_it(data, tmp_path):
         assert scores["box AP"] == pytest.approx(ap) == scores["mask AP"], shift
     (tmp_path / "results.json").write_text("[]")
     assert set(score(str(data / "val.json"), str(tmp_path / "results.json")).values()) == {0.0}
-
-
-def test_results_have_the_masks_of_detections():
-    (result,) = [r for r in found(4) if r["image_id"] == 2]
-    assert result["bbox"] == [12, 8, 24, 24] and result["category_id"] == 7
-    mask = mask_util.decode(result["segmentation"])
-    assert mask.shape == (64, 64) and mask.sum() == 24 * 24 and mask[8:32, 12:36].all()
 
 
 def test_iterations_that_fit():
@@ -175,7 +163,7 @@ def test_a_contestant_trains_and_predicts(package, data, in_process):
     assert [len(cores) for cores in in_process] == [1]
     run = json.loads(Path(task.folder, "run.json").read_text())
     assert {"torch", "torchvision", package} == set(run["versions"]) and run["iterations"] >= 1
-    assert run["images_per_iteration"] >= 2 and run["seconds"] >= 0
+    assert run["images_per_iteration"] >= 1 and run["seconds"] >= 0
     results = json.loads(Path(task.folder, "predictions.json").read_text())
     assert {r["category_id"] for r in results} == {3, 7} or package != "gn_detect"
     for result in results:
@@ -184,8 +172,9 @@ def test_a_contestant_trains_and_predicts(package, data, in_process):
 
 
 def test_yolo_gets_the_same_objects(data):
-    config, category_ids = write_yolo(job(data, "ultralytics"))
-    assert category_ids.tolist() == [3, 7] and "- dog\n- cat\n" in Path(config).read_text()
+    task = job(data, "ultralytics")
+    config, category_ids = write_yolo(task), task.category_ids()
+    assert category_ids == [3, 7] and "- dog\n- cat\n" in Path(config).read_text()
     labels = sorted(Path(config).parent.glob("train/labels/*.txt"))
     assert [path.stem for path in labels] == ["1", "2", "3"]
     for path in labels:

@@ -4,11 +4,13 @@ runs in a process of its own (``python -m gn_detect.benchmark.libraries JOB``)."
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
+from detectron2.structures import Instances
 
 PHOTOS = "quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml"
 # Name -> the package that its adapter is with, and what the adapter is told.
@@ -49,21 +51,23 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     seed: int
 
-
-class Detections(NamedTuple):
-    """Of an image, N of them, in its pixels: boxes (N, 4), XYXY; scores (N,); categories (N,), ids
-    of the dataset; masks, (height, width) bool, one after another."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    categories: np.ndarray
-    masks: Sequence[np.ndarray]
+    def category_ids(self) -> list[int]:
+        """Of the dataset, ascending, as the classes of most libraries are."""
+        content = json.loads(Path(self.train_json).read_bytes())
+        return sorted(category["id"] for category in content["categories"])
 
 
 class Trained(NamedTuple):
-    """``predict`` takes the path of an image; ``seconds`` are those of the iterations."""
+    """
+    Attributes:
+        predict: what is in an image, by its path, in its pixels: ``pred_boxes``, ``scores``,
+            ``pred_classes``, and ``pred_masks``, (N, height, width) bool.
+        category_ids: class -> id of the dataset.
+        seconds: of the iterations.
+    """
 
-    predict: Callable[[str], Detections]
+    predict: Callable[[str], Instances]
+    category_ids: Sequence[int]
     iterations: int
     images_per_iteration: int
     seconds: float
@@ -73,11 +77,3 @@ def iterations_within(seconds: float, marks: Sequence[float]) -> int:
     """How many iterations fit, by the mean of some, of which the first does not count. ``marks``:
     ``time.perf_counter()`` before the first and after each."""
     return max(2, int(seconds * (len(marks) - 2) / (marks[-1] - marks[1])))
-
-
-def from_instances(found, category_ids: Sequence[int]) -> Detections:
-    """Of Detectron2's ``Instances``, or mayaku's, which are alike."""
-    boxes, scores = found.pred_boxes.tensor.cpu().numpy(), found.scores.cpu().numpy()
-    categories = np.asarray(category_ids)[found.pred_classes.cpu().numpy()]
-    masks = found.pred_masks.cpu().numpy() if len(found) else []
-    return Detections(boxes, scores, categories, masks)

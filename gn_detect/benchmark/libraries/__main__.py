@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
-from pycocotools import mask as mask_util
-from pycocotools.coco import COCO
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-from . import Detections, Job
+from . import Job
 
 
 def main(job_file: str) -> None:
@@ -26,33 +24,17 @@ def main(job_file: str) -> None:
     adapter = importlib.import_module(f"{__package__}.with_{job.package}")
     trained = adapter.train(job)
     results = []
-    for image in COCO(job.val_json).dataset["images"]:
+    for image in json.loads(Path(job.val_json).read_bytes())["images"]:
         found = trained.predict(os.path.join(job.val_images, image["file_name"]))
-        results += to_results(image["id"], found)
+        results += instances_to_coco_json(found.to("cpu"), image["id"])
+    for result in results:
+        result["category_id"] = trained.category_ids[result["category_id"]]
     run = trained._asdict()
-    del run["predict"]
+    del run["predict"], run["category_ids"]
     names = {"torch", "torchvision", job.package}
     run["versions"] = {name: sys.modules[name].__version__ for name in sorted(names)}
     for name, content in (("predictions", results), ("run", run)):
         Path(job.folder, f"{name}.json").write_text(json.dumps(content))
-
-
-def to_results(image_id: int, found: Detections) -> list[dict]:
-    """As COCO's results, with masks as compressed RLE."""
-    results = []
-    for box, score, category, mask in zip(*found, strict=True):
-        rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
-        x, y, right, bottom = map(float, box)
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": int(category),
-                "bbox": [x, y, right - x, bottom - y],
-                "score": float(score),
-                "segmentation": {**rle, "counts": rle["counts"].decode()},
-            }
-        )
-    return results
 
 
 if __name__ == "__main__":

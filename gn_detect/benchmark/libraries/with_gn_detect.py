@@ -7,11 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pycocotools.coco import COCO
-
 import gn_detect
 
-from . import Detections, Job, Trained, from_instances
+from . import Job, Trained
 
 TOOL = Path(gn_detect.__file__).parents[1] / "tools/train_net.py"
 
@@ -35,10 +33,6 @@ def train(job: Job) -> Trained:
     log = fit(iterations, folder)
     hours, minutes, seconds = re.search(r"Total training time: (\d+):(\d+):(\d+)", log).groups()
     predictor = gn_detect.Predictor(f"{folder}/model_final.pth", device=job.device)
-    category_ids = sorted(COCO(job.train_json).cats)
-
-    def predict(path: str) -> Detections:
-        return from_instances(predictor(path), category_ids)
-
     took = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
-    return Trained(predict, iterations, predictor.cfg.SOLVER.IMS_PER_BATCH, took)
+    images = predictor.cfg.SOLVER.IMS_PER_BATCH
+    return Trained(predictor, job.category_ids(), iterations, images, took)

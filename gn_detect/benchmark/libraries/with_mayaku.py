@@ -13,11 +13,10 @@ from mayaku import from_pretrained
 from mayaku.config import MayakuConfig
 from mayaku.engine import IterationTimer
 from mayaku.utils import select_final_weights
-from pycocotools.coco import COCO
 
 from gn_detect.data.formats.from_coco import outlines
 
-from . import Detections, Job, Trained, from_instances, iterations_within
+from . import Job, Trained, iterations_within
 
 # configs/segmentation/mayaku-n-seg.yaml of https://github.com/datamarkin/mayaku, which the wheel
 # lacks, where it differs from the defaults.
@@ -97,12 +96,7 @@ def train(job: Job) -> Trained:
     folder = os.path.join(job.folder, "train")
     marks = fit(iterations, folder)
     predictor = from_pretrained(select_final_weights(Path(folder)), device=job.device)
-    category_ids = sorted(COCO(train_json).cats)
-
-    def predict(path: str) -> Detections:
-        return from_instances(predictor(path), category_ids)
-
-    return Trained(predict, len(marks) - 1, 16, marks[-1] - marks[0])
+    return Trained(predictor, job.category_ids(), len(marks) - 1, 16, marks[-1] - marks[0])
 
 
 def write_polygons(job: Job) -> Path:

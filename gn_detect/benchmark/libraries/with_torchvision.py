@@ -5,8 +5,8 @@ flipped or not."""
 import itertools
 import time
 
-import numpy as np
 import torch
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
@@ -14,7 +14,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
-from . import Detections, Job, Trained, iterations_within
+from . import Job, Trained, iterations_within
 
 IMAGES = 2  # of an iteration, as the reference has them for each GPU
 WARMUP = 1000  # iterations; no more than the first epoch, nor than a tenth of the run
@@ -78,12 +78,16 @@ def train(job: Job) -> Trained:
 
     model, marks = fit(iterations_within(job.seconds, fit(5)[1]))
 
-    def predict(path: str) -> Detections:
+    def predict(path: str) -> Instances:
         image = to_dtype(to_image(Image.open(path).convert("RGB")), torch.float32, scale=True)
         with torch.no_grad():
             (found,) = model([image.to(job.device)])
-        found = {key: value.cpu().numpy() for key, value in found.items()}
-        masks = np.squeeze(found["masks"], 1) > 0.5
-        return Detections(found["boxes"], found["scores"], found["labels"], masks)
+        return Instances(
+            image.shape[-2:],
+            pred_boxes=Boxes(found["boxes"]),
+            scores=found["scores"],
+            pred_classes=found["labels"],
+            pred_masks=found["masks"].squeeze(1) > 0.5,
+        )
 
-    return Trained(predict, len(marks) - 1, IMAGES, marks[-1] - marks[0])
+    return Trained(predict, range(num_classes), len(marks) - 1, IMAGES, marks[-1] - marks[0])

@@ -5,14 +5,14 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
+from detectron2.structures import Boxes, Instances
 
 from gn_detect.data.coco_pack import read_coco
 from gn_detect.data.formats import from_coco
 
-from . import Detections, Job, Trained
+from . import Job, Trained
 
 
 def train(job: Job) -> Trained:
@@ -21,7 +21,6 @@ def train(job: Job) -> Trained:
     from ultralytics import YOLO
 
     options = dict(job.options)
-    data, category_ids = write_yolo(job)
     model, batches, marks = YOLO(options.pop("model")), [], []
     # On a CPU it takes one thread less than there are cores.
     model.add_callback("on_train_start", lambda _: torch.set_num_threads(job.cores))
@@ -29,7 +28,7 @@ def train(job: Job) -> Trained:
     model.add_callback("on_train_batch_start", batches.append)
     model.add_callback("on_train_epoch_end", lambda _: marks.append(time.perf_counter()))
     model.train(
-        data=data,
+        data=write_yolo(job),
         time=job.seconds / 3600,
         pretrained=False,
         val=False,  # until the end
@@ -44,19 +43,23 @@ def train(job: Job) -> Trained:
         **options,
     )
 
-    def predict(path: str) -> Detections:
+    def predict(path: str) -> Instances:
         # What its evaluation takes.
         how = {"conf": 0.001, "iou": 0.7, "max_det": 300, "retina_masks": True, "verbose": False}
         (found,) = model.predict(path, device=job.device, **how, **options)
-        boxes = found.boxes.cpu().numpy()
-        masks = [] if found.masks is None else found.masks.data.cpu().numpy()
-        return Detections(boxes.xyxy, boxes.conf, category_ids[boxes.cls.astype(int)], masks)
+        return Instances(
+            found.orig_shape,
+            pred_boxes=Boxes(found.boxes.xyxy),
+            scores=found.boxes.conf,
+            pred_classes=found.boxes.cls.long(),
+            pred_masks=[] if found.masks is None else found.masks.data,
+        )
 
-    return Trained(predict, len(batches), 16, marks[-1] - marks[0])
+    return Trained(predict, job.category_ids(), len(batches), 16, marks[-1] - marks[0])
 
 
-def write_yolo(job: Job) -> tuple[str, np.ndarray]:
-    """The data as YOLO has it. Returns its data.yaml, and the ids of the classes in their order."""
+def write_yolo(job: Job) -> str:
+    """The data as YOLO has it. Returns its data.yaml."""
     splits = {"train": (job.train_json, job.train_images), "val": (job.val_json, job.val_images)}
     for split, (json_file, images) in splits.items():
         data, folder = read_coco(json_file), Path(job.folder, "data", split)
@@ -66,9 +69,9 @@ def write_yolo(job: Job) -> tuple[str, np.ndarray]:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(Path(images, name).resolve())
-    names, ids = zip(*((c.name, c.id) for c in data.categories), strict=True)
-    config = {"path": os.path.join(job.folder, "data"), "names": list(names)}
+    names = [category.name for category in data.categories]
+    config = {"path": os.path.join(job.folder, "data"), "names": names}
     config |= {split: f"{split}/images" for split in splits}
     path = Path(job.folder, "data", "data.yaml")
     path.write_text(yaml.safe_dump(config))
-    return str(path), np.array(ids)
+    return str(path)
