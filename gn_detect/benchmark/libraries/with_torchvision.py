@@ -8,6 +8,7 @@ import time
 import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -54,13 +55,8 @@ def train(job: Job) -> Trained:
         rate = 0.02 * IMAGES / 16
         optimizer = torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=1e-4)
         warmup = max(1, min(WARMUP, len(loader) - 1, iterations // 10))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda i: (
-                min(1.0, 1e-3 + i / warmup)
-                * 0.1 ** sum(i >= iterations * step / 26 for step in (16, 22))
-            ),
-        )
+        drops = MultiStepLR(optimizer, [iterations * step // 26 for step in (16, 22)])
+        schedule = ChainedScheduler([LinearLR(optimizer, 1e-3, total_iters=warmup), drops])
         marks = [time.perf_counter()]
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         for images, targets in itertools.islice(batches, iterations):
