@@ -43,16 +43,9 @@ def model_input(cfg: CfgNode | DictConfig) -> ModelInput:
     Raises:
         ConfigError: the sizes of images or the anchors cannot be as ``cfg`` has them.
     """
-    run, resizing = Settings(cfg), {}
+    run = Settings(cfg)
     try:
-        for use in ("training", "evaluation"):
-            share = 1.0
-            for augmentation in augmentations(cfg, use == "training"):
-                if isinstance(augmentation, (T.ResizeShortestEdge, T.ResizeScale)):
-                    resizing[use] = Resizing(augmentation, share)
-                elif isinstance(augmentation, T.RandomCrop):  # Detectron2's, before the resizing
-                    if augmentation.crop_type == "relative":
-                        share = statistics.fmean(augmentation.crop_size)
+        resizing = resizings(cfg)
     except (AssertionError, TypeError, statistics.StatisticsError) as error:
         key = run.keys["image_size"]
         raise ConfigError(f"{key} is {run['image_size']}: {error}") from None
@@ -63,6 +56,20 @@ def model_input(cfg: CfgNode | DictConfig) -> ModelInput:
     if isinstance(anchors, DefaultAnchorGenerator):
         return ModelInput(resizing, anchors, getattr(backbone, "size_divisibility", 0))
     return ModelInput(resizing)
+
+
+def resizings(cfg: CfgNode | DictConfig) -> dict[str, Resizing]:
+    """``ModelInput.resizing``."""
+    found = {}
+    for use in ("training", "evaluation"):
+        share = 1.0
+        for augmentation in augmentations(cfg, use == "training"):
+            if isinstance(augmentation, (T.ResizeShortestEdge, T.ResizeScale)):
+                found[use] = Resizing(augmentation, share)
+            elif isinstance(augmentation, T.RandomCrop):  # Detectron2's, before the resizing
+                if augmentation.crop_type == "relative":
+                    share = statistics.fmean(augmentation.crop_size)
+    return found
 
 
 def augmentations(cfg: CfgNode | DictConfig, training: bool) -> list[T.Augmentation]:

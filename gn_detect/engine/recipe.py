@@ -15,18 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from tabulate import tabulate
 
 from gn_detect.config import ConfigError
 from gn_detect.data.anchors import best_iou, fit_aspect_ratios, fit_sizes
 from gn_detect.data.coco import load_coco
-from gn_detect.data.model_input import ModelInput, Resizing
+from gn_detect.data.model_input import ModelInput
 from gn_detect.data.summary import DataSummary, summarize
 from gn_detect.distributed import from_first_process
 from gn_detect.settings import Settings
 
-from .describe_data import model_input
+from .describe_data import model_input, resizings
 
 logger = logging.getLogger(__name__)
 
@@ -274,11 +273,7 @@ def _epochs_typed(run: Settings, num_images: int, processes: int) -> float | Non
 
 def _boxes_of_input(run: Settings, summary: DataSummary) -> np.ndarray:
     """Height and width of the boxes in the input, (N, 2), at the mean of the sizes."""
-    if run["lsj"]:
-        resize = T.ResizeScale(1, 1, run["image_size"], run["image_size"])
-    else:
-        resize = T.ResizeShortestEdge(run["min_size_train"], run["max_size_train"], "choice")
-    scale = Resizing(resize, _share(run))(summary.image_sizes) / summary.image_sizes
+    scale = resizings(run.cfg)["training"](summary.image_sizes) / summary.image_sizes
     return summary.boxes * scale[summary.object_image]
 
 
