@@ -25,6 +25,7 @@ from detectron2.utils import comm
 
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import load_coco
+from gn_detect.data.model_input import Resizing
 from gn_detect.distributed import from_first_process
 from gn_detect.layers.recompute import MODES
 from gn_detect.settings import Settings
@@ -266,10 +267,9 @@ def largest_batch(run: Settings, data: Sequence[str] = ()) -> Callable[[int], Ba
             edge, longest = max(augmentation.short_edge_length), augmentation.max_size
             if any(isinstance(other, T.RandomCrop) for other in known) or not len(sizes):
                 sizes = np.array([(edge, longest), (longest, edge)])
-            elif edge:
-                shape = T.ResizeShortestEdge.get_output_shape
-                pairs = np.unique(sizes, axis=0).tolist()
-                sizes = np.array([shape(*size, edge, longest) for size in pairs])
+            else:
+                resize = Resizing(T.ResizeShortestEdge(edge, longest))
+                sizes = resize(np.unique(sizes, axis=0))
 
     def batch(images: int) -> Batch:
         # Those of a batch are padded to one size; they are of one orientation.
