@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import runpy
-import subprocess
+import select
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +17,13 @@ from pycocotools import mask as mask_util
 
 from gn_detect.benchmark.libraries import CONTESTANTS, Job, iterations_within, with_gn_detect
 from gn_detect.benchmark.libraries.__main__ import main as run_job
+from gn_detect.benchmark.libraries.with_torchvision import read_data
 from gn_detect.benchmark.libraries.with_ultralytics import write_yolo
 
 pytestmark = pytest.mark.slow
 
 tool = runpy.run_path(str(ROOT / "tools/compare_libraries.py"))
-compare, score = tool["main"], tool["score"]
+compare, execute, score = tool["main"], tool["execute"], tool["score"]
 
 
 def found(shift: int = 0) -> list[dict]:
@@ -75,22 +76,23 @@ def test_iterations_that_fit():
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The jobs that were run, in order, in place of their processes; all find everything."""
+    """The jobs that were run, in order, in place of their processes; all find everything, but for
+    YOLO26, which is killed."""
     runs = []
 
-    def train(command, env, **_):
+    def train(command, env, output):
         assert command[1:3] == ["-m", "gn_detect.benchmark.libraries"]
         run = msgspec.json.decode(Path(command[3]).read_bytes(), type=Job)
         assert env["OMP_NUM_THREADS"] == str(run.cores)
         runs.append(run)
         if run.options.get("model") == "yolo26n-seg.yaml":
-            return subprocess.CompletedProcess(command, 1)
+            return -9
         content = {"predictions": found(4 * run.seed), "run": {"iterations": 9, "seconds": 66}}
         for name, value in content.items():
             Path(run.folder, f"{name}.json").write_text(json.dumps(value))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setitem(compare.__globals__, "execute", train)
     installed = {"torchvision", "gn_detect", "ultralytics"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
     return runs
@@ -106,7 +108,7 @@ def test_one_table_and_one_plot_and_no_run_twice(runs, data, tmp_path, capsys):
     assert [run.seconds for run in runs] == [60] * 4 + [120] * 4
     for name in ("gn_detect", "torchvision"):
         for minutes in (1, 2):
-            expected = "75.0 / 75.0 (50.0-100.0), 9 iterations in 1.1 min"
+            expected = "75.0 / 75.0 (50.0-100.0 of 2), 9 iterations in 1.1 min"
             assert f"| photos | {name} | {minutes} | {expected} |" in " ".join(text.split())
     assert "mayaku-n-seg |" not in text
     result = json.loads(Path(runs[0].folder, "result.json").read_text())
@@ -120,13 +122,61 @@ def test_one_table_and_one_plot_and_no_run_twice(runs, data, tmp_path, capsys):
 
 def test_a_run_that_fails_leaves_the_others(runs, data, tmp_path, capsys):
     args = ["--data", str(data), "--output", str(tmp_path / "out"), "--contestants"]
-    with pytest.raises(SystemExit, match="error: 1 of the runs failed"):
-        compare([*args, "yolo26n-seg", "yolo11n-seg"])
-    text = capsys.readouterr().out
-    assert "error: photos, yolo26n-seg-10min-seed0 failed" in text
-    assert "photos, yolo11n-seg-10min-seed0: 100.0 / 100.0" in text
+    args += ["yolo26n-seg", "yolo11n-seg"]
+    for count in (2, 3):  # only what failed is repeated
+        with pytest.raises(SystemExit, match="error: 1 of the runs failed"):
+            compare(args)
+        text = capsys.readouterr().out
+        assert "error: photos, yolo26n-seg-10min-seed0 was killed (signal 9;" in text
+        assert ("photos, yolo11n-seg-10min-seed0: 100.0 / 100.0" in text) == (count == 2)
+        assert "| photos | yolo26n-seg | 10 | 1 of 1 runs without a result |" in " ".join(
+            text.split()
+        )
+        assert len(runs) == count
+
+
+def test_what_a_run_that_was_stopped_has_left_is_not_used(runs, data, tmp_path):
+    args = ["--data", str(data), "--output", str(tmp_path / "out"), "--contestants", "gn_detect"]
+    compare(args)
+    folder = Path(runs[0].folder)
+    (folder / "result.json").unlink()
+    (folder / "train").mkdir()
+    compare(args)
+    assert len(runs) == 2 and (folder / "result.json").exists() and not (folder / "train").exists()
+
+
+def test_nothing_starts_without_its_data(runs, data, tmp_path):
+    args = ["--output", str(tmp_path / "out"), "--data", str(data)]
     with pytest.raises(SystemExit, match="error: --data .*nowhere has no train.json"):
-        compare(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
+        compare([*args, str(tmp_path / "nowhere")])
+    (data / "val.json").unlink()
+    with pytest.raises(SystemExit, match="error: --data .*photos has no val.json"):
+        compare(args)
+    with pytest.raises(SystemExit, match="error: .*out has no runs of these"):
+        compare([*args, "--report"])
+    assert not runs
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    reader = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    # The child of the child keeps the pipe open while it lives.
+    script = f"sleep 60 > {tmp_path}/alive & echo > {tmp_path}/alive; kill -9 $$"
+    with open(tmp_path / "output.txt", "w") as output:
+        assert execute(["sh", "-c", script], dict(os.environ), output) == -9
+    assert os.read(reader, 9) == b"\n"
+    assert select.select([reader], [], [], 30)[0] and os.read(reader, 9) == b""
+    os.close(reader)
+
+
+def test_crowd_regions_are_no_objects(data):
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [0, 640, 3456]}
+    (data / "train.json").write_text(json.dumps(content))
+    images = read_data(job(data, "torchvision"))
+    assert len(images) == len(content["images"]) - 1  # it was all that one of them had
+    assert sum(len(target["boxes"]) for _, target in images) == len(content["annotations"]) - 1
 
 
 @pytest.fixture

@@ -101,11 +101,11 @@ def train(job: Job) -> Trained:
 
 def write_polygons(job: Job) -> Path:
     """The training data with outlines for masks that are RLE, which its mosaic does not take."""
-    content = json.loads(Path(job.train_json).read_bytes())
-    for annotation in content["annotations"]:
+    coco = COCO(job.train_json)
+    for annotation in coco.dataset["annotations"]:
         if isinstance(annotation["segmentation"], dict):
-            parts = outlines(annotation["segmentation"])
+            parts = outlines(coco.annToRLE(annotation))  # which compresses it
             annotation["segmentation"] = [part.ravel().tolist() for part in parts]
     path = Path(job.folder, "train.json")
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(coco.dataset))
     return path

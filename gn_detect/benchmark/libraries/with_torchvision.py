@@ -21,7 +21,8 @@ IMAGES = 2  # of an iteration, as the reference has them for each GPU
 WARMUP = 1000  # iterations; no more than the first epoch, nor than a tenth of the run
 
 
-def train(job: Job) -> Trained:
+def read_data(job: Job) -> CocoDetection:
+    """Without crowd regions and images that have no objects, as the reference."""
     data = CocoDetection(
         job.train_images,
         job.train_json,
@@ -35,9 +36,15 @@ def train(job: Job) -> Trained:
             ]
         ),
     )
-    data.ids = [i for i in data.ids if data.coco.imgToAnns[i]]
+    objects = {i: [a for a in data.coco.imgToAnns[i] if not a.get("iscrowd")] for i in data.ids}
+    data.coco.imgToAnns = objects
+    data.ids = [i for i in data.ids if objects[i]]
+    return wrap_dataset_for_transforms_v2(data, target_keys=("boxes", "labels", "masks"))
+
+
+def train(job: Job) -> Trained:
+    data = read_data(job)
     num_classes = max(data.coco.cats) + 1  # labels are the ids of the file
-    data = wrap_dataset_for_transforms_v2(data, target_keys=("boxes", "labels", "masks"))
     loader = DataLoader(
         data,
         IMAGES,
