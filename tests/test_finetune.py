@@ -1,8 +1,10 @@
 """configs/finetune/: they fit the weights that they name, train what they say, and name no data."""
 
+import inspect
 import operator
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import detectron2
@@ -20,7 +22,9 @@ from gn_detect.checkpoint.coverage import component_of, cover
 from gn_detect.checkpoint.origin import Origin
 from gn_detect.checkpoint.sources import _DETECTRON_GN
 from gn_detect.config import load_config, locate
+from gn_detect.engine import recipe
 from gn_detect.engine.guards import without_weights
+from gn_detect.settings import Settings
 
 FINETUNE = [name for name in CONFIGS if name.startswith("finetune/")]
 PAGE = (ROOT / "docs/finetune.md").read_text()
@@ -122,6 +126,18 @@ def test_the_name_says_what_it_is(name):
     assert cfg.SOLVER.EPOCHS == (80 if scratch else 40) == 10 * cfg.TEST.EVAL_EPOCHS
     # The linear rule of COCO, but for the small network, whose rate is that of the quickstart.
     assert cfg.SOLVER.BASE_LR == (0.02 if depth == "18" else 0.02 * 2 / 16)
+
+
+def test_the_table_of_rules_names_each_key_that_a_rule_sets():
+    source = inspect.getsource(recipe)
+    names = {*re.findall(r'Row\("(\w+)"', source), "rpn_batch", "roi_batch"}
+    names |= {f"{which}_nms_{use}" for which in ("pre", "post") for use in ("train", "test")}
+    keys = {Settings(as_shipped(FINETUNE[0])).keys[name] for name in names}
+    table = PAGE.partition("| rows | rule |")[2].partition("\n\n")[0]
+    patterns = re.findall(r"`([A-Z][\w.*]+)`", " ".join(re.findall(r"(?m)^\| (.*?) \|", table)))
+    unnamed = [key for key in keys if not any(fnmatch(key, p) for p in patterns)]
+    idle = [p for p in patterns if not any(fnmatch(key, p) for key in keys)]
+    assert len(keys) > 20 and not unnamed and not idle
 
 
 def test_the_page_names_every_config_and_keys_that_there_are():
