@@ -139,11 +139,18 @@ def resolve_memory(
         spare_the_heap()
 
 
+class _Plain(yaml.SafeLoader):
+    """Without the classes and functions that a lazy config has by name."""
+
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
 def _take_saved(run: Settings) -> None:
     """What the run that is resumed has chosen, as its config has it."""
     path = Path(run["output_dir"], "config.yaml")
     try:
-        saved = yaml.safe_load(path.read_text())
+        saved = yaml.load(path.read_text(), _Plain)
     except (OSError, yaml.YAMLError):
         return
     for name in ("ims_per_gpu", "memory"):

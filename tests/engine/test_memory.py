@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 import yaml
+from detectron2.config import LazyConfig
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
@@ -331,11 +332,16 @@ def test_auto_in_configs(tmp_path, lazy_data):
         resolve_memory(run_of("SOLVER.IMS_PER_GPU", "many"), 1)
 
 
-def test_lazy_configs(machine, lazy_data):
+def test_lazy_configs(machine, lazy_data, tmp_path):
     machine(99)
-    run = Settings(lazy_data("train.ims_per_gpu=auto", "model.memory=auto"))
+    words = ["train.ims_per_gpu=auto", "model.memory=auto", f"train.output_dir={tmp_path}"]
+    run, resumed = Settings(lazy_data(*words)), Settings(lazy_data(*words))
     resolve_memory(run, 1, ["own"])
     assert (run.cfg.train.ims_per_gpu, run.cfg.model.memory) == (4, "fast")
+    LazyConfig.save(run.cfg, str(tmp_path / "config.yaml"))
+    machine(0)
+    resolve_memory(resumed, 1, ["own"], resume=True)
+    assert (resumed.cfg.train.ims_per_gpu, resumed.cfg.model.memory) == (4, "fast")
 
 
 def test_running_out_of_memory_all_the_same_is_a_sentence():
