@@ -195,6 +195,7 @@ def _yaml_keys(cfg: CfgNode) -> dict[str, str]:
         "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
         "num_classes": f"MODEL.{section}.NUM_CLASSES",
         "image_size": f"INPUT.{'LSJ.IMAGE_SIZE' if cfg.INPUT.LSJ.ENABLED else 'MIN_SIZE_TRAIN'}",
+        "longest_side": f"INPUT.{'LSJ.IMAGE_SIZE' if cfg.INPUT.LSJ.ENABLED else 'MAX_SIZE_TRAIN'}",
         "num_groups": "MODEL.GN.NUM_GROUPS or CHANNELS_PER_GROUP",  # for messages
     }
     if cfg.MODEL.RESNETS.DEPTH >= 50:  # basic blocks have no 1x1 convolution
@@ -227,6 +228,7 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         "image_size": first(
             f"{augmentations}[1].crop_size", f"{augmentations}[0].short_edge_length"
         ),
+        "longest_side": first(f"{augmentations}[1].crop_size", f"{augmentations}[0].max_size"),
         "stride_in_1x1": first(f"{stages}.stride_in_1x1"),  # none in basic blocks
         "warmup_length": first("lr_multiplier.warmup_length"),
         "milestones": first("lr_multiplier.scheduler.milestones"),

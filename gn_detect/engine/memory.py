@@ -153,11 +153,13 @@ def _take_saved(run: Settings) -> None:
         saved = yaml.load(path.read_text(), _Plain)
     except (OSError, yaml.YAMLError):
         return
-    for name in ("ims_per_gpu", "memory"):
+    # Images that are "auto" have chosen the mode, too.
+    modes = (run["memory"], run["ims_per_gpu"] if not run.is_typed("memory") else "")
+    for name, asks in (("ims_per_gpu", run["ims_per_gpu"] == "auto"), ("memory", "auto" in modes)):
         value = saved
         for part in run.keys.get(name, "").split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if run[name] == "auto" and value not in (None, "auto"):
+        if asks and value not in (None, "auto", run[name]):
             run.derive(name, value, f"as before ({path})")
             logger.info(f"{run.keys[name]} = {value}, as before ({path})")
 
@@ -174,8 +176,12 @@ def _decide(
     passes = run["accumulate_steps"]  # "auto" goes with images of a GPU
     passes = passes if isinstance(passes, int) and passes else 1
     others = run["reference_world_size"] or processes * passes
-    stated = 1 if images == "auto" else images or max(run["ims_per_batch"] // others, 1)
-    counts = range(stated, MOST_IMAGES + 1 if images == "auto" else stated + 1)
+    counts = [images or max(run["ims_per_batch"] // others, 1)]
+    if images == "auto":  # such that they make the iteration that is typed
+        whole = run["ims_per_batch"] if run.is_typed("ims_per_batch") else 0
+        counts = [n for n in range(1, MOST_IMAGES + 1) if whole % (n * processes) == 0] or [1]
+        if whole and run.is_typed("accumulate_steps") and run["accumulate_steps"] != "auto":
+            counts = [max(whole // others, 1)]
     found: dict[tuple[str, int], StepMemory] = {}
 
     def need(mode: str, count: int) -> float:
@@ -198,21 +204,20 @@ def _decide(
             "no estimate of the memory of a training step: on tensors without memory, the model "
             f"ends with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         )
-        return _values(run, stated, modes[0]), False
+        return _values(run, counts[0], modes[0]), False
     height, width = batch(count).size
     text = (
         f"a training step of {count} image(s) of up to {height}x{width} needs {gib(needs)} of "
-        f"{gib(free)} GiB (free, of {gib(total)}): {step}"
+        f"{gib(free)} GiB (free, of {gib(total)}): {step}, and {gib(needs - step.total)} beside"
     )
     values = _values(run, count, mode)
     if not fitting:
-        advice = f"images of up to {side} pixels would" if side else "no size of images would"
-        advice = f"{text}. With {run.keys['memory']} {mode}, {advice} fit with {SPARE:.0%} to spare"
-        advice += f" ({run.keys['image_size']}, one image); {REMEDY}"
+        key = run.keys.get("longest_side", "the augmentations")
+        fits = f"{key} {side} lets one image fit" if side else "no size lets one image fit"
+        advice = f"{text}. In the memory mode {mode}, {fits} with {SPARE:.0%} to spare"
+        advice += "" if (count, mode) == (1, "checkpoint") else f"; {REMEDY}"
         if asks and needs > free:
-            raise ConfigError(
-                f"{advice}. Numbers in the place of auto let it be tried all the same"
-            )
+            raise ConfigError(f"{advice}. Numbers in place of auto let it be tried all the same")
         logger.warning(advice)
     else:
         logger.info(text)
@@ -265,13 +270,19 @@ def largest_batch(run: Settings, data: Sequence[str] = ()) -> Callable[[int], Ba
     sets = [load_coco(MetadataCatalog.get(name).json_file) for name in data]
     objects = max((np.bincount(d.image[~d.crowd]).max(initial=1) for d in sets), default=20)
     sizes = np.concatenate([np.stack([d.heights, d.widths], axis=1) for d in sets] or [[]])
-    known, bitmasks = augmentations(run.cfg, training=True), run["mask_format"] == "bitmask"
+    objects *= 1 + bool(run["copy_paste"])  # as many as another image has
+    bitmasks = run["mask_format"] == "bitmask" or bool(run["copy_paste"])
+    known = augmentations(run.cfg, training=True)
     for augmentation in known:
         if isinstance(augmentation, (T.RandomCrop, T.FixedSizeCrop)):
             bitmasks |= isinstance(run.cfg, CfgNode)  # of NamingDatasetMapper
-            sizes = np.array([augmentation.crop_size[::-1], augmentation.crop_size])
+            if getattr(augmentation, "crop_type", "absolute").startswith("absolute"):
+                sizes = np.array([augmentation.crop_size[::-1], augmentation.crop_size])
         elif isinstance(augmentation, T.ResizeShortestEdge):
-            edge, longest = max(augmentation.short_edge_length), augmentation.max_size
+            longest = augmentation.max_size
+            edge = min(max(augmentation.short_edge_length), longest)
+            if not edge and len(sizes):
+                continue  # they keep the size of their files
             if any(isinstance(other, T.RandomCrop) for other in known) or not len(sizes):
                 sizes = np.array([(edge, longest), (longest, edge)])
             else:

@@ -23,6 +23,7 @@ from gn_detect.engine.guards import without_weights
 from gn_detect.engine.memory import available_memory, largest_batch, resolve_memory
 from gn_detect.engine.step_memory import Allocations, Batch, StepMemory, estimate_step
 from gn_detect.settings import Settings
+from gn_detect.solver import resolve_schedule
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 GIB = 2**30
@@ -185,8 +186,11 @@ def test_the_largest_batch(landscape_and_portrait):
     )
     crop = largest_batch(run_of(*sizes, "INPUT.CROP.ENABLED", True), landscape_and_portrait)
     assert sorted(crop(1).size) == [200, 400] and crop(1).bitmasks
-    files = largest_batch(run_of("INPUT.MIN_SIZE_TRAIN", (0,)), landscape_and_portrait)
-    assert files(1).size == (500, 300)
+    pasted = run_of(*sizes, "INPUT.COPY_PASTE.ENABLED", True)  # as many as in another image
+    assert largest_batch(pasted, landscape_and_portrait)(1) == Batch(1, (333, 200), 6, True)
+    for crop in (False, True):
+        files = run_of("INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.CROP.ENABLED", crop)
+        assert largest_batch(files, landscape_and_portrait)(1).size == (500, 300)
     assert sorted(largest_batch(run_of(*sizes))(1).size) == [200, 400]  # no data that we know
 
 
@@ -239,6 +243,26 @@ def test_the_most_images_that_fit(free, images, mode, machine):
     assert bool(spared) == (NEEDS[mode] * images > 0.4 * free)
 
 
+@pytest.mark.parametrize(
+    "opts, processes, images",
+    [
+        (["SOLVER.IMS_PER_BATCH", 2], 1, 2),
+        (["SOLVER.IMS_PER_BATCH", 6], 1, 3),
+        (["SOLVER.IMS_PER_BATCH", 6, "SOLVER.ACCUMULATE_STEPS", "auto"], 2, 3),
+        (["SOLVER.IMS_PER_BATCH", 12, "SOLVER.ACCUMULATE_STEPS", 2], 1, 6),
+        (["SOLVER.ACCUMULATE_STEPS", 2], 1, 4),
+    ],
+)
+def test_the_images_make_the_iteration_that_is_typed(opts, processes, images, machine):
+    machine(99)
+    run = run_of(*SQUARE, *AUTO, *opts, typed=[*AUTO[::2], *opts[::2]])
+    resolve_memory(run, processes)
+    assert run["ims_per_gpu"] == images
+    resolve_schedule(run, processes)
+    if "SOLVER.IMS_PER_BATCH" in opts:
+        assert run["ims_per_batch"] == opts[1]
+
+
 def test_what_is_typed_holds(machine, caplog):
     """fast, which leaves less than a tenth; and then, where it does not fit, the size that does."""
     typed = ["SOLVER.IMS_PER_GPU", "MODEL.GN.MEMORY"]
@@ -248,14 +272,28 @@ def test_what_is_typed_holds(machine, caplog):
     assert (run["ims_per_gpu"], run["memory"]) == (1, "fast")
     assert "needs 4.0 of 4.4 GiB" in caplog.text and "fit with 10% to spare" in caplog.text
     machine(2.2)
-    with pytest.raises(ConfigError, match=r"needs 4.0 of 2.2 GiB .* up to (\d+) pixels") as error:
+    side = int(1000 * (2.2 * 0.9 / 4) ** 0.5) // 32 * 32
+    message = rf"needs 4.0 of 2.2 GiB .* fast, INPUT.MAX_SIZE_TRAIN {side} lets .*GN.MEMORY to lean"
+    with pytest.raises(ConfigError, match=message):
         resolve_memory(run_of(*SQUARE, *AUTO, typed=typed), 1)
-    side = int(str(error.value).partition("images of up to ")[2].split()[0])
-    assert side == int(1000 * (2.2 * 0.9 / 4) ** 0.5) // 32 * 32
-    smaller = ["INPUT.MIN_SIZE_TRAIN", (side,), "INPUT.MAX_SIZE_TRAIN", side]
-    run = run_of(*smaller, *AUTO, typed=typed)
+    run = run_of(*SQUARE[:2], "INPUT.MAX_SIZE_TRAIN", side, *AUTO, typed=typed)
     resolve_memory(run, 1)
     assert run["ims_per_gpu"] == 1
+
+
+def test_the_least_is_refused_without_advice_that_is_taken(machine, monkeypatch):
+    machine(0.9)
+    monkeypatch.setattr(memory, "_BESIDE", {"cpu": (0, 0.5)})
+    opts = [*SQUARE, *AUTO, "INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 1000]
+    with pytest.raises(ConfigError) as error:
+        resolve_memory(run_of(*opts), 1)
+    side = int(1000 * (0.9 * 0.9 / 1.5) ** 0.5) // 32 * 32
+    assert str(error.value) == (
+        "a training step of 1 image(s) of up to 1000x1000 needs 1.5 of 0.90 GiB (free, of 99.0): "
+        "maps 1.0 GiB, and 0.50 beside. In the memory mode checkpoint, "
+        f"INPUT.LSJ.IMAGE_SIZE {side} lets one image fit with 10% to spare. "
+        "Numbers in place of auto let it be tried all the same"
+    )
 
 
 def test_stated_numbers_are_warned_of_and_tried(machine, caplog):
@@ -300,6 +338,11 @@ def test_a_resumed_run_keeps_what_it_had(machine, tmp_path):
     run = run_of(*opts)
     resolve_memory(run, 1)
     assert (run["ims_per_gpu"], run["memory"]) == (4, "fast")
+    opts = [*SQUARE, *AUTO, "OUTPUT_DIR", str(tmp_path)]  # which have chosen the mode, too
+    for typed, mode in ([], "lean"), (["MODEL.GN.MEMORY"], "fast"):
+        run = run_of(*opts, typed=typed)
+        resolve_memory(run, 1, resume=True)
+        assert (run["ims_per_gpu"], run["memory"]) == (1, mode)
 
 
 def test_a_model_that_cannot_be_estimated_is_trained(machine, monkeypatch, caplog):
