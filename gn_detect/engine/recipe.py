@@ -7,10 +7,11 @@ what was typed.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,20 +77,18 @@ def derive_recipe(
         return []
     trial = Settings(run.cfg.clone(), run.typed)
     trial.cfg.defrost()
-    rules: list[Callable[[], Iterator[Row]]] = [
-        lambda: image_sizes(trial, summary),
-        lambda: anchors(trial, summary, strides),
-        lambda: crowds(trial, summary),
-        lambda: balance(trial, summary),
-        lambda: images_per_step(trial, processes),
-        lambda: schedule(trial, summary, processes),
-    ]
     rows = []
-    for rule in rules:
-        for row in rule():
-            rows.append(row)
-            if not trial.is_typed(row.name):
-                trial[row.name] = row.value
+    for row in itertools.chain(  # of generators, each of which sees what those before have set
+        image_sizes(trial, summary),
+        anchors(trial, summary, strides),
+        crowds(trial, summary),
+        balance(trial, summary),
+        images_per_step(trial, processes),
+        schedule(trial, summary, processes),
+    ):
+        rows.append(row)
+        if not trial.is_typed(row.name):
+            trial[row.name] = row.value
     return rows
 
 
@@ -138,8 +137,8 @@ def image_sizes(run: Settings, summary: DataSummary) -> Iterator[Row]:
         if side < stated:
             why = f"the config's {stated} is {stated / native:.2g} times the images"
     reason = (
-        f"the median small object, {small * native:.3g} pixels in images of {native:.0f}, gets "
-        f"{small * side:.3g} ({why})"
+        f"the median small object, {_digits(small * native):g} pixels in images of {native:.0f}, "
+        f"gets {_digits(small * side):g} ({why})"
     )
     yield Row("min_size_test", side, reason)
     if side == stated:
@@ -165,15 +164,15 @@ def anchors(run: Settings, summary: DataSummary, strides: Sequence[int]) -> Iter
     if not strides or others or len({len(row) for row in sizes}) != 1:
         return
     boxes = _boxes_of_input(run, summary)
-    per_level = len(sizes[0])
-    new_sizes = fit_sizes(boxes, strides, per_level)
-    new_ratios = fit_aspect_ratios(boxes, len(ratios))
     sizes = sizes if len(sizes) == len(strides) else sizes * len(strides)
     before = best_iou(boxes, sizes, ratios)
     poor = f"of the config {_cover(before)}"
     if np.mean(before < 0.5) <= 0.25:
         yield Row("anchor_sizes", run["anchor_sizes"], f"{poor}: the config's cover the boxes")
         return
+    fitted = fit_sizes(boxes, strides, len(sizes[0])), fit_aspect_ratios(boxes, len(ratios))
+    new_sizes = sizes if run.is_typed("anchor_sizes") else fitted[0]
+    new_ratios = ratios if run.is_typed("aspect_ratios") else fitted[1]
     pairs = [(s, r) for s in (sizes, new_sizes) for r in (ratios, new_ratios)]
     found = [best_iou(boxes, *pair) for pair in pairs]
     best = max(range(4), key=lambda i: found[i].mean())
@@ -212,13 +211,11 @@ def balance(run: Settings, summary: DataSummary) -> Iterator[Row]:
         return
     threshold = round(min(middle, 16 * float(share[0])), 4)
     rare = np.count_nonzero(share < threshold)
-    reason = (
-        f"the rarest class is in {100 * share[0]:.2g} % of the images, the median one in "
-        f"{100 * middle:.2g} %"
-    )
+    images = f"{100 * share[0]:.2g} % of the images, the median one in {100 * middle:.2g} %"
+    reason = f"the rarest class is in {images}"
     yield Row("sampler", "RepeatFactorTrainingSampler", reason)
     most = math.sqrt(threshold / share[0])
-    reason = f"images of {rare} classes come up to {most:.2g} times as often"
+    reason = f"images of {rare} class(es) come up to {most:.2g} times as often"
     yield Row("repeat_threshold", threshold, reason)
 
 
@@ -227,8 +224,8 @@ def images_per_step(run: Settings, processes: int) -> Iterator[Row]:
     that more and smaller steps of the linear rule learn more from the same images."""
     batch, stated = run["ims_per_batch"], run["reference_batch_size"]
     typed = any(map(run.is_typed, ("ims_per_batch", "ims_per_gpu", "accumulate_steps")))
-    statistics_of_batch = run.cfg.MODEL.RESNETS.NORM in ("BN", "SyncBN")
-    if run["device"] != "cpu" or run["weights"] or typed or statistics_of_batch:
+    elsewise = run.cfg.MODEL.RESNETS.NORM in ("BN", "SyncBN") or run["reference_world_size"]
+    if run["device"] != "cpu" or run["weights"] or typed or elsewise:
         return
     if batch == stated > processes and not run["ims_per_gpu"]:
         reason = "more steps of the same images: box AP 34.0, 29.5 with 2 (docs/small_batches.md)"
@@ -244,12 +241,15 @@ def schedule(run: Settings, summary: DataSummary, processes: int) -> Iterator[Ro
         start = "from weights" if run["weights"] else "from scratch, which takes twice as long"
         yield Row("epochs", epochs, f"{num_images:,} images with objects, {start}")
     if run["warmup_epochs"] > epochs / 10:  # that of iterations is shortened by the schedule
-        reason = f"a tenth of the run; the config's is {run['warmup_epochs']:.3g} epochs"
+        reason = f"a tenth of the run; the config's is {run['warmup_epochs']:.3g}"
         yield Row("warmup_epochs", _digits(epochs / 10), reason)
     if run["test_data"] and not run.is_typed("eval_period"):
         reason = f"{EVALUATIONS} evaluations of the run, an epoch apart or more"
         yield Row("eval_epochs", _digits(max(epochs / EVALUATIONS, 1)), reason)
-        yield Row("early_stop", EVALUATIONS // 2, "half of the run without a gain")
+        stop, reason = run["early_stop"], "much is gained at the end, where the rate falls"
+        if "milestones" in run.keys and not (run["steps"] or run["steps_at"]):
+            stop, reason = EVALUATIONS // 2, "half of the run without a gain, at a constant rate"
+        yield Row("early_stop", stop, reason)
 
 
 def num_epochs(num_images: int, scratch: bool) -> float:

@@ -168,6 +168,21 @@ def test_anchors_follow_sizes_that_were_typed():
     assert found["MODEL.ANCHOR_GENERATOR.SIZES"] == fit_sizes(thin * 384 / 512, STRIDES, 1)
 
 
+def test_anchors_are_fitted_to_the_half_of_them_that_was_typed():
+    thin = data(np.tile([[10.0, 60]], (400, 1)))
+    for key, name, typed in (
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "anchor_sizes", [[32], [48], [64], [96], [128]]),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "aspect_ratios", [[0.4, 1.0, 2.5]]),
+    ):
+        run, _ = derived(thin, key, typed)
+        rows = {row.name: row for row in derive_recipe(run, thin, STRIDES)}
+        assert rows[name].value == typed
+        boxes = np.array([[10.0, 60]]) * 224 / 256
+        pair = rows["anchor_sizes"].value, rows["aspect_ratios"].value[0]
+        iou = best_iou(boxes, *pair)[0]  # which the reason tells
+        assert f"of these the best IoU is {iou:.2f}" in rows["anchor_sizes"].reason
+
+
 def test_anchors_of_a_c4_and_of_a_retinanet_keep_their_number():
     thin = np.random.default_rng(0).uniform(20, 60, (400, 1)) * [[1, 8]]
     key = "MODEL.ANCHOR_GENERATOR.SIZES"
@@ -222,6 +237,7 @@ def test_a_step_from_scratch_on_a_cpu_has_one_image():
         (*cpu, "SOLVER.ACCUMULATE_STEPS", 2),
         (*cpu, "MODEL.WEIGHTS", "detectron2://a.pkl"),
         (*cpu, "MODEL.RESNETS.NORM", "BN"),
+        (*cpu, "SOLVER.REFERENCE_WORLD_SIZE", 1),  # Detectron2 scales, and refuses to do it twice
     ):
         assert key not in recipe(data(), *other)
     assert key not in recipe(data(), *cpu, processes=2)
@@ -237,7 +253,10 @@ def test_the_length_of_a_run():
     assert counts == sorted(counts)  # more images are never seen less in all
     found = recipe(data(40, 100))
     assert found["SOLVER.EPOCHS"] == 100  # from scratch
-    assert found["TEST.EVAL_EPOCHS"] == 10 and found["SOLVER.EARLY_STOP"] == 5
+    assert found["TEST.EVAL_EPOCHS"] == 10 and found["SOLVER.EARLY_STOP"] == 0
+    steps = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS")
+    assert recipe(data(40, 100), *steps, "(900,)")["SOLVER.EARLY_STOP"] == 0
+    assert recipe(data(40, 100), *steps, "()")["SOLVER.EARLY_STOP"] == 5  # a constant rate
     assert recipe(data(40, 100), "MODEL.WEIGHTS", "some.pth")["SOLVER.EPOCHS"] == 50
 
 
@@ -306,13 +325,13 @@ def test_a_run_takes_its_recipe_and_prints_it(coco_files, caplog):
     cfg = load_config(get_config_file(PHOTOS), typed)
     with caplog.at_level(logging.INFO, "gn_detect"):
         prepare_run(cfg, typed=typed[::2], recipe=True)
-    assert cfg.SOLVER.EARLY_STOP == 5 and cfg.TEST.EVAL_PERIOD == 3  # images, one by one
+    assert cfg.TEST.EVAL_EPOCHS == 1 and cfg.TEST.EVAL_PERIOD == 3  # images, one by one
     (table,) = (r.message for r in caplog.records if r.message.startswith("recipe from the data"))
-    row = next(line for line in table.splitlines() if line.startswith("SOLVER.EARLY_STOP"))
-    assert re.fullmatch(r"SOLVER.EARLY_STOP +5 +0 +half of the run without a gain *", row)
+    row = next(line for line in table.splitlines() if line.startswith("TEST.EVAL_EPOCHS"))
+    assert re.fullmatch(r"TEST.EVAL_EPOCHS +1.0 +0.0 +10 evaluations of the run, an epoch .*", row)
     cfg = load_config(get_config_file(PHOTOS), typed)
     prepare_run(cfg, typed=typed[::2])
-    assert cfg.SOLVER.EARLY_STOP == 0
+    assert cfg.TEST.EVAL_EPOCHS == 0
 
 
 def test_a_config_that_fits_its_data_stays(shared_data):
