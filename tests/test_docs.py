@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 from helpers import CONFIGS, ROOT, TINY, CocoFiles, as_shipped, coco_json, config, run_tool
 from omegaconf import OmegaConf
 
+from gn_detect import get_config_file
 from gn_detect.checkpoint import Checkpointer, WeightGuards, sources
 from gn_detect.config import load_config, locate
 from gn_detect.data import shapes
@@ -121,7 +122,8 @@ def test_commands(page, user, monkeypatch):
                 patch.setattr("gn_detect.engine.launch._start", load_lazy)
             elif tool in ("compare_norms.py", "compare_libraries.py"):
                 args.append("--report")  # their own tests train
-                Path(args[args.index("--output") + 1]).mkdir(exist_ok=True)
+                run = Path(args[args.index("--output") + 1], "photos/gn_detect-2min-seed0")
+                run.mkdir(parents=True, exist_ok=True)  # one that was begun
             elif tool in ("train_net.py", "bn_to_gn.py"):
                 length = ("EPOCHS", 0.01) if "SOLVER.EPOCHS" in args else ("MAX_ITER", 1)
                 args = with_options(args, TINY, [f"SOLVER.{length[0]}", length[1]])
@@ -149,11 +151,15 @@ def test_what_commands_type_holds(user, monkeypatch):
         raise SystemExit(0)
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**35, 2**35))
     monkeypatch.setattr("detectron2.engine.default_setup", check)
     monkeypatch.setattr("gn_detect.engine.launch._start", lambda main, args: main(args))
     for name in ("check_recipe", "describe_data"):  # which take long, and derive nothing
         monkeypatch.setattr(f"gn_detect.engine.prepare.{name}", lambda *_, **__: None)
     Path("output/run.pth").touch()
+    Path("output/mine").mkdir()
+    mine = load_config(get_config_file("finetune/mask_rcnn_R_50_FPN_gn_coco.yaml"))
+    Path("output/mine/config.yaml").write_text(mine.dump())  # also of another command
     for path, *args in [words[1:] for page in PAGES for words in shell_lines(page) if words[1:]]:
         if path in ("tools/train_net.py", "tools/lazyconfig_train_net.py"):
             weights = [i for i, arg in enumerate(args) if arg == "MODEL.WEIGHTS"]
