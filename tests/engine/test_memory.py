@@ -26,6 +26,7 @@ from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
+R18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]  # fewer layers to wait for
 GIB = 2**30
 
 
@@ -107,7 +108,7 @@ def test_what_adds_to_a_step():
     ],
 )
 def test_detectors_of_all_kinds(name):
-    run = Settings(config(name))
+    run = Settings(config(name, *R18))
     step = estimate_step(run, Batch(1, (64, 64), 5, bitmasks=True))
     model = without_weights(lambda _: build_model(run.cfg))
     weights = sum(4 * p.numel() for p in model.parameters())
