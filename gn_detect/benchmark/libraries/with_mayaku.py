@@ -13,6 +13,7 @@ from mayaku import from_pretrained
 from mayaku.config import MayakuConfig
 from mayaku.engine import IterationTimer
 from mayaku.utils import select_final_weights
+from pycocotools.coco import COCO
 
 from gn_detect.data.formats.from_coco import outlines
 
