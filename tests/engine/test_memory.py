@@ -96,6 +96,12 @@ def test_what_adds_to_a_step():
     assert 0 < needs("SOLVER.ACCUMULATE_STEPS", 2).total - alone.total <= gradients
 
 
+def test_gray_images_have_one_channel():
+    size, gray = Batch(1, (64, 96)), ("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [110.0])
+    step = estimate_step(run_of(*gray, "MODEL.PIXEL_STD", [57.0]), size)
+    assert 0 < step.weights < estimate_step(run_of(), size).weights
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
