@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling import build_backbone
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gn_detect.engine.memory import numbers, spare_the_heap
+from gn_detect.engine.free_memory import numbers, spare_the_heap
 from gn_detect.engine.step_memory import Allocations, Batch, StepMemory, estimate_step, tensors
 from gn_detect.settings import Settings as Run
 

@@ -284,9 +284,8 @@ def _objects(summary: DataSummary) -> float:
 
 def _share(run: Settings) -> float:
     """Of the sides of an image that a crop has."""
-    return (
-        statistics.fmean(run["crop_size"]) if run["crop"] and run["crop_type"] == "relative" else 1
-    )
+    relative = run["crop"] and run["crop_type"] == "relative"
+    return statistics.fmean(run["crop_size"]) if relative else 1
 
 
 def _cover(found: np.ndarray) -> str:

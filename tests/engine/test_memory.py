@@ -17,10 +17,11 @@ from gn_detect.benchmark.detectors import Settings as Batched
 from gn_detect.benchmark.detectors import synthetic_batch
 from gn_detect.config import ConfigError, load_config
 from gn_detect.data.coco import register_coco_json
-from gn_detect.engine import memory
+from gn_detect.engine import free_memory, memory
 from gn_detect.engine.errors import sentence
+from gn_detect.engine.free_memory import available_memory
 from gn_detect.engine.guards import without_weights
-from gn_detect.engine.memory import available_memory, largest_batch, resolve_memory
+from gn_detect.engine.memory import largest_batch, resolve_memory
 from gn_detect.engine.step_memory import Allocations, Batch, StepMemory, estimate_step
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
@@ -130,8 +131,8 @@ def test_available_memory_of_a_process(monkeypatch):
     free, total = available_memory("cpu")
     assert 0 < free < total
     assert available_memory("cpu", processes_here=4)[0] == pytest.approx(free / 4, rel=0.1)
-    used = memory.numbers("/proc/self/status")["VmSize"] * 1024
-    limits = {resource.RLIMIT_AS: used + memory._ADDRESSES + 5000 * 1024}
+    used = free_memory.numbers("/proc/self/status")["VmSize"] * 1024
+    limits = {resource.RLIMIT_AS: used + free_memory._ADDRESSES + 5000 * 1024}
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, -1), -1))
     free, total = available_memory("cpu", processes_here=4)
     assert total == limits[resource.RLIMIT_AS]
@@ -151,12 +152,12 @@ def test_control_groups(tmp_path):
     (tmp_path / "a/memory.current").write_text("600")
     (tmp_path / "a/memory.stat").write_text("inactive_file 100\n")
     groups.write_text("0::/a/b\n")
-    assert memory._control_groups(str(tmp_path), str(groups)) == [(500, 1000)]
+    assert free_memory._control_groups(str(tmp_path), str(groups)) == [(500, 1000)]
     limit = {"memory__limit_in_bytes": 3000, "memory__usage_in_bytes": 1000}
     group("memory", **limit, memory__stat="total_inactive_file 200\n")
     groups.write_text("3:cpu:/x\n5:memory,hugetlb:/outside\n")
-    assert memory._control_groups(str(tmp_path), str(groups)) == [(2200, 3000)]
-    assert memory._control_groups(str(tmp_path), str(tmp_path / "absent")) == []
+    assert free_memory._control_groups(str(tmp_path), str(groups)) == [(2200, 3000)]
+    assert free_memory._control_groups(str(tmp_path), str(tmp_path / "absent")) == []
 
 
 # --- the largest batch ---
