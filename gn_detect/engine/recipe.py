@@ -25,6 +25,7 @@ from gn_detect.data.model_input import ModelInput
 from gn_detect.data.summary import DataSummary, summarize
 from gn_detect.distributed import from_first_process
 from gn_detect.settings import Settings
+from gn_detect.solver.schedule import images_of_iteration
 
 from .describe_data import model_input, resizings
 
@@ -261,13 +262,11 @@ def num_epochs(num_images: int, scratch: bool) -> float:
 
 def _epochs_typed(run: Settings, num_images: int, processes: int) -> float | None:
     """The length that was typed, in epochs."""
-    if run.is_typed("epochs"):
-        return run["epochs"]
-    if not run.is_typed("max_iter"):
-        return None
+    if run.is_typed("epochs") or not run.is_typed("max_iter"):
+        return run["epochs"] if run.is_typed("epochs") else None
     images = run["ims_per_batch"]
-    if isinstance(run["ims_per_gpu"], int) and run["ims_per_gpu"]:
-        images = run["ims_per_gpu"] * processes
+    if run["ims_per_gpu"] not in (0, "auto"):
+        images, _ = images_of_iteration(run, processes)
     return run["max_iter"] * images / num_images
 
 

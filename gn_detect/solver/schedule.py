@@ -72,7 +72,7 @@ def resolve_schedule(run: Settings, processes: int, num_images: int | None = Non
         head = f"{images} images per iteration"
     else:
         reference = run["reference_batch_size"]
-        images, accumulate = _images_of_iteration(run, processes, accumulate)
+        images, accumulate = images_of_iteration(run, processes)
         per_gpu, passes = (keys[n].rpartition(".")[2] for n in ("ims_per_gpu", "accumulate_steps"))
         head = (
             f"{images} images per iteration = {processes} (processes) x {run['ims_per_gpu']} "
@@ -152,9 +152,14 @@ def _check_stated(run: Settings, processes: int, accumulate: int | str) -> None:
         )
 
 
-def _images_of_iteration(run: Settings, processes: int, accumulate: int | str) -> tuple[int, int]:
-    """The images of an iteration and its forward passes, from those of a GPU."""
+def images_of_iteration(run: Settings, processes: int) -> tuple[int, int]:
+    """The images of an iteration and its forward passes, from those of a GPU.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
     keys, reference, images = run.keys, run["reference_batch_size"], run["ims_per_batch"]
+    accumulate = run["accumulate_steps"] or 1
     one_pass = run["ims_per_gpu"] * processes
     if run["reference_world_size"]:
         raise ConfigError(
@@ -170,7 +175,8 @@ def _images_of_iteration(run: Settings, processes: int, accumulate: int | str) -
                 f"{keys['ims_per_batch']} is {images}, the images of one iteration; with "
                 f"{keys['ims_per_gpu']} {run['ims_per_gpu']} and {processes} process(es) a forward "
                 f"pass has {one_pass}, of which {keys['accumulate_steps']} ({stated}) make an "
-                "iteration: leave one of the three out, or let them agree"
+                f"iteration: let them agree, or leave one of the three out (where a file has "
+                f"{keys['ims_per_gpu']}, set it to 0)"
             )
         return images, passes
     if images != reference:
@@ -189,8 +195,8 @@ def _derive(run: Settings, images: int, reference: int, num_images: int | None) 
     keys, scale, rows = run.keys, reference / images, []
     same_images, same_part = "the same images", "the same part of the run"
 
-    def settle(name: str, value, why: str) -> None:
-        before = run[name]
+    def settle(name: str, value, why: str, before=None) -> None:
+        before = run[name] if before is None else before
         if run.is_typed(name):
             before = run["reference_max_iter"] if name == "max_iter" else ""
             value, why = run[name], "typed"
@@ -201,9 +207,9 @@ def _derive(run: Settings, images: int, reference: int, num_images: int | None) 
         if value or before:
             rows.append([keys[name], before, value, why])
 
-    def epochs(name: str) -> tuple[int, str]:
-        iterations = max(1, _up(run[name] * num_images / images))
-        return iterations, f"{run[name]:g} epochs of {num_images} images"
+    def epochs(name: str) -> tuple[int, str, str | None]:
+        iterations, text = max(1, _up(run[name] * num_images / images)), f"{run[name]:g} epochs"
+        return iterations, f"{text} of {num_images} images", None if run.is_typed(name) else text
 
     settle("ims_per_batch", images, "the images of a GPU")
     for name in ("base_lr", "base_lr_end"):
@@ -229,15 +235,15 @@ def _derive(run: Settings, images: int, reference: int, num_images: int | None) 
     name = "warmup_length" if lazy else "warmup_iters"
     warmup = (run[name] or 0) * (stated if lazy else 1)
     most, capped = max(_WARMUP_SHARE, warmup / max(stated, 1)), other
-    warmup, why = _up(warmup * scale), same_images
+    warmup, why, before = _up(warmup * scale), same_images, None
     if run["warmup_epochs"]:
-        warmup, why = epochs("warmup_epochs")
+        warmup, why, before = epochs("warmup_epochs")
         most, capped = _WARMUP_SHARE, typed and not run.is_typed("warmup_epochs")
     if capped and warmup > _up(most * end):
         warmup, why = _up(most * end), f"at most {most:.0%} of the run"
         run.derive("warmup_epochs", 0.0, why)
     if name in keys and (other or run["warmup_epochs"] or not lazy):
-        settle(name, warmup / max(end, 1) if lazy else warmup, why)
+        settle(name, warmup / max(end, 1) if lazy else warmup, why, before)
 
     if (period := run["checkpoint_period"]) > 0:
         every, half = max(1, round(period * scale)), max(1, _up(end / 2))
