@@ -273,7 +273,7 @@ def _epochs_typed(run: Settings, num_images: int, processes: int) -> float | Non
 def _boxes_of_input(run: Settings, summary: DataSummary) -> np.ndarray:
     """Height and width of the boxes in the input, (N, 2), at the mean of the sizes."""
     scale = resizings(run.cfg)["training"](summary.image_sizes) / summary.image_sizes
-    return summary.boxes * scale[summary.object_image]
+    return np.maximum(summary.boxes * scale[summary.object_image], 1)
 
 
 def _objects(summary: DataSummary) -> float:
