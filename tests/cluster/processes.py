@@ -276,6 +276,9 @@ def _python(arguments: tuple[str, ...], env: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         setattr(sys, name, os.fdopen(os.dup(descriptor), "w", buffering=1))
+    # In each fork, before two threads do it at a time: PyTorch makes its pool of threads anew then,
+    # and one that meets no pool aborts.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
     torch.set_num_threads(1)
     arguments = arguments[arguments[0] == "-u" :]
     if arguments[0] == "-m":

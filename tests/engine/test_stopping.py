@@ -22,7 +22,7 @@ BY_RESUME = "go on with --resume (same command)"
 
 
 def send(signum: int = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), signum)
+    signal.raise_signal(signum)  # to this thread, so that it is handled at once
 
 
 @contextlib.contextmanager
