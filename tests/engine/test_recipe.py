@@ -265,6 +265,8 @@ def test_a_typed_length_stays_and_the_rest_follows_it():
     assert "SOLVER.EPOCHS" not in found and found["TEST.EVAL_EPOCHS"] == 2
     found = recipe(data(40, 100), "SOLVER.MAX_ITER", "1000", "SOLVER.IMS_PER_GPU", "1", processes=3)
     assert found["TEST.EVAL_EPOCHS"] == 3
+    passes = ("SOLVER.IMS_PER_GPU", "1", "SOLVER.ACCUMULATE_STEPS", "4")
+    assert recipe(data(40, 100), "SOLVER.MAX_ITER", "1000", *passes)["TEST.EVAL_EPOCHS"] == 4
     found = recipe(data(40, 100), "SOLVER.EPOCHS", "30.0", "TEST.EVAL_PERIOD", "7")
     assert "SOLVER.EPOCHS" not in found and "TEST.EVAL_EPOCHS" not in found
 

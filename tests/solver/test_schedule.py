@@ -332,3 +332,12 @@ def test_the_table_says_why(caplog):
     assert rows["SOLVER.BASE_LR"] == ["0.01", "typed"]
     assert rows["SOLVER.STEPS"][2:] == ["the same part of the run"]
     assert rows["SOLVER.CHECKPOINT_PERIOD"] == ["5000", "57", "half of the run"]
+
+
+def test_the_table_has_the_epochs_that_a_file_states(caplog):
+    cfg = config(R50, "SOLVER.EPOCHS", 3.0, "TEST.EVAL_EPOCHS", 1.0)  # as if in the file
+    with caplog.at_level("INFO"):
+        resolve_schedule(Settings(cfg), 1, 160)
+    (table,) = caplog.messages
+    assert re.search(r"SOLVER.MAX_ITER +3 epochs +30 +3 epochs of 160 images", table)
+    assert re.search(r"TEST.EVAL_PERIOD +1 epochs +10 +1 epochs of 160 images", table)
