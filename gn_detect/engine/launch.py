@@ -4,12 +4,14 @@ form one group before anything else is done."""
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -76,7 +78,8 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Run ``main(args)`` in each process of a run, and end this one with a sentence where that
-    fails, with 143 after SIGTERM and SIGUSR1, and with 130 after Ctrl-C.
+    fails, with 143 after SIGTERM and SIGUSR1, and with 130 after Ctrl-C. One of several processes
+    also ends when it is done.
 
     The processes are those that torchrun or srun have started, this one among them. Otherwise
     ``--num-gpus`` are started here, as Detectron2's ``launch`` does, on each of ``--num-machines``.
@@ -107,6 +110,28 @@ def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace)
         unlock_output(run_directory())
 
 
+@contextlib.contextmanager
+def _end_at_once() -> Iterator[None]:
+    """End this process when it is done or exits, as multiprocessing ends its own: without the end
+    of Python's interpreter, in which a thread of gloo that frees a tensor would abort the process
+    (https://github.com/pytorch/pytorch/pull/179291)."""
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code or 0
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@_end_at_once()
+@errors_as_sentences()
 def _in_group(main: Callable, args: argparse.Namespace, place: Place) -> None:
     store, machines, names = meet(place, args.dist_timeout)
     local_size = machines.count(place.machine)
@@ -220,7 +245,7 @@ def _child(local_rank: int, main: Callable, args: argparse.Namespace, url: str) 
     )
     # Loading workers start as they do elsewhere (on Linux fast, by fork), not as this process has.
     multiprocessing.set_start_method(None, force=True)
-    with handle_signals(), errors_as_sentences():
+    with handle_signals():
         _in_group(main, args, place)
 
 
