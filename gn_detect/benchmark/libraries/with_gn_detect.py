@@ -25,10 +25,14 @@ def train(job: Job) -> Trained:
         subprocess.run(list(map(str, command)), check=True)
         return Path(folder, "log.txt").read_text()
 
-    with tempfile.TemporaryDirectory() as folder:
-        log = fit(20, folder)
-    each = float(re.search(r"Overall training speed: .*\((\S+) s / it\)", log)[1])
-    iterations = max(2, int(job.seconds / each))
+    iterations = 20
+    # As boxes are found, more of them are learned from, and a step takes longer: the second trial
+    # is a whole schedule, a tenth of the run.
+    for seconds in (job.seconds / 10, job.seconds):
+        with tempfile.TemporaryDirectory() as folder:
+            log = fit(iterations, folder)
+        each = float(re.search(r"Overall training speed: .*\((\S+) s / it\)", log)[1])
+        iterations = max(5, int(seconds / each))
     folder = os.path.join(job.folder, "train")
     log = fit(iterations, folder)
     hours, minutes, seconds = re.search(r"Total training time: (\d+):(\d+):(\d+)", log).groups()
