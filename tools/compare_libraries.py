@@ -178,7 +178,8 @@ def report(args) -> None:
                     points.append([statistics.mean(values) for values in zip(*both, strict=True)])
             took, ap = zip(*points, strict=True) if points else ((), ())
             axes.plot(took, ap, "o-", label=contestant)
-        axes.set(title=data.name, xlabel="minutes of training", ylabel="mask AP", ylim=(0, None))
+        axes.set(title=data.name, xlabel="minutes of training", xlim=(0, None))
+        axes.set(ylabel="mask AP", ylim=(0, None))
     if not any(row[-1] for row in rows):
         sys.exit(f"error: {args.output} has no runs of these --data, --contestants and --minutes")
     columns[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
