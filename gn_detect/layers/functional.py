@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import recompute
+from .padding import Extents
 
 try:
     from . import kernel_check, triton_kernels
@@ -36,6 +37,7 @@ def group_norm_act(
     residual: Tensor | None = None,
     activation: str | None = None,
     *,
+    extents: Extents | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """``activation(group_norm(x) + residual)``, with the GN of https://arxiv.org/abs/1803.08494.
@@ -53,6 +55,8 @@ def group_norm_act(
         eps: added to the variance.
         residual: of the shape of ``x``, added before the activation; or None.
         activation: ``"relu"`` or None.
+        extents: of the images in a map (N, C, H, W): the rest is padding, which does not enter the
+            statistics. The result is 0 there, where the residual is 0.
         kernel: ``"triton"``: fused kernels for CUDA, for maps (N, C, H, W) of float32, bfloat16 or
             float16, checked before the first use; ``"torch"``: PyTorch's operations; ``"auto"``:
             the first for all that they take and compute rightly. What and why is logged once.
@@ -76,7 +80,7 @@ def group_norm_act(
         nhwc = x.stride(1) == 1
         x = x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
     compute = _fused if _takes_triton(kernel, x, weight, bias, residual) else _reference
-    return compute(x, weight, bias, residual, num_groups, eps, activation)
+    return compute(x, weight, bias, residual, num_groups, eps, activation, extents)
 
 
 def _check_shapes(x, num_groups, residual) -> None:
@@ -95,21 +99,26 @@ def _check_shapes(x, num_groups, residual) -> None:
 # --- PyTorch's operations ---
 
 
-def _reference(x, weight, bias, residual, num_groups, eps, activation) -> Tensor:
+def _reference(x, weight, bias, residual, num_groups, eps, activation, extents=None) -> Tensor:
     """Any device and dtype, differentiable twice, exported as it is."""
-    with _without_autocast(x.device.type):
-        y = _group_norm(x, num_groups, weight, bias, eps)
-        if residual is not None:
-            y.add_(residual)
-        else:  # before the ReLU, which keeps its output
-            recompute.offer(
-                y,
-                lambda *xwb: _reference(*xwb, None, num_groups, eps, activation),
-                (x, weight, bias),
-                in_place_operations=activation is not None,
-            )
-        # In place, as Detectron2's blocks do: GN does not keep its output.
-        return y if activation is None else F.relu_(y)
+    # Each image of a padded batch alone is less work than sums over all with a mask.
+    maps = [x] if extents is None else extents.crops(x)
+    normalize = functools.partial(_normalize, num_groups, eps, extents)
+    # In place, as Detectron2's blocks do: GN does not keep its output.
+    act = F.relu_ if activation else (lambda y: y)
+    y = normalize(weight, bias, *maps)
+    if residual is not None:
+        return act(y.add_(residual))
+    # Before the ReLU, which keeps its output
+    again, inputs = lambda *inputs: act(normalize(*inputs)), (weight, bias, *maps)
+    recompute.offer(y, again, inputs, in_place_operations=activation is not None)
+    return act(y)
+
+
+def _normalize(num_groups, eps, extents, weight, bias, *maps) -> Tensor:
+    with _without_autocast(maps[0].device.type):
+        found = [_group_norm(x, num_groups, weight, bias, eps) for x in maps]
+    return found[0] if extents is None else extents.join(found)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -169,7 +178,7 @@ def _decided(kernel, reason, device, dtype, channels_last, fake) -> bool:
     return not why_not
 
 
-def _fused(x, weight, bias, residual, num_groups, eps, activation) -> Tensor:
+def _fused(x, weight, bias, residual, num_groups, eps, activation, extents=None) -> Tensor:
     relu = activation is not None
     arguments = x, weight, bias, residual, num_groups, eps, relu
     if torch.compiler.is_compiling():

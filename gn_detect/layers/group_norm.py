@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .functional import group_norm_act
+from .padding import extents_of
 
 
 class GroupNorm(nn.GroupNorm):
@@ -21,6 +22,8 @@ class GroupNorm(nn.GroupNorm):
         eps: added to the variance.
         affine: learn a gamma and a beta of shape (C,).
         kernel: of :func:`~gn_detect.layers.functional.group_norm_act`.
+        mask_padding: within :func:`~gn_detect.layers.padding.images_in_batch`, normalize each image
+            by what is image of its map, as if it was alone, and put out zeros around it.
 
     Raises:
         ValueError: ``num_groups`` does not divide ``num_channels``; the message lists the values
@@ -37,6 +40,7 @@ class GroupNorm(nn.GroupNorm):
         dtype=None,
         *,
         kernel: str = "auto",
+        mask_padding: bool = False,
     ):
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(
@@ -45,6 +49,7 @@ class GroupNorm(nn.GroupNorm):
             )
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
         self.kernel = kernel
+        self.mask_padding = mask_padding
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
@@ -56,7 +61,8 @@ class GroupNorm(nn.GroupNorm):
             activation: ``"relu"`` or None, applied last.
         """
         layer = self.num_groups, self.weight, self.bias, self.eps
-        return group_norm_act(x, *layer, residual, activation, kernel=self.kernel)
+        extents = extents_of(x) if self.mask_padding else None
+        return group_norm_act(x, *layer, residual, activation, extents=extents, kernel=self.kernel)
 
 
 def divisors(num_channels: int) -> list[int]:

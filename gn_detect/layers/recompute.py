@@ -17,6 +17,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from . import padding
+
 # "fast": keep everything. "balanced": rebuild the outputs of GroupNorm. "lean": also what
 # ``rerun`` says. "checkpoint": keep the inputs of blocks alone, and run them twice.
 MODES = ("fast", "balanced", "lean", "checkpoint")
@@ -39,7 +41,9 @@ def run_block(memory: str, block: Callable, *inputs: torch.Tensor) -> torch.Tens
     if memory == "fast" or not torch.is_grad_enabled():
         return block(*inputs)
     if memory == "checkpoint":
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        # It runs the block again when the batch is gone.
+        again = padding.images_in_batch(padding.current())(block)
+        return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
     if torch.compiler.is_compiling():  # whose partitioner decides what to keep
         return block(*inputs)
     with rebuild_norms():
