@@ -22,8 +22,8 @@ class GroupNorm(nn.GroupNorm):
         eps: added to the variance.
         affine: learn a gamma and a beta of shape (C,).
         kernel: of :func:`~gn_detect.layers.functional.group_norm_act`.
-        mask_padding: within :func:`~gn_detect.layers.padding.images_in_batch`, normalize each image
-            by what is image of its map, as if it was alone, and put out zeros around it.
+        mask_padding: normalize what is image of the maps of a padded batch
+            (:func:`~gn_detect.layers.padding.images_in_batch`), each as if it was alone.
 
     Raises:
         ValueError: ``num_groups`` does not divide ``num_channels``; the message lists the values

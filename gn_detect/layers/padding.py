@@ -1,101 +1,103 @@
-"""What of a batch is image: images of different sizes are padded with zeros to one, at the right and
-at the bottom. Statistics that count the padding depend on the batch, and so does what beta makes of
-it, which the next convolution reads at the border of an image."""
+"""What of a batch is image.
+
+Images of different sizes are padded with zeros to one, at the right and at the bottom. Statistics
+that count the padding depend on the batch, and so does what a bias or beta makes of it, which the
+next convolution reads at the border of an image.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_MAX_STRIDE = 2**12
+
 
 class Extents:
-    """The parts of the maps in a batch, at their top left, that belong to its images.
+    """The parts of a batch, or of maps of it, that belong to its images, at their top left.
 
     Args:
-        sizes: height and width of each image, in pixels or positions of a map.
+        sizes: height and width of each image.
         height, width: of the batch.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], height: int, width: int):
+    def __init__(self, sizes: Sequence[Sequence[int]], height: int, width: int):
         self.sizes = tuple((h, w) for h, w in sizes)
         self.height, self.width = height, width
         self._of_maps: dict[tuple[int, int], Extents] = {}
-        self._tensors: dict[object, Tensor] = {}
+        self._tensors: dict[tuple, Tensor] = {}
 
     @property
     def padded(self) -> bool:
-        """Whether there is anything beside the images."""
-        return any(size != (self.height, self.width) for size in self.sizes)
+        """Whether there is anything beside the images. A trace is for images of any size."""
+        whole = self.height, self.width
+        return torch.jit.is_tracing() or any(size != whole for size in self.sizes)
 
-    def of(self, x: Tensor) -> Extents:
-        """Those of a map (N, C, H, W) of the batch, ``ceil(size / stride)``.
+    def of(self, height: int, width: int) -> Extents:
+        """Those of maps of this size, ``ceil(size / stride)``.
 
         Raises:
-            ValueError: N is not the number of images, or no stride, a power of 2, takes the batch
-                to H x W.
+            ValueError: no stride, a power of 2, takes the batch to this size.
         """
-        n, (height, width) = x.shape[0], x.shape[-2:]
-        key = int(height), int(width)
+        key, batch = (int(height), int(width)), (int(self.height), int(self.width))
         if key not in self._of_maps:
             stride = 1
-            while (-(-self.height // stride), -(-self.width // stride)) != key and stride < 4096:
+            while (-(-batch[0] // stride), -(-batch[1] // stride)) != key:
                 stride *= 2
-            self._of_maps[key] = Extents(
-                [(-(-h // stride), -(-w // stride)) for h, w in self.sizes], *key
-            )
-            if stride == 4096:
-                raise ValueError(
-                    f"a map of {key[0]} x {key[1]} is of no power of 2 as the stride of images "
-                    f"padded to {self.height} x {self.width}: MODEL.GN.MASK_PADDING cannot say what "
-                    "of it is padding; set it to False"
-                )
-        if n != len(self.sizes):
-            raise ValueError(
-                f"a map of {n} images in a batch of {len(self.sizes)}: its padding is not known "
-                "(MODEL.GN.MASK_PADDING)"
-            )
+                if stride > _MAX_STRIDE:
+                    raise ValueError(
+                        f"no power of 2 is the stride of maps of {key[0]} x {key[1]} from images "
+                        f"padded to {batch[0]} x {batch[1]}, so that nobody knows what of them is "
+                        "padding; set MODEL.GN.MASK_PADDING to False"
+                    )
+            sizes = [(-(-h // stride), -(-w // stride)) for h, w in self.sizes]
+            self._of_maps[key] = Extents(sizes, height, width)
         return self._of_maps[key]
 
     def tensor(self, device: torch.device) -> Tensor:
-        """(N, 2) int32: rows and columns."""
-        return self._cached((device,), lambda: torch.tensor(self.sizes, dtype=torch.int32))
+        """(N, 2) int32: rows and columns of each image."""
+        return self._on(device, torch.int32, lambda: torch.tensor(self.sizes, dtype=torch.int32))
 
     def mask(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(N, 1, H, W), 1 where there is image, else 0."""
+        """(N, 1, H, W): 1 where there is image, else 0."""
+        ones = (torch.ones(1, 1, h, w, dtype=dtype) for h, w in self.sizes)
+        return self._on(device, dtype, lambda: torch.cat([self._resized(one) for one in ones]))
 
-        def build() -> Tensor:
-            ones = (torch.ones(1, 1, *size, dtype=dtype) for size in self.sizes)
-            return torch.cat([self.pad(one, *one.shape[-2:]) for one in ones])
-
-        return self._cached((device, dtype), build)
-
-    def _cached(self, key: tuple, build) -> Tensor:
-        if key not in self._tensors:
-            # From pinned memory, so that nobody waits for the device.
-            built, cuda = build(), key[0].type == "cuda"
-            self._tensors[key] = built.pin_memory().to(key[0], non_blocking=True) if cuda else built
-        return self._tensors[key]
+    def _on(self, device: torch.device, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
+        if (device, dtype) not in self._tensors:
+            tensor = build()
+            if device.type == "cuda":  # from pinned memory, so that nobody waits for the device
+                tensor = tensor.pin_memory().to(device, non_blocking=True)
+            self._tensors[device, dtype] = tensor
+        return self._tensors[device, dtype]
 
     def crops(self, x: Tensor) -> list[Tensor]:
-        """Each image of a map alone, (1, C, h, w); one (N, C, h, w) where all have one size."""
+        """What is image of a map (N, C, H, W): each (1, C, h, w), or all (N, C, h, w) where they
+        have one size."""
         alike = len(set(self.sizes)) == 1
         images = [x] if alike else x.split(1)
-        return [self.pad(image, h, w, -1) for image, (h, w) in zip(images, self.sizes)]
+        return [_resize(image, *size) for image, size in zip(images, self.sizes, strict=False)]
 
     def join(self, crops: Sequence[Tensor]) -> Tensor:
         """The map (N, C, H, W) of its :meth:`crops`, with zeros around them."""
-        padded = [self.pad(crop, *crop.shape[-2:]) for crop in crops]
+        padded = [self._resized(crop) for crop in crops]
         return padded[0] if len(padded) == 1 else torch.cat(padded)
 
-    def pad(self, x: Tensor, h: int, w: int, sign: int = 1) -> Tensor:
-        if (h, w) == (self.height, self.width):
-            return x
-        return F.pad(x, (0, sign * (self.width - w), 0, sign * (self.height - h)))
+    def _resized(self, x: Tensor) -> Tensor:
+        return _resize(x, self.height, self.width)
+
+
+def _resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Cut off, or pad with zeros, at the right and at the bottom; contiguous as ``x`` is."""
+    h, w = x.shape[-2:]
+    if not torch.jit.is_tracing() and (h, w) == (height, width):
+        return x
+    return F.pad(x, (0, width - w, 0, height - h))
 
 
 _current: contextvars.ContextVar[Extents | None] = contextvars.ContextVar("extents", default=None)
@@ -103,8 +105,8 @@ _current: contextvars.ContextVar[Extents | None] = contextvars.ContextVar("exten
 
 @contextlib.contextmanager
 def images_in_batch(extents: Extents | None = None) -> Iterator[None]:
-    """Within it, layers find the extents of the images of their maps; those that
-    :func:`set_images` says, if None."""
+    """Within it, layers find what of their maps is image: ``extents`` of the batch, or those that
+    :func:`set_images` tells."""
     token = _current.set(extents)
     try:
         yield
@@ -113,21 +115,48 @@ def images_in_batch(extents: Extents | None = None) -> Iterator[None]:
 
 
 def set_images(extents: Extents) -> None:
-    """Of the batch in work, within :func:`images_in_batch`."""
+    """Tell the extents of the batch, within :func:`images_in_batch`."""
     _current.set(extents)
 
 
 def current() -> Extents | None:
+    """Of the batch in work."""
     return _current.get()
 
 
 def extents_of(x: Tensor) -> Extents | None:
-    """Of the images in a map (N, C, H, W); None where it has no padding."""
+    """What is image of a map (N, C, H, W); None where all is, or nobody told.
+
+    Raises:
+        ValueError: N is not the number of images in the batch, or see :meth:`Extents.of`.
+    """
     extents = _current.get()
-    return extents.of(x) if extents is not None and extents.padded else None
+    if extents is None or not extents.padded:
+        return None
+    if not torch.jit.is_tracing() and x.shape[0] != len(extents.sizes):
+        raise ValueError(
+            f"a map of {x.shape[0]} images, where the batch has {len(extents.sizes)}: nobody knows "
+            "what of it is padding (MODEL.GN.MASK_PADDING)"
+        )
+    return extents.of(*x.shape[-2:])
 
 
 def mask_padding(x: Tensor) -> Tensor:
-    """A map with zeros in its padding."""
+    """A map (N, C, H, W) with zeros in its padding."""
     extents = extents_of(x)
     return x if extents is None else x * extents.mask(x.device, x.dtype)
+
+
+def per_image(function: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) -> Tensor:
+    """``function`` of what is image of a map, with zeros around the results.
+
+    Args:
+        function: of a map (N, C, h, w); gives maps of ``scale`` times the size, rounded up.
+    """
+    extents = extents_of(x)
+    if extents is None:
+        return function(x)
+    found = [function(crop) for crop in extents.crops(x)]
+    finer = current().of(*(-int(-size * scale // 1) for size in x.shape[-2:]))
+    sizes = finer.sizes if len(found) > 1 else finer.sizes[:1]
+    return finer.join([_resize(y, *size) for y, size in zip(found, sizes, strict=True)])
