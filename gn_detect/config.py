@@ -53,6 +53,11 @@ def add_gn_config(cfg: CfgNode) -> None:
     # "checkpoint" that fits into the memory.
     gn.setdefault("MEMORY", "fast")
 
+    # Images of one batch are padded to one size. Leave the padding out of the statistics of every
+    # GN, LN and IN, keep it 0, and propose nothing in it: an image's features and losses are then
+    # those of the image alone (docs/small_batches.md). False as in published weights.
+    gn.setdefault("MASK_PADDING", False)
+
     # The weights of the convolutions of our components, and so the maps from the stem to the heads,
     # in torch.channels_last. Same keys, same numbers; not measured to be faster on a CPU.
     cfg.MODEL.setdefault("CHANNELS_LAST", False)
@@ -61,6 +66,12 @@ def add_gn_config(cfg: CfgNode) -> None:
     # "BiT": Big Transfer's, with a 7x7 convolution as stem; "D": the stem of three convolutions and
     # the shortcuts of ResNet-D, as in timm's resnetv2_50d_gn.
     cfg.MODEL.setdefault("RESNETV2", CfgNode()).setdefault("VARIANT", "BiT")
+
+    # What the mask loss, and that of RetinaNet, is divided by. "batch": what the images of a pass
+    # have, as in Detectron2. "running": a running mean per image, which an iteration leaves as it
+    # is, so that several passes (ACCUMULATE_STEPS, processes) are one of all their images.
+    cfg.MODEL.ROI_MASK_HEAD.setdefault("LOSS_NORMALIZER", "batch")
+    cfg.MODEL.RETINANET.setdefault("LOSS_NORMALIZER", "batch")
 
     # Norms where Detectron2 has none: GN, LN, IN, BN, SyncBN, FrozenBN, or "" as published.
     cfg.MODEL.RPN.setdefault("NORM", "")

@@ -122,7 +122,7 @@ def expected_norm_layers(cfg) -> dict[str, tuple[str, int]]:
     }
     if model.KEYPOINT_ON:
         layers["roi_heads.keypoint_head"] = (model.ROI_KEYPOINT_HEAD.NORM, 8)
-    if model.META_ARCHITECTURE == "PanopticFPN":  # p5 is upsampled three times, p4 twice, ...
+    if model.META_ARCHITECTURE == "GNPanopticFPN":  # p5 is upsampled three times, p4 twice, ...
         layers["sem_seg_head"] = (model.SEM_SEG_HEAD.NORM, 3 + 2 + 1 + 1)
     return layers
 
@@ -229,7 +229,7 @@ def expected_losses(cfg):
         losses.add("loss_mask")
     if cfg.MODEL.KEYPOINT_ON:
         losses.add("loss_keypoint")
-    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+    if cfg.MODEL.META_ARCHITECTURE == "GNPanopticFPN":
         losses.add("loss_sem_seg")
     return losses
 

@@ -90,7 +90,7 @@ def _backbone_and_anchors(cfg: CfgNode | DictConfig) -> tuple[nn.Module, nn.Modu
         return backbone, next(filter(None, (instantiate_key(cfg, key) for key in keys)), None)
     backbone = without_weights(lambda _: build_backbone(cfg))
     retinanet = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
-    if not retinanet and cfg.MODEL.PROPOSAL_GENERATOR.NAME != "RPN":
+    if not retinanet and cfg.MODEL.PROPOSAL_GENERATOR.NAME not in ("RPN", "GNRPN"):
         return backbone, None
     levels = (cfg.MODEL.RETINANET if retinanet else cfg.MODEL.RPN).IN_FEATURES
     shapes = backbone.output_shape()

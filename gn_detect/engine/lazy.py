@@ -18,6 +18,7 @@ from torch import nn
 from gn_detect.data.coco import read_canonical
 from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import masks_one_by_one, takes_items
+from gn_detect.modeling.normalizer import RunningMeans
 from gn_detect.settings import Settings
 
 from .best import best_of
@@ -89,7 +90,9 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     eval_period = train.eval_period if "evaluator" in cfg.dataloader else 0
     periodic = {k: v for k, v in train.checkpointer.items() if k != "max_to_keep"}
     saving = Saving(checkpointer, progress, eval_period=eval_period, **periodic)
-    trainer.register_hooks([ema, progress, hooks.IterationTimer(), schedule, saving])
+    trainer.register_hooks(
+        [RunningMeans(model), ema, progress, hooks.IterationTimer(), schedule, saving]
+    )
     evaluation = EvalHook(train.eval_period, evaluate, best_of(run), saving, run.keys)
     trainer.register_hooks([evaluation])
     if comm.is_main_process():  # last, so that it writes what the others have measured

@@ -23,6 +23,7 @@ from gn_detect.data.coco import output_names
 from gn_detect.data.loader import build_test_loader, build_train_loader
 from gn_detect.data.workers import keep_workers
 from gn_detect.evaluation import build_evaluator, describe_tta, masks_one_by_one, with_tta
+from gn_detect.modeling.normalizer import RunningMeans
 from gn_detect.settings import Settings
 
 from .best import best_of
@@ -130,7 +131,8 @@ class Trainer(DefaultTrainer, EndsEarly):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self.register_hooks([self._ema, self._resume, *self.build_hooks()])
+        means = RunningMeans(model)  # before what is saved
+        self.register_hooks([means, self._ema, self._resume, *self.build_hooks()])
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
@@ -39,10 +40,10 @@ def masks_one_by_one(model: nn.Module, when: bool = True) -> Iterator[None]:
     ``GeneralizedRCNN``, or of a subclass with the same inference, or Detectron2's of augmented
     images. Others are left as they are."""
     rcnn = model.module if isinstance(model, DistributedDataParallel) else model
-    methods = [getattr(type(rcnn), name, None) for name in ("forward", "inference")]
+    methods = [getattr(type(rcnn), name, len) for name in ("forward", "inference")]
     if type(rcnn) is GeneralizedRCNNWithTTA:
         name, method = "_reduce_pred_masks", _mean_masks
-    elif methods == [GeneralizedRCNN.forward, GeneralizedRCNN.inference]:
+    elif [*map(inspect.unwrap, methods)] == [GeneralizedRCNN.forward, GeneralizedRCNN.inference]:
         name, method = "inference", _inference
     else:
         when = False

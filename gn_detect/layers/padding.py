@@ -147,6 +147,18 @@ def mask_padding(x: Tensor) -> Tensor:
     return x if extents is None else x * extents.mask(x.device, x.dtype)
 
 
+def extend_images(x: Tensor) -> Tensor:
+    """A map whose padding has the values at the border of its image, as interpolation sees an image
+    alone."""
+    extents = extents_of(x)
+    if extents is None:
+        return x
+    h, w = x.shape[-2:]
+    crops = extents.crops(x)
+    sides = [(0, w - crop.shape[-1], 0, h - crop.shape[-2]) for crop in crops]
+    return torch.cat([F.pad(c, s, mode="replicate") for c, s in zip(crops, sides, strict=True)])
+
+
 def per_image(function: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) -> Tensor:
     """``function`` of what is image of a map, with zeros around the results.
 

@@ -2,17 +2,26 @@ from .box_head import GNFastRCNNConvFCHead
 from .fpn import build_gn_resnet_fpn_backbone, build_gn_retinanet_resnet_fpn_backbone
 from .keypoint_head import GNKRCNNConvDeconvUpsampleHead
 from .mask_head import GNMaskRCNNConvUpsampleHead
-from .meta_arch import GNRetinaNet, GNSemSegFPNHead, build_detector
+from .meta_arch import (
+    GNGeneralizedRCNN,
+    GNPanopticFPN,
+    GNRetinaNet,
+    GNSemSegFPNHead,
+    build_detector,
+)
 from .norm import GroupNormFactory, finish_norms
 from .resnet import build_gn_resnet_backbone
 from .resnetv2 import build_gn_resnetv2_backbone, build_gn_resnetv2_fpn_backbone
 from .roi_heads import GNRes5ROIHeads
-from .rpn_head import GNRPNHead
+from .rpn import GNRPN, GNRPNHead
 
 __all__ = [
     "GNFastRCNNConvFCHead",
+    "GNGeneralizedRCNN",
     "GNKRCNNConvDeconvUpsampleHead",
     "GNMaskRCNNConvUpsampleHead",
+    "GNPanopticFPN",
+    "GNRPN",
     "GNRPNHead",
     "GNRes5ROIHeads",
     "GNRetinaNet",

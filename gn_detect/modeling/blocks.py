@@ -18,6 +18,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 
 from gn_detect.layers import GroupNorm, standardize_weight
+from gn_detect.layers.padding import mask_padding, per_image
 from gn_detect.layers.recompute import rerun, run_block
 from gn_detect.layers.weight_std import VARIANTS
 
@@ -231,6 +232,35 @@ def fuse_norms(module: nn.Module, memory: str = "fast") -> nn.Module:
         if isinstance(child, Block) and _has_group_norm(child):
             child.memory = memory
     return module
+
+
+class UpsampleImages(nn.Upsample):
+    """Of each image of a batch alone, at whose border nothing of the padding is mixed in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return per_image(super().forward, x, self.scale_factor)
+
+
+def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
+    """Have every layer in ``module``, but not in ``but``, keep what is padding of its maps at 0:
+    each GroupNorm by its own pass, a convolution without one by a product. Where a norm comes
+    before each convolution (``modeling.resnetv2``), 0 stays 0."""
+    skipped = set(before_group_norm(module)) | set(but.modules() if but else ())
+    for name, child in list(module.named_modules()):
+        if child in skipped:
+            continue
+        if hasattr(child, "mask_padding"):
+            child.mask_padding = True
+        if getattr(child, "pre_activation", False):
+            skipped.update(m for m in child.modules() if isinstance(m, nn.Conv2d))
+        elif isinstance(child, nn.Conv2d):
+            child.register_forward_hook(_mask_output)
+        elif type(child) is nn.Upsample:
+            module.set_submodule(name, _like(child, UpsampleImages))
+
+
+def _mask_output(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return mask_padding(output)
 
 
 def _like(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

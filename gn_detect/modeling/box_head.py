@@ -66,5 +66,5 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_BOX_HEAD.NORM"),
             "fc_norm": fc_norm,
-            "finish": finish_from_config(cfg),
+            "finish": finish_from_config(cfg, of_rois=True),
         }

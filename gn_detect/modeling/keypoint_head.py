@@ -56,5 +56,5 @@ class GNKRCNNConvDeconvUpsampleHead(Block, KRCNNConvDeconvUpsampleHead):
         return {
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_KEYPOINT_HEAD.NORM"),
-            "finish": finish_from_config(cfg),
+            "finish": finish_from_config(cfg, of_rois=True),
         }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
+from detectron2.structures import Instances
 
 from .blocks import Block, in_memory_mode, run_layers
 from .norm import GroupNormFactory, finish_from_config, finish_norms, insert_after, norm_from_config
+from .normalizer import running_mean
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -25,10 +28,14 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
         conv_norm: as ``get_norm`` takes it; by default GN with 32 groups, eps 1e-5.
         deconv_norm: as ``get_norm`` takes it; by default none.
         finish: ``weight_standardization``, ``memory`` and ``channels_last`` of ``finish_norms``.
+        loss_normalizer: "batch": the loss is a mean over the masks of a pass; "running": their sum
+            is divided by the images, and by a running mean of the masks per image
+            (``normalizer.RunningMean``).
+        masks_per_image: that mean at the start.
         **kwargs: of ``BaseMaskRCNNHead`` (``loss_weight``, ``vis_period``).
 
     Raises:
-        ConfigError: the groups do not divide a layer's channels.
+        ConfigError: the groups do not divide a layer's channels, or ``loss_normalizer`` is unknown.
     """
 
     @configurable
@@ -41,6 +48,8 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
         conv_norm: GroupNormFactory | str | None = None,
         deconv_norm: GroupNormFactory | str = "",
         finish: dict[str, str | bool] | None = None,
+        loss_normalizer: str = "batch",
+        masks_per_image: float = 128,
         **kwargs,
     ):
         super().__init__(
@@ -55,8 +64,16 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
             norm = get_norm(deconv_norm, self.deconv.out_channels)
             insert_after(self, "deconv", "deconv_norm", norm)
         finish_norms(self, "roi_heads.mask_head", **finish or {})
+        key = "MODEL.ROI_MASK_HEAD.LOSS_NORMALIZER"
+        self.normalizer = running_mean(loss_normalizer, key, masks_per_image)
 
     layers = in_memory_mode(run_layers)
+
+    def forward(self, x: torch.Tensor, instances: list[Instances]):
+        found = super().forward(x, instances)
+        if self.training and self.normalizer:
+            found["loss_mask"] *= len(x) / self.normalizer(len(x), len(instances))
+        return found
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -64,5 +81,9 @@ class GNMaskRCNNConvUpsampleHead(Block, MaskRCNNConvUpsampleHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.NORM"),
             "deconv_norm": norm_from_config(cfg, "MODEL.ROI_MASK_HEAD.DECONV_NORM"),
-            "finish": finish_from_config(cfg),
+            "loss_normalizer": cfg.MODEL.ROI_MASK_HEAD.LOSS_NORMALIZER,
+            # The most that are sampled
+            "masks_per_image": cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+            * cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION,
+            "finish": finish_from_config(cfg, of_rois=True),
         }

@@ -7,6 +7,8 @@ import logging
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from torch import nn
 
 from gn_detect.config import ConfigError, locate
@@ -17,7 +19,7 @@ from gn_detect.layers.group_norm import divisors
 from gn_detect.layers.recompute import MODES
 from gn_detect.layers.weight_std import VARIANTS
 
-from .blocks import GNConv2d, before_group_norm, fuse_norms
+from .blocks import GNConv2d, before_group_norm, fuse_norms, mask_paddings
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +164,33 @@ def weight_standardization_from_config(cfg: CfgNode) -> str:
     return value
 
 
-def finish_from_config(cfg: CfgNode) -> dict[str, str | bool]:
-    """The last arguments of :func:`finish_norms`."""
+def finish_from_config(cfg: CfgNode, of_rois: bool = False) -> dict[str, str | bool]:
+    """The last arguments of :func:`finish_norms`.
+
+    Args:
+        of_rois: the component has maps of RoIs, which are never padded.
+
+    Raises:
+        ConfigError: a value is unknown, or other components of ``cfg`` do not know of padding.
+    """
+    if cfg.MODEL.GN.MASK_PADDING:
+        arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+        parts = {"META_ARCHITECTURE": arch}
+        if issubclass(arch, GeneralizedRCNN):
+            name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+            parts["PROPOSAL_GENERATOR.NAME"] = PROPOSAL_GENERATOR_REGISTRY.get(name)
+        for key, part in parts.items():
+            if not hasattr(part, "masks_padding"):
+                raise ConfigError(
+                    f"MODEL.GN.MASK_PADDING is True, but MODEL.{key} is {part.__name__!r}, which "
+                    f"does not know of it; set it to 'GN{part.__name__}', if there is one, or "
+                    "MASK_PADDING to False"
+                )
     return {
         "weight_standardization": weight_standardization_from_config(cfg),
         "memory": cfg.MODEL.GN.MEMORY,
         "channels_last": cfg.MODEL.CHANNELS_LAST,
+        "mask_padding": cfg.MODEL.GN.MASK_PADDING and not of_rois,
     }
 
 
@@ -177,6 +200,7 @@ def finish_norms(
     weight_standardization: str = "",
     memory: str = "fast",
     channels_last: bool = False,
+    mask_padding: bool = False,
 ) -> nn.Module:
     """Complete a component whose norms came from a :class:`GroupNormFactory`.
 
@@ -192,6 +216,8 @@ def finish_norms(
         channels_last: lay the weights of its convolutions out so (``torch.channels_last``). A
             convolution with such weights puts out such a map, whatever it gets, and norms,
             activations, sums, poolings and resampling keep the format.
+        mask_padding: keep what is padding of its maps at 0, and out of statistics
+            (``blocks.mask_paddings``). Not for maps of RoIs.
 
     Returns:
         ``module``; but if it is a layer or block of Detectron2's itself, what stands in its place.
@@ -228,6 +254,8 @@ def finish_norms(
                     "convolution, whose kernel takes NCHW alone; set it to False"
                 )
         module.to(memory_format=torch.channels_last)
+    if mask_padding:
+        mask_paddings(module)
     return module
 
 

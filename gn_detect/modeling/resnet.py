@@ -29,18 +29,19 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     return backbone
 
 
-def finish_resnet(module: nn.Module, name: str, cfg: CfgNode) -> None:
+def finish_resnet(module: nn.Module, name: str, cfg: CfgNode, of_rois: bool = False) -> None:
     """Complete, in place, a module of residual blocks built with ``with_norms``.
 
     Args:
         module: a ResNet, or a stage of one.
         name: its name in the model.
+        of_rois: its maps are those of RoIs.
 
     Raises:
         ConfigError: the groups do not divide a layer's channels, or ``ZERO_INIT_RESIDUAL`` finds
             a norm without gamma.
     """
-    finish_norms(module, name, **finish_from_config(cfg))
+    finish_norms(module, name, **finish_from_config(cfg, of_rois))
     if not cfg.MODEL.GN.ZERO_INIT_RESIDUAL:
         return
     blocks = [m for m in module.modules() if isinstance(m, (BottleneckBlock, BasicBlock))]

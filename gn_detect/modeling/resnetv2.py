@@ -23,6 +23,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from gn_detect.config import ConfigError, locate
+from gn_detect.layers.padding import per_image
 
 from .blocks import Block, GNConv2d, in_memory_mode, norm_act
 from .norm import (
@@ -76,9 +77,14 @@ class DeepStem(Block, CNNBlockBase):
     """The stem of ResNet-D: three 3x3 convolutions, the first with stride 2, and a max pooling. The
     norm of the last is that of the first block.
 
+    Attributes:
+        mask_padding: of ``finish_norms``.
+
     Args:
         norm: as ``get_norm`` takes it.
     """
+
+    mask_padding = False
 
     def __init__(
         self, in_channels: int = 3, out_channels: int = 64, *, norm: GroupNormFactory | str
@@ -96,7 +102,9 @@ class DeepStem(Block, CNNBlockBase):
         """(N, in_channels, H, W) to (N, out_channels, about H/4, about W/4)."""
         x = self.conv2(_norm_relu(self.norm1, self.conv1(x)))
         x = self.conv3(_norm_relu(self.norm2, x))
-        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        pool = functools.partial(F.max_pool2d, kernel_size=3, stride=2, padding=1)
+        # No norm, no ReLU: the zeros of the padding may be the largest.
+        return per_image(pool, x, scale=0.5) if self.mask_padding else pool(x)
 
 
 class PreActBottleneckBlock(Block, CNNBlockBase):
@@ -109,6 +117,8 @@ class PreActBottleneckBlock(Block, CNNBlockBase):
         avg_down: the shortcut takes the mean of 2x2 positions and then a convolution of stride 1
             (ResNet-D), in place of a convolution of stride 2.
     """
+
+    pre_activation = True
 
     def __init__(
         self,

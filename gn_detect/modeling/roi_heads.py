@@ -22,5 +22,5 @@ class GNRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
         res5, out_channels = super()._build_res5_block(with_norms(cfg, "MODEL.RESNETS.NORM"))
-        finish_resnet(res5, "roi_heads.res5", cfg)
+        finish_resnet(res5, "roi_heads.res5", cfg, of_rois=True)
         return res5, out_channels

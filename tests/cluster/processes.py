@@ -332,11 +332,12 @@ def _leader(arguments: tuple[str, ...], env: dict[str, str]) -> None:
 def _steps_shown() -> Iterator[None]:
     """A line of output for each step of each process, when it begins; in the one that NAN_AT names
     the losses are NaN."""
-    from detectron2.modeling import GeneralizedRCNN
     from detectron2.utils import comm
     from detectron2.utils.events import get_event_storage
 
-    forward = GeneralizedRCNN.forward
+    from gn_detect.modeling import GNGeneralizedRCNN
+
+    forward = GNGeneralizedRCNN.forward
 
     def shown(self, inputs):
         if not self.training:
@@ -348,5 +349,5 @@ def _steps_shown() -> Iterator[None]:
         factor = float("nan") if step == os.environ.get("NAN_AT") else 1.0
         return {name: factor * loss for name, loss in forward(self, inputs).items()}
 
-    with mock.patch.object(GeneralizedRCNN, "forward", shown):
+    with mock.patch.object(GNGeneralizedRCNN, "forward", shown):
         yield

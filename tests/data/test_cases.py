@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from dataset_commands import exactly_the_truth, steps, train_both
-from detectron2.modeling import GeneralizedRCNN
 from helpers import refusal, run_tool
 from image_files import with_orientation
 from PIL import Image
+
+from gn_detect.modeling import GNGeneralizedRCNN
 
 pytestmark = pytest.mark.slow
 
@@ -216,7 +217,7 @@ def test_mended_wherever_it_is_read(good, coco_files, tmp_path, monkeypatch, cha
         change(coco_files.content)
     codec = "utf-8-sig" if "info" in coco_files.content else "utf-8"
     coco_files.json_file.write_text(json.dumps(coco_files.content, ensure_ascii=False), codec)
-    monkeypatch.setattr(GeneralizedRCNN, "inference", exactly_the_truth)
+    monkeypatch.setattr(GNGeneralizedRCNN, "inference", exactly_the_truth)
     for step, (tool, *arguments) in steps(good, coco_files, tmp_path).items():
         if step in ("val", "lazy val"):
             continue  # reads what the evaluation reads

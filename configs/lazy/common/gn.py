@@ -2,11 +2,11 @@
 argument for that."""
 
 from detectron2.config import LazyCall as L
-from detectron2.modeling import FPN, ResNet
+from detectron2.modeling import FPN, GeneralizedRCNN, PanopticFPN, ResNet, RetinaNet
 from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
-from detectron2.modeling.proposal_generator import StandardRPNHead
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import (
     FastRCNNConvFCHead,
     KRCNNConvDeconvUpsampleHead,
@@ -15,9 +15,13 @@ from detectron2.modeling.roi_heads import (
 from omegaconf import DictConfig, ListConfig
 
 from gn_detect.modeling import (
+    GNRPN,
     GNFastRCNNConvFCHead,
+    GNGeneralizedRCNN,
     GNKRCNNConvDeconvUpsampleHead,
     GNMaskRCNNConvUpsampleHead,
+    GNPanopticFPN,
+    GNRetinaNet,
     GNRPNHead,
     GNSemSegFPNHead,
     GroupNormFactory,
@@ -34,11 +38,17 @@ _COMPONENTS = {  # of Detectron2 -> what takes its place, and with which argumen
     ResNet.make_stage: (ResNet.make_stage, dict(norm=GN, stride_in_1x1=False)),
     FPN: (FPN, dict(norm=GN)),
     RetinaNetHead: (RetinaNetHead, dict(norm=GN)),
+    RPN: (GNRPN, {}),
     StandardRPNHead: (GNRPNHead, {}),  # which may have a norm, and has none as published
     FastRCNNConvFCHead: (GNFastRCNNConvFCHead, _BOX_HEAD),
     MaskRCNNConvUpsampleHead: (GNMaskRCNNConvUpsampleHead, dict(conv_norm=GN)),
     KRCNNConvDeconvUpsampleHead: (GNKRCNNConvDeconvUpsampleHead, {}),  # as the RPN
     SemSegFPNHead: (GNSemSegFPNHead, dict(norm=GN)),
+}
+_META_ARCHITECTURES = {
+    GeneralizedRCNN: GNGeneralizedRCNN,
+    PanopticFPN: GNPanopticFPN,
+    RetinaNet: GNRetinaNet,
 }
 
 
@@ -46,7 +56,8 @@ def with_gn(model):
     """``model`` with GN wherever the GN paper has it, for fine-tuning: the stem and res2 are
     frozen, as its weights are good there."""
     _exchange(model)
-    model.update(meta_arch=model._target_, _target_=build_detector)
+    meta_arch = _META_ARCHITECTURES[model._target_]
+    model.update(meta_arch=meta_arch, _target_=build_detector, mask_padding=False)
     model.update(weight_standardization="", memory="fast", channels_last=False)
     model.backbone.get("bottom_up", model.backbone).freeze_at = 2
     return model
