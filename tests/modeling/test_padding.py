@@ -1,0 +1,164 @@
+"""With MASK_PADDING, what a detector makes of an image does not depend on the images beside it."""
+
+from unittest import mock
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from helpers import config, randomize, training_image
+from modeling.test_detectors import MODELS, build
+
+from gn_detect.config import ConfigError
+from gn_detect.layers.padding import images_in_batch
+from gn_detect.layers.recompute import MODES
+from gn_detect.modeling.normalizer import RunningMeans
+
+pytestmark = pytest.mark.slow
+MASKED = ("MODEL.GN.MASK_PADDING", True, "MODEL.GN.MEMORY", "fast")
+# Each is padded by another number of pixels, alone by less than in the batch.
+SIZES = (64, 90), (128, 50), (37, 128)
+NO_NORM = ("MODEL.FPN.NORM", "", "MODEL.RPN.CONV_DIMS", [-1, -1])
+KINDS = {
+    **{name: (name,) for name in MODELS if name != "keypoints"},
+    "no norm in FPN and RPN": ("bottlenecks", *NO_NORM),
+    "FrozenBN": ("bottlenecks", "MODEL.RESNETS.NORM", "FrozenBN"),
+    "GN in RetinaNet": ("RetinaNet", "MODEL.RETINANET.NORM", "GN"),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    torch.manual_seed(0)
+    name, *opts = KINDS[request.param]
+    return randomize(build(name, *opts, *MASKED)).eval()
+
+
+def double(batch):
+    return [{**image, "image": image["image"].double()} for image in batch]
+
+
+@torch.no_grad()
+def features(model, batch):
+    """What backbone and semantic head make of images, by name."""
+    with images_in_batch():
+        images = model.preprocess_image(double(batch))
+        found = model.backbone(images.tensor)
+        if hasattr(model, "sem_seg_head"):
+            found = {**found, "sem_seg": model.sem_seg_head(found)[0]}
+    return found
+
+
+def test_an_image_is_as_it_is_alone(model):
+    batch = [training_image(*size) for size in SIZES]
+    model.double()
+    together = features(model, batch)
+    for i, image in enumerate(batch):
+        alone = features(model, [image])
+        assert alone.keys() == together.keys()
+        for name, x in alone.items():
+            if name == "sem_seg":  # beyond the image nobody asks
+                x = x[..., : image["height"], : image["width"]]
+            found = together[name][i, :, : x.shape[2], : x.shape[3]]
+            assert (found - x[0]).abs().max() <= 1e-10 * x.abs().max(), name
+    model.float()
+    with torch.no_grad():
+        together = [found["instances"] for found in model(batch)]
+        alone = [model([image])[0]["instances"] for image in batch]
+    for found, expected in zip(together, alone, strict=True):
+        assert len(found) == len(expected) > 0
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        boxes = found.pred_boxes.tensor, expected.pred_boxes.tensor
+        torch.testing.assert_close(*boxes, rtol=1e-4, atol=1e-3)
+
+
+def test_without_it_padding_matters():
+    torch.manual_seed(0)
+    model = randomize(build("bottlenecks", "MODEL.GN.MEMORY", "fast")).double().eval()
+    batch = [training_image(*size) for size in SIZES]
+    together, alone = features(model, batch), features(model, batch[:1])
+    x = alone["p2"]
+    difference = together["p2"][:1, :, : x.shape[2], : x.shape[3]] - x
+    assert difference.norm() > 0.05 * x.norm()
+
+
+# All anchors and RoIs are taken, so that none are drawn.
+STEP = [
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**6, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 10**6),
+    *("MODEL.ROI_MASK_HEAD.LOSS_NORMALIZER", "running"),
+    *("MODEL.RETINANET.LOSS_NORMALIZER", "running"),
+]
+
+
+def step(model, *passes):
+    """Mean losses and gradients of ``passes``, with the same RoIs each time."""
+
+    def proposals(anchors, logits, deltas, image_sizes):
+        boxes = torch.tensor([[4.0, 6, 41, 35], [20, 19, 48, 36], [0, 0, 20, 10], [30, 9, 44, 30]])
+        rois = {"proposal_boxes": Boxes(boxes), "objectness_logits": torch.zeros(len(boxes))}
+        return [Instances(size, **rois) for size in image_sizes]
+
+    model.train().zero_grad()
+    losses = {}
+    with EventStorage():
+        for batch in passes:
+            if hasattr(model, "proposal_generator"):
+                generator = model.proposal_generator
+                with mock.patch.object(generator, "predict_proposals", proposals):
+                    found = model(double(batch))
+            else:
+                found = model(double(batch))
+            (sum(found.values()) / len(passes)).backward()
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / len(passes)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return losses, gradients
+
+
+def assert_same_step(found, expected, tolerance):
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=0)
+    assert found[1].keys() == expected[1].keys() and len(found[1]) > 40
+    largest = max(value.norm() for value in expected[1].values())
+    for name, value in expected[1].items():  # of some, such as a bias before a GN, nothing is left
+        bound = tolerance * (value.norm() + 1e-6 * largest)
+        assert (found[1][name] - value).norm() <= bound, name
+
+
+@pytest.mark.parametrize("kind", ["basic blocks", "bottlenecks", "RetinaNet", "C4"])
+def test_passes_of_one_image_are_one_of_all(kind):
+    torch.manual_seed(0)
+    model = randomize(build(kind, *MASKED, *STEP)).double()
+    means = RunningMeans(model)
+    batch = [training_image(*size) for size in SIZES[:2]]
+    for _ in range(2):  # also with the mean of before
+        expected = step(model, batch)
+        before = means.state_dict()
+        assert_same_step(step(model, *([image] for image in batch)), expected, 1e-9)
+        assert means.state_dict() == before
+        means.after_step()
+        (value,) = means.state_dict().values()
+        assert value != before.popitem()[1]
+
+
+@pytest.mark.parametrize("memory", MODES[1:])
+def test_modes_of_memory_give_the_same_bits(memory):
+    torch.manual_seed(0)
+    model = randomize(build("bottlenecks", *MASKED, *STEP)).double()
+    batch = [training_image(*size) for size in SIZES[:2]]
+    expected = step(model, batch)
+    for module in model.modules():
+        if hasattr(module, "memory"):
+            module.memory = memory
+    found = step(model, batch)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize(
+    "key, name", [("META_ARCHITECTURE", "GeneralizedRCNN"), ("PROPOSAL_GENERATOR.NAME", "RPN")]
+)
+def test_components_that_do_not_know_of_padding(key, name):
+    cfg = config(*MODELS["bottlenecks"], *MASKED, f"MODEL.{key}", name)
+    with pytest.raises(ConfigError, match=f"{key} is '{name}', which does not.* 'GN{name}'"):
+        build_model(cfg)
