@@ -159,16 +159,19 @@ def extend_images(x: Tensor) -> Tensor:
     return torch.cat([F.pad(c, s, mode="replicate") for c, s in zip(crops, sides, strict=True)])
 
 
-def per_image(function: Callable[[Tensor], Tensor], x: Tensor, scale: float = 1) -> Tensor:
+def per_image(
+    function: Callable[[Tensor], Tensor], x: Tensor, size: Callable[[int], int]
+) -> Tensor:
     """``function`` of what is image of a map, with zeros around the results.
 
     Args:
-        function: of a map (N, C, h, w); gives maps of ``scale`` times the size, rounded up.
+        function: of a map (N, C, h, w).
+        size: of h, or w, the size of its result.
     """
     extents = extents_of(x)
     if extents is None:
         return function(x)
     found = [function(crop) for crop in extents.crops(x)]
-    finer = current().of(*(-int(-size * scale // 1) for size in x.shape[-2:]))
-    sizes = finer.sizes if len(found) > 1 else finer.sizes[:1]
-    return finer.join([_resize(y, *size) for y, size in zip(found, sizes, strict=True)])
+    extents = current().of(*map(size, x.shape[-2:]))
+    # A result may be larger than ceil(size / stride) of its image.
+    return extents.join([_resize(y, *s) for y, s in zip(found, extents.sizes, strict=False)])

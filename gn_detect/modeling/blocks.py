@@ -238,7 +238,7 @@ class UpsampleImages(nn.Upsample):
     """Of each image of a batch alone, at whose border nothing of the padding is mixed in."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return per_image(super().forward, x, self.scale_factor)
+        return per_image(super().forward, x, lambda size: int(self.scale_factor) * size)
 
 
 def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:

@@ -118,6 +118,21 @@ def test_equals_pytorch(kind, exported):
         assert_same(detector(image), expected)
 
 
+@pytest.mark.slow
+def test_masked_padding(tmp_path):
+    """The padding of an image alone."""
+    opts = "MODEL.GN.MASK_PADDING", "True"
+    weights = str(weights_of("Mask", tmp_path / "weights.pth"))
+    predictor = predictor_of("Mask", weights, *opts)
+    export_onnx(predictor, str(tmp_path / "model.onnx"))
+    detector, other = runtime.Detector(tmp_path / "model.onnx"), predictor_of("Mask", weights)
+    for size in SIZES[1:]:
+        image = image_of(size)
+        expected = predictor(image)
+        assert_same(detector(image), expected)
+        assert not torch.allclose(other(image).scores[:5], expected.scores[:5], atol=1e-3)
+
+
 @EACH_KIND
 def test_finds_nothing(kind, exported, tmp_path):
     check_nothing_found(exported(kind)[1], tmp_path)
