@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
 from gn_detect.layers import GroupNorm, standardize_weight
-from gn_detect.layers.padding import mask_padding, per_image
+from gn_detect.layers.padding import extend_images, mask_padding, per_image
 from gn_detect.layers.recompute import rerun, run_block
 from gn_detect.layers.weight_std import VARIANTS
 
@@ -257,6 +258,18 @@ def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
             child.register_forward_hook(_mask_output)
         elif type(child) is nn.Upsample:
             module.set_submodule(name, _like(child, UpsampleImages))
+
+
+def extend_pooled(roi_heads: nn.Module) -> None:
+    """Have RoIs at the border of an image see it as if it was alone, where its map ends there."""
+    for child in roi_heads.modules():
+        if isinstance(child, ROIPooler):
+            child.register_forward_pre_hook(_extend_maps)
+
+
+def _extend_maps(module: nn.Module, args: tuple) -> tuple:
+    maps, *boxes = args
+    return ([extend_images(x) for x in maps], *boxes)
 
 
 def _mask_output(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch import nn
 from gn_detect.config import ConfigError
 from gn_detect.layers.padding import Extents, extend_images, images_in_batch, set_images
 
-from .blocks import Block, in_memory_mode, mask_paddings
+from .blocks import Block, extend_pooled, in_memory_mode, mask_paddings
 from .norm import finish_from_config, finish_norms, with_norms
 from .normalizer import running_mean
 from .rpn import inside, label_inside
@@ -45,6 +45,13 @@ class TellsExtents:
     """Over a meta-architecture of Detectron2."""
 
     masks_padding = True  # where a component is built so (MODEL.GN.MASK_PADDING)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        args = super().from_config(cfg)
+        if cfg.MODEL.GN.MASK_PADDING and "roi_heads" in args:
+            extend_pooled(args["roi_heads"])
+        return args
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         images = super().preprocess_image(batched_inputs)
@@ -201,5 +208,7 @@ def build_detector(
                 )
     model = finish_norms(model, "model", weight_standardization, memory, channels_last)
     if mask_padding:
-        mask_paddings(model, but=getattr(model, "roi_heads", None))
+        heads = getattr(model, "roi_heads", nn.Identity())
+        mask_paddings(model, but=heads)
+        extend_pooled(heads)
     return model

@@ -108,7 +108,7 @@ class GNRPN(RPN):
 
 def inside(anchors: list[Boxes], image_size: tuple[int, int]) -> list[torch.Tensor]:
     """Which anchors of each level have their centre in an image, (R,) bool."""
-    height, width = image_size
+    height, width = (side - 0.25 for side in image_size)  # centres are halves, but for rounding
     centers = [level.get_centers() for level in anchors]
     return [(xy[:, 0] < width) & (xy[:, 1] < height) for xy in centers]
 
