@@ -143,7 +143,8 @@ def test_passes_of_one_image_are_one_of_all(kind):
     for _ in range(2):  # also with the mean of before
         expected = step(model, batch)
         before = means.state_dict()
-        assert_same_step(step(model, *([image] for image in batch)), expected, 1e-9)
+        tolerance = 1e-6 if kind == "RetinaNet" else 1e-9  # its focal loss is float32
+        assert_same_step(step(model, *([image] for image in batch)), expected, tolerance)
         assert means.state_dict() == before
         means.after_step()
         (value,) = means.state_dict().values()
