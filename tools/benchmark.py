@@ -69,6 +69,8 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
     add("--size", "--sizes", nargs="+", type=size, default=sizes, metavar="HxW", help="in pixels")
     add("-n", "--images", nargs="+", type=positive, default=images, metavar="N", help="of a step")
     add("opts", nargs="*", metavar="KEY VALUE", help="of the config, after --")
+    if question in ("step", "scaling"):
+        add("--mixed", action="store_true", help="every second image has the other orientation")
     if question == "memory":
         add("--device", choices=["cuda", "cpu"], default=device, help="which need not be there")
     else:

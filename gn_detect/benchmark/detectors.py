@@ -20,11 +20,14 @@ from gn_detect.engine.train_loop import AMP_DTYPES
 from gn_detect.layers.recompute import MODES
 
 FROZEN_BN, DETECTRON2_GN = "detectron2-frozenbn", "detectron2-gn"
-VARIANTS = (FROZEN_BN, DETECTRON2_GN, *(f"ours-{mode}" for mode in MODES))
+MASKED = "ours-masked"  # as ours-fast, with MODEL.GN.MASK_PADDING
+VARIANTS = (FROZEN_BN, DETECTRON2_GN, *(f"ours-{mode}" for mode in MODES), MASKED)
 
 _CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
 # Its components, and their equals in Detectron2.
 _COMPONENTS = {
+    "MODEL.META_ARCHITECTURE": ("GNGeneralizedRCNN", "GeneralizedRCNN"),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("GNRPN", "RPN"),
     "MODEL.BACKBONE.NAME": ("build_gn_resnet_fpn_backbone", "build_resnet_fpn_backbone"),
     "MODEL.RPN.HEAD_NAME": ("GNRPNHead", "StandardRPNHead"),
     "MODEL.ROI_BOX_HEAD.NAME": ("GNFastRCNNConvFCHead", "FastRCNNConvFCHead"),
@@ -44,6 +47,7 @@ class Settings:
             ``torch.channels_last``; ``""``: of none.
         images: of a step.
         size: height and width of each, in pixels.
+        mixed: every second one has the other orientation, so that all are padded.
         rois: of each image, a quarter of them with masks, for the heads in training.
         dtype, layout: of the maps, where GN layers are measured alone.
     """
@@ -54,6 +58,7 @@ class Settings:
     channels_last: str = ""
     images: int = 2
     size: tuple[int, int] = (256, 320)
+    mixed: bool = False
     rois: int = 64
     dtype: str = "float32"
     layout: str = "nchw"
@@ -92,7 +97,8 @@ def variant_config(variant: str, settings: Settings) -> CfgNode:
         "MODEL.FPN.NORM": norm,
         "MODEL.ROI_BOX_HEAD.NORM": norm,
         "MODEL.ROI_MASK_HEAD.NORM": norm,
-        "MODEL.GN.MEMORY": variant.removeprefix("ours-") if ours else "fast",
+        "MODEL.GN.MEMORY": variant.removeprefix("ours-") if ours and variant != MASKED else "fast",
+        "MODEL.GN.MASK_PADDING": variant == MASKED,
         "MODEL.GN.KERNEL": settings.kernel,
         "MODEL.CHANNELS_LAST": ours and bool(settings.channels_last),
         "SOLVER.BASE_LR": 1e-9,  # so that the work of each step is the same
@@ -168,10 +174,10 @@ def synthetic_batch(settings: Settings) -> list[dict]:
     """Images of noise, each with as many objects as the heads take masks. An object is a proposal
     of itself, so that all variants have the same RoIs, whatever their untrained RPNs propose."""
     generator = torch.Generator().manual_seed(0)
-    height, width = settings.size
     number = max(1, settings.rois // 4)  # MODEL.ROI_HEADS.POSITIVE_FRACTION 0.25
     batch = []
-    for _ in range(settings.images):
+    for i in range(settings.images):
+        height, width = settings.size[:: -1 if settings.mixed and i % 2 else 1]
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
         center, half = torch.rand(2, number, 2, generator=generator)
         center = center * torch.tensor([width, height])
