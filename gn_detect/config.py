@@ -73,7 +73,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_HEAD.setdefault("LOSS_NORMALIZER", "batch")
     cfg.MODEL.RETINANET.setdefault("LOSS_NORMALIZER", "batch")
 
-    # Norms where Detectron2 has none: GN, LN, IN, BN, SyncBN, FrozenBN, or "" as published.
+    # Norms where Detectron2 has none: GN, LN, IN, LN2d, BN, SyncBN, FrozenBN, or "" as published.
     cfg.MODEL.RPN.setdefault("NORM", "")
     cfg.MODEL.ROI_KEYPOINT_HEAD.setdefault("NORM", "")
     cfg.MODEL.ROI_MASK_HEAD.setdefault("DECONV_NORM", "")

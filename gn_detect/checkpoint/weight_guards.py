@@ -89,12 +89,13 @@ class WeightGuards:
             ConfigError: names what does not fit, and the switch.
         """
         self.check_origin(weights.origin, name)
-        layers = bn_into_gn(coverage, model)
+        layers, norm = bn_into_gn(coverage, model), "GN"
         if layers:
+            norm = "LN2d" if isinstance(model.get_submodule(layers[0]), nn.LayerNorm) else "GN"
             self._refuse(
                 "BN_WEIGHTS_INTO_GN",
-                f"{name} was trained with BN in {len(layers)} layers that are GN here, such as "
-                f"{layers[0]}. The names fit, GN's features do not. Use weights trained "
+                f"{name} was trained with BN in {len(layers)} layers that are {norm} here, such as "
+                f"{layers[0]}. The names fit, the features do not. Use weights trained "
                 "with GN (detectron://R-50-GN, timm://resnet50_gn.a1h_in1k), turn these into such "
                 "with tools/bn_to_gn.py (docs/bn_to_gn.md), or set the norm of these layers to BN",
                 "to load the convolutions alone",
@@ -105,8 +106,8 @@ class WeightGuards:
         coverage.missing += [p for p in parameters if coverage.loaded.pop(p, None) is not None]
         if layers:
             logger.warning(
-                f"{name}: gamma and beta of {len(layers)} layers of BN that are GN here are left "
-                "out; the convolutions are loaded"
+                f"{name}: gamma and beta of {len(layers)} layers of BN that are {norm} here are "
+                "left out; the convolutions are loaded"
             )
         modules = {n: m for n, m in model.named_modules() if f"{n}.weight" in coverage.loaded}
         batch_norms = {
@@ -211,9 +212,10 @@ class WeightGuards:
 
 
 def bn_into_gn(coverage: Coverage, model: nn.Module) -> list[str]:
-    """The GN layers of ``model`` that are BN in the weights of ``coverage``."""
+    """The layers of ``model`` that are GN, or LN2d, and BN in the weights of ``coverage``."""
+    ours = nn.GroupNorm, nn.LayerNorm
     modules = model.named_modules()
-    return [n for n, m in modules if isinstance(m, nn.GroupNorm) and n in coverage.batch_norms]
+    return [n for n, m in modules if isinstance(m, ours) and n in coverage.batch_norms]
 
 
 def norms_of(model: nn.Module) -> dict[str, str | int | None]:

@@ -57,10 +57,10 @@ class GNFastRCNNConvFCHead(Block, FastRCNNConvFCHead):
     @classmethod
     def from_config(cls, cfg, input_shape):
         fc_norm = norm_from_config(cfg, "MODEL.ROI_BOX_HEAD.FC_NORM")
-        if fc_norm and isinstance(fc_norm, str):
+        if fc_norm and not isinstance(fc_norm, GroupNormFactory):
             raise ConfigError(
-                f"MODEL.ROI_BOX_HEAD.FC_NORM is {fc_norm!r}, which normalizes maps; set it to "
-                "'GN', 'LN' or ''"
+                f"MODEL.ROI_BOX_HEAD.FC_NORM is {cfg.MODEL.ROI_BOX_HEAD.FC_NORM!r}, which "
+                "normalizes maps; set it to 'GN', 'LN' or ''"
             )
         return {
             **super().from_config(cfg, input_shape),

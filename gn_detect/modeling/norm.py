@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -10,6 +12,7 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 from gn_detect.config import ConfigError, locate
 from gn_detect.env import warn_of_ignored_keys
@@ -24,8 +27,12 @@ from .blocks import GNConv2d, before_group_norm, fuse_norms, mask_paddings
 logger = logging.getLogger(__name__)
 
 # What Detectron2's ``get_norm`` builds; passed on as it is. Its "GN" and "LN" are not among them:
-# GN has 32 groups and eps 1e-5 there, and LN normalizes each position alone (as in ConvNeXt).
+# GN has 32 groups and eps 1e-5 there, and LN normalizes each position alone, which is LN2d here.
 _DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+# Same keys, eps and numbers as Detectron2's "LN" (ConvNeXt, ViTDet); but an nn.LayerNorm, so that
+# Detectron2's optimizers exempt gamma and beta from weight decay (``get_default_optimizer_params``
+# does not know its own class), and in the precision of PyTorch's operation under autocast.
+_LAYER_NORM_2D = functools.partial(LayerNorm2d, eps=1e-6)
 _DEFORMABLE = (DeformConv, ModulatedDeformConv)
 
 
@@ -100,11 +107,12 @@ class _Unbuilt(nn.Module):
         raise ValueError(self.reason)
 
 
-def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
+def norm_from_config(cfg: CfgNode, key: str) -> Callable[[int], nn.Module] | str:
     """What the config key ``key`` (such as ``MODEL.FPN.NORM``) asks for, as ``get_norm`` takes it.
 
     ``GN`` follows ``MODEL.GN``; ``LN`` is GN with one group and ``IN`` with one channel per group
-    (GN paper, section 3.1); the others are Detectron2's: BN, SyncBN, FrozenBN, "".
+    (GN paper, section 3.1); ``LN2d`` normalizes the channels of each position by themselves, which
+    Detectron2 calls LN; the others are Detectron2's: BN, SyncBN, FrozenBN, "".
 
     Raises:
         ConfigError: the value is unknown, the groups of ``MODEL.GN`` are not stated once, or its
@@ -128,9 +136,11 @@ def norm_from_config(cfg: CfgNode, key: str) -> GroupNormFactory | str:
             nearest_divisor=gn.NEAREST_DIVISOR,
             kernel=gn.KERNEL,
         )
+    if norm == "LN2d":
+        return _LAYER_NORM_2D
     if norm in _DETECTRON2_NORMS:
         return norm
-    known = ", ".join(map(repr, (*groups, *_DETECTRON2_NORMS)))
+    known = ", ".join(map(repr, (*groups, "LN2d", *_DETECTRON2_NORMS)))
     raise ConfigError(f"{key} is {norm!r}; known: {known}")
 
 

@@ -184,6 +184,10 @@ DEEPER = ["MODEL.RESNETS.DEPTH", 101]
             *(["MODEL.RESNETS.NORM", "FrozenBN"], [], "BN_WEIGHTS_INTO_GN"),
             "BN in 53 layers .* such as backbone.bottom_up.stem",
         ),
+        (
+            *(["MODEL.RESNETS.NORM", "BN"], ["MODEL.RESNETS.NORM", "LN2d"], "BN_WEIGHTS_INTO_GN"),
+            "BN in 53 layers that are LN2d here",
+        ),
         # Their gamma and beta would fit, with statistics of no data.
         (
             *([], ["MODEL.RESNETS.NORM", "FrozenBN"], "WEIGHTS_NORM"),

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
 from helpers import config
 from torch import nn
 
@@ -44,6 +45,41 @@ def test_ln_and_in_are_group_norms(norm):
     torch.testing.assert_close(layer.double()(x), (x - mean) / (var + 1e-5).sqrt())
 
 
+def test_ln2d_is_what_detectron2_calls_ln():
+    theirs = get_norm("LN", 48).double()
+    nn.init.uniform_(theirs.weight, 0.5, 1.5)
+    nn.init.normal_(theirs.bias)
+    layer = get_norm(norm_from_config(config(R50, KEY, "LN2d"), KEY), 48).double()
+    layer.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 48, 5, 7, dtype=torch.float64) * 1e-3  # so that eps matters
+    x, same = (v.clone().requires_grad_() for v in (x, x))
+    torch.testing.assert_close(layer(x), theirs(same))
+    for out in (layer(x), theirs(same)):
+        (out**3).sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        (R18, ("RESNETS", "FPN", "RPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")),
+        (RETINANET, ("RESNETS", "FPN", "RETINANET")),
+    ],
+)
+def test_ln2d_everywhere(name, keys):
+    """Where GN was; and as there, weight decay spares gamma and beta."""
+    norms = [word for key in keys for word in (f"MODEL.{key}.NORM", "LN2d")]
+    build = ("MODEL.DEVICE", "meta", "MODEL.BACKBONE.FREEZE_AT", 0, "SOLVER.WEIGHT_DECAY_NORM", 0.5)
+    cfg = config(name, *build, *norms)
+    gn, model = build_model(config(name, *build, "MODEL.RPN.NORM", "GN")), build_model(cfg)
+    assert model.state_dict().keys() == gn.state_dict().keys()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.LayerNorm)]
+    assert len(layers) == sum(isinstance(layer, nn.GroupNorm) for layer in gn.modules())
+    groups = build_optimizer(cfg, model).param_groups
+    (spared,) = [set(group["params"]) for group in groups if group["weight_decay"] == 0.5]
+    assert spared == {p for layer in layers for p in layer.parameters()}
+
+
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN", ""])
 def test_norms_of_detectron2_pass_through(norm):
     assert norm_from_config(config(R50, KEY, norm), KEY) == norm
@@ -52,7 +88,7 @@ def test_norms_of_detectron2_pass_through(norm):
 @pytest.mark.parametrize(
     "opts, message",
     [
-        ([KEY, "gn"], "MODEL.FPN.NORM is 'gn'; known: 'GN', 'LN', 'IN', ''"),
+        ([KEY, "gn"], "MODEL.FPN.NORM is 'gn'; known: 'GN', 'LN', 'IN', 'LN2d', ''"),
         (["MODEL.GN.KERNEL", "cuda"], "MODEL.GN.KERNEL.*'cuda'; known: auto, triton, torch"),
         (["MODEL.GN.KERNEL", "triton"], "MODEL.GN.KERNEL.*MODEL.DEVICE is 'cpu'; set .*auto"),
         (["MODEL.GN.MEMORY", "small"], "MODEL.GN.MEMORY.*'small'; known: fast, balanced, lean"),
@@ -135,9 +171,10 @@ def test_every_component_honours_its_key():
         assert layer.bias is None  # the norm's beta takes its place
 
 
-def test_a_norm_of_maps_is_refused_for_fully_connected_layers():
-    with pytest.raises(ConfigError, match="FC_NORM is 'BN'"):
-        build_model(config(R18, "MODEL.ROI_BOX_HEAD.FC_NORM", "BN"))
+@pytest.mark.parametrize("norm", ["BN", "LN2d"])
+def test_a_norm_of_maps_is_refused_for_fully_connected_layers(norm):
+    with pytest.raises(ConfigError, match=f"FC_NORM is '{norm}', which normalizes maps"):
+        build_model(config(R18, "MODEL.ROI_BOX_HEAD.FC_NORM", norm))
 
 
 def zero_initialized(name, *opts):
