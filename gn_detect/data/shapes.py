@@ -34,6 +34,7 @@ def write_shapes(
     num_train: int = 600,
     num_val: int = 100,
     image_size: int = 128,
+    mixed: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write ``train.json``, ``val.json`` and the images ``train/``, ``val/`` under ``root``, once.
@@ -45,6 +46,7 @@ def write_shapes(
         root: directory of the dataset; its parents are made.
         num_train, num_val: images of each split.
         image_size: height and width in pixels.
+        mixed: landscapes and portraits in turn, of 4:3, whose longer side is ``image_size``.
         seed: another one gives other images.
 
     Returns:
@@ -56,6 +58,7 @@ def write_shapes(
     root = Path(root)
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
     info = {"generator": VERSION, "counts": counts, "size": image_size, "seed": seed}
+    info |= {"mixed": True} if mixed else {}
     if min(*counts.values(), image_size - 31) < 1:
         raise DataError("shapes need at least 1 image in each split, and images of 32 pixels")
     if not root.exists():
@@ -85,10 +88,12 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: tuple, inf
     (root / split).mkdir()
     images, annotations = [], []
     for image_id in range(1, count + 1):
-        image, objects = draw_image(np.random.default_rng([*seed, image_id]), size)
+        short = size * 3 // 4 if "mixed" in info else size
+        shape = (short, size) if image_id % 2 else (size, short)
+        image, objects = draw_image(np.random.default_rng([*seed, image_id]), shape)
         name = f"{image_id:06d}.jpg"
         image.save(root / split / name, quality=95)
-        images.append({"id": image_id, "file_name": name, "height": size, "width": size})
+        images.append({"id": image_id, "file_name": name, "height": shape[0], "width": shape[1]})
         for category_id, mask in objects:
             rle = mask_util.encode(np.asfortranarray(mask))
             annotations.append(
@@ -108,13 +113,16 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: tuple, inf
 
 
 def draw_image(
-    rng: np.random.Generator, size: int
+    rng: np.random.Generator, size: int | tuple[int, int]
 ) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
     """Draw one image.
 
+    Args:
+        size: (height, width), or both.
+
     Returns:
         the RGB image, and for each object its category id (from 1, see ``CLASSES``) and the mask of
-        its visible part, (size, size) uint8.
+        its visible part, (height, width) uint8.
     """
     canvas = _texture(rng, size, rng.uniform(40, 215, 3), contrast=24)
     count = 0 if rng.random() < 0.06 else int(rng.integers(1, 7))
@@ -138,19 +146,24 @@ def draw_image(
     return image, [(k, v.astype(np.uint8)) for k, v in zip(categories, visible, strict=True)]
 
 
-def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, contrast: float):
-    """Noise of three scales around a colour, (size, size, 3) float."""
-    out = np.tile(colour, (size, size, 1))
+def _texture(
+    rng: np.random.Generator, size: int | tuple[int, int], colour: np.ndarray, contrast: float
+) -> np.ndarray:
+    """Noise of three scales around a colour, (height, width, 3) float."""
+    height, width = np.broadcast_to(size, 2).tolist()
+    out = np.tile(colour, (height, width, 1))
     for cells in (2, 8, 32):
         noise = rng.normal(128, 48, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
-        noise = Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
         out += (np.asarray(noise, dtype=float) - 128) / 48 * contrast / 2
     return out
 
 
-def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
-    """The mask of one shape of random place, size, proportions and rotation, (size, size) bool."""
-    radius = size * rng.uniform(0.12, 0.25)
+def _shape_mask(rng: np.random.Generator, name: str, size: int | tuple[int, int]) -> np.ndarray:
+    """The mask of one shape of random place, size, proportions and rotation, (height, width)
+    bool."""
+    height, width = np.broadcast_to(size, 2).tolist()
+    radius = max(height, width) * rng.uniform(0.12, 0.25)
     squeeze = rng.uniform(0.7, 1.0)
     if name == "cross":  # two bars, a third as wide as they are long
         steps = [(3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1)]
@@ -161,8 +174,10 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     points *= [radius, radius * squeeze]
     angle = np.radians(rng.uniform(-30, 30))
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    points = points @ rotation.T + rng.uniform(radius * 0.6, size - radius * 0.6, 2)
-    mask = Image.new("1", (size, size))
+    points = points @ rotation.T + rng.uniform(
+        radius * 0.6, np.array([width, height]) - radius * 0.6
+    )
+    mask = Image.new("1", (width, height))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in points], fill=1)
     return np.array(mask)
 

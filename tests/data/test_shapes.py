@@ -50,6 +50,19 @@ def test_coco_format(tmp_path):
     assert 0 < len(empty) < 40
 
 
+def test_mixed_orientations(tmp_path):
+    root = write_shapes(tmp_path / "shapes", **SMALL, mixed=True)
+    coco = COCO(str(root / "train.json"))
+    shapes = [Image.open(root / "train" / i["file_name"]).size for i in coco.loadImgs(range(1, 13))]
+    assert shapes == [(64, 48), (48, 64)] * 6  # width, height
+    assert shapes == [(i["width"], i["height"]) for i in coco.loadImgs(range(1, 13))]
+    for image in coco.loadImgs(coco.getImgIds()):
+        for annotation in coco.loadAnns(coco.getAnnIds(image["id"])):
+            assert coco.annToMask(annotation).shape == (image["height"], image["width"])
+    with pytest.raises(DataError, match="holds something else than shapes"):
+        write_shapes(root, **SMALL)
+
+
 def test_masks_lie_on_the_objects():
     """Across the edge of a mask the colour changes more than inside it."""
     inside, across = [], []
