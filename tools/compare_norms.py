@@ -1,79 +1,166 @@
 #!/usr/bin/env python3
-"""Train the same detector with each norm at several batch sizes, and compare the AP.
+"""Train the same detector with each norm at several images per forward pass, and compare the AP.
 
-    python tools/compare_norms.py --output output/norms
+    python tools/compare_norms.py --total-batch 8 --output output/norms
 
-Every run sees the same number of images from the same recipe: learning rate and iterations follow
-from the images per step by the linear rule. A run that has its result.json is not repeated, and one
-that was interrupted is resumed, so the same command goes on where it stopped. At the end, and with
---report alone at any time: a table, and AP against images per step in norms.png.
+Every run sees the same images in the same order and with the same augmentation, and takes the same
+optimizer steps at the same learning rate, each on the mean gradient of --total-batch images. Only
+how many of these pass the network together differs (--images-per-pass; SOLVER.ACCUMULATE_STEPS
+makes up for it). So the AP differs by what a norm makes of the batch, by what padding does, and by
+noise, of which --seeds says how much there is.
+
+A run that has its result.json is not repeated, and one that was interrupted is resumed, so the same
+command goes on where it stopped, and another with more norms or seeds adds to it. At the end, and
+with --report alone at any time: a table of all that is there, and AP against images per pass in
+norms.png, with the range of the seeds.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from gn_detect import get_config_file
-from gn_detect.config import load_config
+from gn_detect.data.shapes import write_shapes
 from gn_detect.visualize import read_curves
 
 NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
-NORMS = ("GN", "GN+WS", "LN", "IN", "BN", "FrozenBN")
+NORMS = ("GN", "GN+mask", "GN+WS", "LN", "IN", "LN2d", "BN", "FrozenBN", "SyncBN")
+DEFAULT_NORMS = [norm for norm in NORMS if norm not in ("GN+mask", "SyncBN")]
 DATA = ("train-json", "train-images", "val-json", "val-images")
-CONFIG = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained and compared.
+
+    Attributes:
+        config: that ships with gn_detect.
+        command: (args, norm, images per pass, seed, directory of the run) -> the words behind
+            ``python`` that train and evaluate, or resume.
+        metrics: what the table calls a metric -> its name in metrics.json. The first is drawn.
+        diverged: the value of the metrics of a run that diverged.
+    """
+
+    config: str
+    command: Callable[[argparse.Namespace, str, int, int, Path], list]
+    metrics: dict[str, str]
+    diverged: float
+
+
+def detection(args, norm: str, per_pass: int, seed: int, directory: Path) -> list:
+    name, *variants = norm.split("+")
+    data = {option: getattr(args, option.replace("-", "_")) for option in DATA}
+    opts = [
+        *(word for key in NORM_KEYS for word in (f"MODEL.{key}.NORM", name)),
+        *("MODEL.GN.WEIGHT_STANDARDIZATION", "authors" if "WS" in variants else "''"),
+        *(("MODEL.GN.MASK_PADDING", True) if "mask" in variants else ()),
+        *("SOLVER.IMS_PER_GPU", per_pass),
+        *("SOLVER.ACCUMULATE_STEPS", args.total_batch // (per_pass * args.num_gpus)),
+        *("SOLVER.MAX_ITER", args.images // args.total_batch, "SOLVER.CHECKPOINT_KEEP", 1),
+        # Groups would change the order of the images with the size of a batch, and several workers
+        # their augmentation: each draws random numbers of its own, and takes whole batches.
+        *("DATALOADER.ASPECT_RATIO_GROUPING", False, "DATALOADER.NUM_WORKERS", 0),
+        *("TEST.EVAL_PERIOD", 0, "TEST.REPORT", False, "SEED", seed),
+        *("GUARDS.SCRATCH_FROZEN_BN", False),  # what it costs is a row of the table
+    ]
+    if args.mixed:
+        root = write_shapes(args.output / "mixed_shapes", mixed=True)
+        data = {f"{split}-json": root / f"{split}.json" for split in ("train", "val")}
+        data |= {f"{split}-images": root / split for split in ("train", "val")}
+        opts += ["INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96]  # as drawn
+    return [
+        *(Path(__file__).with_name("train_net.py"), "--resume", "--num-gpus", args.num_gpus),
+        *("--config-file", args.config_file),
+        *(word for option, value in data.items() if value for word in (f"--{option}", value)),
+        *(*opts, *args.opts, "OUTPUT_DIR", directory),
+    ]
+
+
+TASKS = {
+    "detection": Task(
+        "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml",
+        detection,
+        {"box AP": "bbox/AP", "mask AP": "segm/AP"},
+        diverged=0.0,
+    )
+}
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(task=TASKS["detection"])
     parser.add_argument("--output", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--config-file", default=get_config_file(CONFIG))
-    parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS)
-    parser.add_argument("--images-per-step", nargs="+", type=int, default=(1, 2, 4))
-    parser.add_argument("--images", type=int, default=1200, help="seen by every run")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each")
+    parser.add_argument("--config-file", help="other than that of the demo")
+    parser.add_argument(
+        "--norms",
+        nargs="+",
+        choices=NORMS,
+        default=DEFAULT_NORMS,
+        help="GN+mask is GN with MODEL.GN.MASK_PADDING; SyncBN needs several GPUs (--num-gpus), on "
+        f"one it is BN. By default: {' '.join(DEFAULT_NORMS)}",
+    )
+    parser.add_argument("--total-batch", type=int, default=8, help="images of an optimizer step")
+    parser.add_argument(
+        "--images-per-pass",
+        nargs="+",
+        type=int,
+        default=(1, 2, 4, 8),
+        metavar="N",
+        help="in each process; they divide the total batch",
+    )
+    parser.add_argument("--images", type=int, default=7200, help="seen by every run")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ..."
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes of a run")
     for option in DATA:
         parser.add_argument(f"--{option}", help="of tools/train_net.py, for data of your own")
+    parser.add_argument(
+        "--mixed",
+        action="store_true",
+        help="generated images in landscape and portrait, of which a pass of several is padded",
+    )
     parser.add_argument("--report", action="store_true", help="only the table and the plot")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="more of the config")
     args = parser.parse_args(argv)
-    if args.train_json and not args.val_json:
-        parser.error("--train-json needs --val-json: the AP is compared")
+    args.config_file = args.config_file or get_config_file(args.task.config)
+    if args.train_json and (args.mixed or not args.val_json):
+        parser.error("--train-json needs --val-json, as the AP is compared, and excludes --mixed")
+    if "SyncBN" in args.norms and args.num_gpus < 2:
+        parser.error("SyncBN in one process is BN: give --num-gpus")
+    if left := [n for n in args.images_per_pass if args.total_batch % (n * args.num_gpus)]:
+        parser.error(
+            f"--total-batch is {args.total_batch}, no multiple of {left[0]} (--images-per-pass) x "
+            f"{args.num_gpus} (--num-gpus)"
+        )
+    if args.images < args.total_batch:
+        parser.error(f"--images is {args.images}, less than --total-batch {args.total_batch}")
     return args
 
 
-def run(args, norm: str, per_step: int, seed: int) -> None:
+def run_directory(args, norm: str, per_pass: int, seed: int | str) -> Path:
+    return args.output / f"{norm}-{per_pass}of{args.total_batch}-seed{seed}"
+
+
+def run(args, norm: str, per_pass: int, seed: int) -> None:
     """Train and evaluate one; write result.json into its directory."""
-    directory = args.output / f"{norm}-{per_step}-seed{seed}"
-    reference = load_config(args.config_file).SOLVER.REFERENCE_BATCH_SIZE
-    name, _, ws = norm.partition("+")
-    opts = [
-        *(word for key in NORM_KEYS for word in (f"MODEL.{key}.NORM", name)),
-        *("MODEL.GN.WEIGHT_STANDARDIZATION", "authors" if ws else "''"),
-        *("SOLVER.IMS_PER_GPU", per_step, "TEST.EVAL_PERIOD", 0, "SEED", seed),
-        *("GUARDS.SCRATCH_FROZEN_BN", False),  # what it costs is a row of the table
-        *args.opts,
-    ]
-    data = [(f"--{option}", getattr(args, option.replace("-", "_"))) for option in DATA]
-    data = [word for pair in data if pair[1] for word in pair]
-    command = [sys.executable, Path(__file__).with_name("train_net.py"), "--resume", *data]
+    directory = run_directory(args, norm, per_pass, seed)
     directory.mkdir(parents=True, exist_ok=True)
-    recipe = directory / "recipe.yaml"  # what a file states is scaled with the images of a step
-    base, iterations = json.dumps(os.path.abspath(args.config_file)), args.images // reference
-    recipe.write_text(f"_BASE_: {base}\nSOLVER:\n  MAX_ITER: {iterations}\n")
-    command += ["--config-file", recipe, *opts, "OUTPUT_DIR", directory]
-    command = list(map(str, command))
+    command = args.task.command(args, norm, per_pass, seed, directory)
+    command = list(map(str, [sys.executable, *command]))
     stated, settings = directory / "settings.txt", shlex.join(command[2:])
     if stated.exists() and stated.read_text() != settings:
         sys.exit(f"error: {directory} holds a run with other settings; choose another --output")
@@ -83,52 +170,65 @@ def run(args, norm: str, per_step: int, seed: int) -> None:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, **streams, text=True, errors="replace")
     (directory / "output.txt").write_text(done.stdout)
+    metrics = args.task.metrics
     if done.returncode == 0:
         curves = read_curves(directory / "metrics.json")
+        last = {name: curves.get(key, ([], [0.0]))[1][-1] for name, key in metrics.items()}
         # A model without masks has no mask AP. Of 0 and NaN, which Detectron2 has where nothing was
         # predicted, or -1, which pycocotools has where nothing is asked, max takes the first.
-        ap = {key: max(0.0, curves.get(key, ([], [0.0]))[1][-1]) for key in ("bbox/AP", "segm/AP")}
-        result = {"box AP": ap["bbox/AP"], "mask AP": ap["segm/AP"]}
+        result = {name: max(0.0, value) for name, value in last.items()}
     elif diverged := re.search(r"training diverged at iteration (\d+)", done.stdout):
-        result = {"box AP": 0.0, "mask AP": 0.0, "diverged": int(diverged[1])}
+        result = {**dict.fromkeys(metrics, args.task.diverged), "diverged": int(diverged[1])}
     else:
         words = done.stdout[-2000:]
         sys.exit(f"error: a run failed; its last words, of {directory / 'output.txt'}:\n{words}")
     (directory / "result.json").write_text(json.dumps(result))
-    print(f"{norm}, {per_step} images per step, seed {seed}: {cell([result])}", flush=True)
+    text = cell([result], metrics)
+    print(f"{norm}, {per_pass} images per pass, seed {seed}: {text}", flush=True)
 
 
 def report(args) -> None:
-    """Print the table of all results that are there, and draw the means."""
-    table, figure = [], Figure((6, 4))
+    """Print the table of all results that are there, and draw the first metric."""
+    table, figure, (drawn, *_) = [], Figure((6, 4)), args.task.metrics
     axes = figure.subplots()
-    for norm in args.norms:
-        row, means = [norm], {}
-        for per_step in args.images_per_step:
-            files = sorted(args.output.glob(f"{norm}-{per_step}-seed*/result.json"))
+    for norm in NORMS:
+        row, points = [norm], []
+        for per_pass in args.images_per_pass:
+            runs = args.output.glob(str(run_directory(args, norm, per_pass, "*").name))
+            files = sorted(f for run in runs for f in run.glob("result.json"))
             results = [json.loads(f.read_text()) for f in files]
-            row.append(cell(results))
-            if results:
-                means[per_step] = statistics.mean(r["box AP"] for r in results)
-        table.append(row)
-        axes.plot(list(means), list(means.values()), "o-", label=norm)
-    headers = ["box / mask AP, at", *(f"{n} per step" for n in args.images_per_step)]
+            row.append(cell(results, args.task.metrics))
+            if values := [result[drawn] for result in results]:
+                mean = statistics.mean(values)
+                points.append((per_pass, mean, mean - min(values), max(values) - mean))
+        if points:
+            table.append(row)
+            passes, means, *spread = zip(*points, strict=True)
+            axes.errorbar(passes, means, spread, fmt="o-", capsize=3, label=norm)
+    headers = [f"{' / '.join(args.task.metrics)}, at"]
+    headers += [f"{n} per pass" for n in args.images_per_pass]
     print(tabulate(table, headers=headers, tablefmt="pipe", disable_numparse=True))
-    title = f"From scratch, {args.images} images seen"
-    axes.set(xlabel="images per step", ylabel="box AP", title=title, xticks=args.images_per_step)
-    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+    steps, total = args.images // args.total_batch, args.total_batch
+    axes.set(xlabel="images per forward pass", ylabel=drawn, xscale="log")
+    axes.set_title(f"From scratch, {steps} optimizer steps on {total} images each")
+    axes.set_xticks(args.images_per_pass, map(str, args.images_per_pass))
+    axes.minorticks_off()
+    axes.invert_xaxis()  # as in the GN paper's figure 1
+    if table:
+        axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+    args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / "norms.png", dpi=150, bbox_inches="tight")
     print(f"Plot: {args.output / 'norms.png'}")
 
 
-def cell(results: list[dict]) -> str:
+def cell(results: list[dict], metrics: dict[str, str]) -> str:
     """Mean of the seeds, with the lowest and the highest."""
     if not results:
         return ""
-    box, mask = ([r[f"{kind} AP"] for r in results] for kind in ("box", "mask"))
-    text = f"{statistics.mean(box):.1f} / {statistics.mean(mask):.1f}"
+    columns = [[result[name] for result in results] for name in metrics]
+    text = " / ".join(f"{statistics.mean(values):.1f}" for values in columns)
     if len(results) > 1:
-        text += f" ({min(box):.1f}-{max(box):.1f} / {min(mask):.1f}-{max(mask):.1f})"
+        text += f" ({' / '.join(f'{min(values):.1f}-{max(values):.1f}' for values in columns)})"
     if diverged := [str(r["diverged"]) for r in results if "diverged" in r]:
         text += f", diverged at iteration {', '.join(diverged)}"
     return text
@@ -138,8 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.report:
         seeds = range(args.seeds)
-        for seed, norm, per_step in itertools.product(seeds, args.norms, args.images_per_step):
-            run(args, norm, per_step, seed)
+        for seed, norm, per_pass in itertools.product(seeds, args.norms, args.images_per_pass):
+            run(args, norm, per_pass, seed)
     report(args)
 
 
