@@ -90,8 +90,6 @@ def test_one_table_and_one_plot_and_no_run_twice(runs, tmp_path, capsys):
 
 
 def test_masked_padding(runs, tmp_path):
-    if "MASK_PADDING" not in load_config().MODEL.GN:
-        pytest.skip("there is no MODEL.GN.MASK_PADDING")
     compare_norms(["--output", str(tmp_path), "--norms", "GN", "GN+mask", "--images-per-pass", "1"])
     assert [(cfg.MODEL.FPN.NORM, cfg.MODEL.GN.MASK_PADDING) for cfg in runs] == [
         *(("GN", False), ("GN", True))
