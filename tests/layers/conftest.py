@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import sys
 
 import pytest
 
@@ -11,15 +12,30 @@ kernels = functional.triton_kernels
 
 
 @pytest.fixture(scope="session")
-def interpreted_device():
+def copy_of_device():
+    """``copy_of_device(name)``: the package of the device code, imported once more under a name."""
+    path = kernels.device.__file__
+
+    def copy(name):
+        for old in [old for old in sys.modules if old.partition(".")[0] == name]:
+            del sys.modules[old]
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def interpreted_device(copy_of_device):
     """A second copy of the device code, for Triton's interpreter; the first is for its compiler."""
     triton = pytest.importorskip("triton")
-    spec = importlib.util.spec_from_file_location("interpreted", kernels.device.__file__)
-    module = importlib.util.module_from_spec(spec)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    module.core = triton.language.core  # the launch of a kernel patches what its module names
+        module = copy_of_device("interpreted")
+    for part in (module.resident_kernels, module.split_kernels):
+        part.core = triton.language.core  # the launch of a kernel patches what its module names
     return module
 
 

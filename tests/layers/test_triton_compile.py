@@ -3,7 +3,6 @@
 800 x 1344, 2 images."""
 
 import collections
-import importlib.util
 import re
 import subprocess
 from types import SimpleNamespace
@@ -188,7 +187,7 @@ def test_unusual_layers_compile(launches, layout, groups, shape, dtypes, with_af
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched(monkeypatch, copy_of_device):
     """What is launched on a GPU that need not be there, by a copy of the device code: the machine
     code, programs and arguments."""
     found = []
@@ -210,10 +209,7 @@ def launched(monkeypatch):
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    spec = importlib.util.spec_from_file_location("launched", kernels.device.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(kernels, "device", module)
+    monkeypatch.setattr(kernels, "device", copy_of_device("launched"))
     monkeypatch.setattr(triton_launch, "_compiled", {})
     return found
 

@@ -1,22 +1,10 @@
-"""The device code of ``triton_kernels.py``, which says what it computes and how.
-
-Two kernels for the forward pass and two for the backward pass of groups that many programs share,
-and one for each where a program holds whole groups in registers ("resident"). A program of the
-shared kind has tiles of P pixels x CB channels, of which it uses ``block``: GB whole groups, or
-part of one where GB = 1 (NCHW: one channel). S programs share the pixels of these channels, each
-doing ``iters`` tiles, and R programs share a group.
-
-H * W is passed as ``HWV * VEC``: only a constant factor tells the compiler that rows of, say, 4200
-elements may be read 8 at a time (of an argument it knows divisibility by 16 alone).
-
-Names: C channels, G groups, D = C / G; x, y (N, C, H, W); weight (gamma) and bias (beta) (C,);
-mean, rstd (N, G) float32; residual, dy, dx, dz shaped like x. weight, bias, residual may be None, y
-is None where the mask of the ReLU is found from x. Arithmetic is float32, whatever the tensors are.
-"""
+"""Two kernels for each pass, of groups that many programs share."""
 
 import triton
 import triton.language as tl
 from triton.language import constexpr
+
+from .common import _affine, _normalize, _read
 
 # By default Triton compiles a kernel anew the first time that one of these is 1 or divisible by 16,
 # and training at many image sizes meets all combinations. Nothing is faster for it.
@@ -72,34 +60,6 @@ def _add_pairs(part, row, valid, R, RP: constexpr):
     first = tl.load(part, mask=mask, other=0.0)
     second = tl.load(part + R, mask=mask, other=0.0)
     return tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
-
-
-@triton.jit
-def _affine(weight, bias, c, valid):
-    """gamma and beta of channels ``c``, 1 and 0 where there are none."""
-    gamma = 1.0 if weight is None else tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
-    beta = 0.0 if bias is None else tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
-    return gamma, beta
-
-
-@triton.jit
-def _normalize(v, mean, a, beta):
-    """y before residual and ReLU. The one place: its bits must not depend on the kernel."""
-    return tl.fma(v.to(tl.float32) - mean, a, beta)
-
-
-@triton.jit
-def _read(dy, x, y, mean, a, beta, base, tile, mask, RELU: constexpr):
-    """x, and dz: dy where y, or what rounds to it, is above 0 or NaN, as in PyTorch."""
-    v = tl.load(x + base + tile, mask=mask, other=0.0)
-    t = tl.load(dy + base + tile, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        if y is not None:
-            z = tl.load(y + base + tile, mask=mask, other=0.0)
-        else:
-            z = _normalize(v, mean, a, beta).to(v.dtype)
-        t = tl.where(z <= 0.0, 0.0, t)
-    return v, t
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -228,93 +188,3 @@ def gradient(
         d = tl.fma(t, r * gamma, tl.fma(v.to(tl.float32) - m, slope, shift))
         tl.store(dx + base + tile, d, mask=mask)
         base += P * (C if NHWC else 1)
-
-
-@triton.jit
-def _resident_tile(
-    G, HW, D: constexpr, NHWC: constexpr, GB: constexpr, DP: constexpr, P: constexpr,
-):  # fmt: skip
-    """What a program of the resident kernels works on: a tile GB x DP x P, P x GB x DP for NHWC.
-
-    Returns:
-        The image and its offset; groups, their numbers over all images, channels, which of those
-        are valid; offsets in the tile and its mask. From the groups on, all broadcast to the tile.
-    """
-    blocks = (G + GB - 1) // GB
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    g = tl.program_id(0) % blocks * GB + tl.arange(0, GB)
-    if NHWC:
-        g = g[None, :, None]
-        d = tl.arange(0, DP)[None, None, :]
-        p = tl.arange(0, P)[:, None, None]
-        tile = p * (G * D) + g * D + d
-    else:
-        g = g[:, None, None]
-        d = tl.arange(0, DP)[None, :, None]
-        p = tl.arange(0, P)[None, None, :]
-        tile = (g * D + d) * HW + p
-    valid = (g < G) & (d < D)
-    return n, n * G * D * HW, g, n * G + g, g * D + d, valid, tile, valid & (p < HW)
-
-
-@triton.jit(do_not_specialize=["HWV"])
-def resident(
-    x, residual, weight, bias, y, mean, rstd, eps, HWV, G, KNOWN: constexpr, RELU: constexpr,
-    D: constexpr, NHWC: constexpr, VEC: constexpr, GB: constexpr, DP: constexpr, P: constexpr,
-):  # fmt: skip
-    """y, mean and rstd of GB whole groups. If KNOWN, mean and rstd are read instead."""
-    HW = HWV * VEC
-    n, base, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
-    pixels: constexpr = 0 if NHWC else 2
-    channels: constexpr = 2 if NHWC else 1
-    gamma, beta = _affine(weight, bias, c, valid)
-    v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-    if KNOWN:
-        m = tl.load(mean + row, mask=g < G, other=0.0)
-        r = tl.load(rstd + row, mask=g < G, other=0.0)
-    else:
-        scale = 1.0 / (HW * D)
-        # Minus the first element: exact for constant groups, where rstd is large.
-        k = tl.load(x + base + g * D * (1 if NHWC else HW), mask=g < G, other=0.0).to(tl.float32)
-        m = tl.where(mask, v - k, 0.0)
-        m = tl.sum(tl.sum(m, axis=pixels, keep_dims=True), axis=channels, keep_dims=True)
-        m = k + m * scale
-        square = tl.where(mask, (v - m) * (v - m), 0.0)
-        var = tl.sum(tl.sum(square, axis=pixels, keep_dims=True), axis=channels, keep_dims=True)
-        r = tl.rsqrt(var * scale + eps)
-        tl.store(mean + row, m, mask=g < G)
-        tl.store(rstd + row, r, mask=g < G)
-    z = _normalize(v, m, r * gamma, beta)
-    if residual is not None:
-        z += tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        z = tl.where(z < 0.0, 0.0, z)  # keeps NaN
-    tl.store(y + base + tile, z, mask=mask)
-
-
-@triton.jit(do_not_specialize=["HWV"])
-def resident_gradient(
-    dy, x, y, weight, bias, mean, rstd, dz, sums, dx, HWV, G, RELU: constexpr,
-    D: constexpr, NHWC: constexpr, VEC: constexpr, GB: constexpr, DP: constexpr, P: constexpr,
-):  # fmt: skip
-    """dx, dz and ``sums`` (N, 2, C), as in ``gradient_sums``, of GB groups; any may be None."""
-    HW = HWV * VEC
-    n, base, g, row, c, valid, tile, mask = _resident_tile(G, HW, D, NHWC, GB, DP, P)
-    pixels: constexpr = 0 if NHWC else 2
-    channels: constexpr = 2 if NHWC else 1
-    gamma, beta = _affine(weight, bias, c, valid)
-    m, r = tl.load(mean + row, mask=g < G, other=0.0), tl.load(rstd + row, mask=g < G, other=0.0)
-    v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, mask, RELU)
-    if dz is not None:
-        tl.store(dz + base + tile, t, mask=mask)
-    d = v.to(tl.float32) - m
-    sum1 = tl.sum(t, axis=pixels, keep_dims=True)
-    sum2 = tl.sum(t * d, axis=pixels, keep_dims=True) * r
-    if sums is not None:
-        sums += n * 2 * G * D + c
-        tl.store(sums, sum1, mask=valid)
-        tl.store(sums + G * D, sum2, mask=valid)
-    if dx is not None:
-        shift = -r * tl.sum(sum1 * gamma, axis=channels, keep_dims=True) / (HW * D)
-        slope = -r * r * tl.sum(sum2 * gamma, axis=channels, keep_dims=True) / (HW * D)
-        tl.store(dx + base + tile, tl.fma(t, r * gamma, tl.fma(d, slope, shift)), mask=mask)
