@@ -66,8 +66,9 @@ def group_norm_act(
         give NCHW.
 
     Raises:
-        ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ,
-            ``activation`` or ``kernel`` is unknown, or ``kernel="triton"`` cannot take the input.
+        ValueError: G does not divide C, the shapes of ``x`` and ``residual`` differ, ``extents``
+            are of other maps, ``activation`` or ``kernel`` is unknown, or ``kernel="triton"``
+            cannot take the input.
         RuntimeError: ``kernel="triton"``, and the kernels fail or are wrong on this device.
     """
     if activation not in ACTIVATIONS:
@@ -75,15 +76,15 @@ def group_norm_act(
     if kernel not in KERNELS:
         raise ValueError(f"kernel {kernel!r} is unknown; one of: {', '.join(KERNELS)}")
     if not torch.jit.is_tracing():  # where sizes are tensors, which no `if` should ask
-        _check_shapes(x, num_groups, residual)
+        _check_shapes(x, num_groups, residual, extents)
     if x.is_cuda and x.dim() == 4 and not x.is_contiguous():
         nhwc = x.stride(1) == 1
         x = x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    compute = _fused if _takes_triton(kernel, x, weight, bias, residual) else _reference
+    compute = _fused if _takes_triton(kernel, x, weight, bias, residual, extents) else _reference
     return compute(x, weight, bias, residual, num_groups, eps, activation, extents)
 
 
-def _check_shapes(x, num_groups, residual) -> None:
+def _check_shapes(x, num_groups, residual, extents) -> None:
     if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(
             f"group_norm_act takes (N, C, *) with C divisible by num_groups {num_groups}; "
@@ -94,6 +95,10 @@ def _check_shapes(x, num_groups, residual) -> None:
             f"the residual has the shape {list(residual.shape)}, x {list(x.shape)}: they are added "
             "without broadcasting"
         )
+    if extents is not None:
+        shape = len(extents.sizes), x.shape[1], extents.height, extents.width
+        if x.shape != shape:
+            raise ValueError(f"the extents are of maps {list(shape)}, x has {list(x.shape)}")
 
 
 # --- PyTorch's operations ---
@@ -145,15 +150,15 @@ def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
 # --- Triton kernels ---
 
 
-def _takes_triton(kernel, x, weight, bias, residual) -> bool:
+def _takes_triton(kernel, x, weight, bias, residual, extents) -> bool:
     if kernel == "torch" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     if triton_kernels is None:
         reason = "triton is not installed"
     else:
-        reason = triton_kernels.unsupported(x, weight, bias, residual)
-    fake = isinstance(x, FakeTensor)
-    return _decide(kernel, reason, x.device, x.dtype, not x.is_contiguous(), fake)
+        reason = kernel_check.unsupported(x, weight, bias, residual, extents is not None)
+    kind = x.device, x.dtype, not x.is_contiguous(), extents is not None
+    return _decide(kernel, reason, isinstance(x, FakeTensor), *kind)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while it traces
@@ -162,9 +167,9 @@ def _decide(*arguments) -> bool:
 
 
 @functools.cache
-def _decided(kernel, reason, device, dtype, channels_last, fake) -> bool:
+def _decided(kernel, reason, fake, device, dtype, *kind) -> bool:
     """Whether Triton it is: said, or an error, once for all maps of a kind."""
-    failed = "" if reason or fake else kernel_check.failure(device, dtype, channels_last)
+    failed = "" if reason or fake else kernel_check.failure(device, dtype, *kind)
     why_not = reason or failed
     if why_not and kernel == "triton":
         raise (RuntimeError if failed else ValueError)(
@@ -179,27 +184,28 @@ def _decided(kernel, reason, device, dtype, channels_last, fake) -> bool:
 
 
 def _fused(x, weight, bias, residual, num_groups, eps, activation, extents=None) -> Tensor:
-    relu = activation is not None
-    arguments = x, weight, bias, residual, num_groups, eps, relu
+    relu, launches = activation is not None, not isinstance(x, FakeTensor)
+    valid = extents.tensor(x.device) if extents is not None and launches else None
+    arguments = x, weight, bias, residual, num_groups, eps, relu, valid
     if torch.compiler.is_compiling():
         return _operator(*arguments)[0]
     tensors = [t for t in arguments[:4] if t is not None]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return _forward(*arguments)[0]
-    y, mean, rstd = _GroupNormAct.apply(*arguments)
+    y, mean, rstd = _GroupNormAct.apply(*arguments, extents)
     if residual is None:
         recompute.offer(
             y,
-            lambda x, weight, bias: triton_kernels.apply(x, mean, rstd, weight, bias, relu),
+            lambda x, weight, bias: triton_kernels.apply(x, mean, rstd, weight, bias, relu, valid),
             (x, weight, bias),
         )
     return y
 
 
-def _forward(x, weight, bias, residual, num_groups, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x, weight, bias, residual, num_groups, eps, relu, valid) -> tuple[Tensor, ...]:
     if isinstance(x, FakeTensor):  # of a model without memory, to see what it would take
-        return _operator(x, weight, bias, residual, num_groups, eps, relu)
-    return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+        return _operator(x, weight, bias, residual, num_groups, eps, relu, valid)
+    return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu, valid)
 
 
 class _GroupNormAct(torch.autograd.Function):
@@ -209,32 +215,33 @@ class _GroupNormAct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, num_groups, eps, relu):
-        y, mean, rstd = _forward(x, weight, bias, residual, num_groups, eps, relu)
-        _save(ctx, (x, weight, bias, residual, num_groups, eps, relu), (y, mean, rstd))
+    def forward(ctx, *inputs):
+        *inputs, ctx.extents = inputs
+        y, mean, rstd = output = _forward(*inputs)
+        _save(ctx, inputs, output)
         ctx.mark_non_differentiable(mean, rstd)
-        return y, mean, rstd
+        return output
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 7
-        needs, (x, weight, bias, mean, rstd, y) = ctx.needs_input_grad[:4], ctx.saved_tensors
+            return (None,) * 9
+        needs, (x, weight, bias, mean, rstd, y, valid) = ctx.needs_input_grad[:4], ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient that is differentiated
             gradients = _gradients_of_reference(ctx, dy, x, weight, bias, y, needs)
         else:
             gradients = triton_kernels.backward(
-                dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.residual_dtype, needs
+                dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.residual_dtype, needs, valid
             )
-        return *gradients, None, None, None
+        return *gradients, *(None,) * 5
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, residual, ctx.num_groups, ctx.eps, ctx.relu = inputs
+    x, weight, bias, residual, ctx.num_groups, ctx.eps, ctx.relu, valid = inputs
     y, mean, rstd = output
     ctx.residual_dtype = None if residual is None else residual.dtype
     mask = y if ctx.relu and residual is not None else None  # else found from x again
-    ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, mask, valid)
     ctx.set_materialize_grads(False)
 
 
@@ -242,7 +249,7 @@ def _gradients_of_reference(ctx, dy, x, weight, bias, y, needs) -> tuple[Tensor 
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
     activation = "relu" if ctx.relu and y is None else None
-    z = _reference(x, weight, bias, None, ctx.num_groups, ctx.eps, activation)
+    z = _reference(x, weight, bias, None, ctx.num_groups, ctx.eps, activation, ctx.extents)
     wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
     found = iter(torch.autograd.grad(z, wanted, dy, create_graph=True) if wanted else ())
     gradients = (next(found) if need else None for need in needs[:3])
@@ -252,14 +259,14 @@ def _gradients_of_reference(ctx, dy, x, weight, bias, y, needs) -> tuple[Tensor 
 @torch.library.custom_op("gn_detect::group_norm_act", mutates_args=())
 def _operator(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    num_groups: int, eps: float, relu: bool,
+    num_groups: int, eps: float, relu: bool, valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The kernels for torch.compile: y, mean and rstd."""
-    return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu)
+    return triton_kernels.forward(x, num_groups, weight, bias, eps, residual, relu, valid)
 
 
 @_operator.register_fake
-def _(x, weight, bias, residual, num_groups, eps, relu):
+def _(x, weight, bias, residual, num_groups, eps, relu, valid):
     statistics = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
@@ -268,17 +275,18 @@ def _(x, weight, bias, residual, num_groups, eps, relu):
 def _backward_operator(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
     y: Tensor | None, relu: bool, residual_dtype: torch.dtype | None, needs: list[bool],
+    valid: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that ``needs`` asks for (x, weight, bias, residual), in this order."""
     gradients = triton_kernels.backward(
-        dy, x, y, mean, rstd, weight, bias, relu, residual_dtype, tuple(needs)
+        dy, x, y, mean, rstd, weight, bias, relu, residual_dtype, tuple(needs), valid
     )
     # Those of gamma and beta are views of one tensor, which an operator must not return.
     return [g.clone() if g.dim() == 1 else g for g in gradients if g is not None]
 
 
 @_backward_operator.register_fake
-def _(dy, x, weight, bias, mean, rstd, y, relu, residual_dtype, needs):
+def _(dy, x, weight, bias, mean, rstd, y, relu, residual_dtype, needs, valid):
     dtypes = {3: residual_dtype}
     likes = enumerate((x, weight, bias, x))
     return [torch.empty_like(like, dtype=dtypes.get(i)) for i, like in likes if needs[i]]
@@ -286,16 +294,16 @@ def _(dy, x, weight, bias, mean, rstd, y, relu, residual_dtype, needs):
 
 def _backward_of_operator(ctx, dy, *_):
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     *needs, residual = ctx.needs_input_grad[:4]
     needs.append(residual and ctx.relu)  # else dy, and an operator must not return its input
-    x, weight, bias, mean, rstd, y = ctx.saved_tensors
-    arguments = dy, x, weight, bias, mean, rstd, y, ctx.relu, ctx.residual_dtype, needs
+    x, weight, bias, mean, rstd, y, valid = ctx.saved_tensors
+    arguments = dy, x, weight, bias, mean, rstd, y, ctx.relu, ctx.residual_dtype, needs, valid
     found = iter(_backward_operator(*arguments))
     gradients = [next(found) if need else None for need in needs]
     if residual and not ctx.relu:
         gradients[3] = dy.to(ctx.residual_dtype)
-    return *gradients, None, None, None
+    return *gradients, *(None,) * 4
 
 
 _operator.register_autograd(

@@ -1,38 +1,83 @@
-"""Whether the Triton kernels run on a device, and give what they should: asked before their use."""
+"""Whether the Triton kernels take an input, run on its device, and give what they should: asked
+before their use."""
 
 from __future__ import annotations
 
 import functools
+import math
 import textwrap
 
 import torch
 import torch.nn.functional as F
+import triton
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import triton_kernels
+from .padding import Extents
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, C, H, W) and groups, each for one of the two ways of ``triton_kernels``
 RESIDENT = (2, 16, 7, 7), 4
 SPLIT = (2, 4, 50, 84), 2  # several programs share a channel
 EPS = 1e-5
 
 
+def unsupported(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    padded: bool = False,
+) -> str:
+    """Why the kernels cannot take this input, whose shapes are right; "" if they can.
+
+    Args:
+        padded: whether they are to be told what of the maps is image.
+    """
+    if not x.is_cuda and isinstance(triton_kernels.device.apply, triton.JITFunction):
+        return f"the input is on {x.device}, not on a CUDA device"
+    if x.ndim != 4:
+        return f"the input has {x.ndim} dimensions, not the 4 of (N, C, H, W)"
+    for name, t in (("input", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        dtypes = (torch.float32, x.dtype) if name in ("weight", "bias") else DTYPES
+        if t.dtype not in dtypes:
+            return f"the {name} is {t.dtype}, not {' or '.join(map(str, dict.fromkeys(dtypes)))}"
+        if t.device != x.device:
+            return f"the {name} is on {t.device}, the input on {x.device}"
+        if name in ("weight", "bias") and (t.shape != x.shape[1:2] or not t.is_contiguous()):
+            return f"the {name} is not a contiguous vector of {x.shape[1]} channels"
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return f"the strides {x.stride()} of the input are neither NCHW nor channels_last"
+    if math.prod(x.shape[1:]) >= 2**30:
+        return "one image has 2^30 or more elements"
+    if padded and x.shape[-1] > 2**15:
+        return "the map is padded, and has more than 2^15 columns"
+    return ""
+
+
 @functools.cache
-def failure(device: torch.device, dtype: torch.dtype, channels_last: bool) -> str:
+def failure(
+    device: torch.device, dtype: torch.dtype, channels_last: bool, padded: bool = False
+) -> str:
     """What the kernels did wrong with maps of this kind; "" if nothing.
 
     A resident and a split shape, forward and backward, with residual and ReLU, are compared with
-    PyTorch's operations in float64, once per process. Exceptions (no C compiler, an error of
+    PyTorch's operations in float64, once per process; with ``padded``, as maps of images of two
+    sizes, for which the kernels are compiled anew. Exceptions (no C compiler, an error of
     Triton or of the driver) are told like differences.
     """
     maps = f"{dtype} maps in {'channels_last' if channels_last else 'NCHW'} on {device}"
+    maps = f"padded {maps}" if padded else maps
     # The caller's gradient mode does not matter, nor what it keeps for its backward pass:
     # torch.utils.checkpoint would count what is saved in here.
     as_it_is = saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), as_it_is:
         for shape, num_groups in (RESIDENT, SPLIT):
             try:
-                wrong = _difference(shape, num_groups, device, dtype, channels_last)
+                wrong = _difference(shape, num_groups, device, dtype, channels_last, padded)
             except torch.OutOfMemoryError:  # says nothing of the kernels
                 raise
             except Exception as error:
@@ -44,18 +89,30 @@ def failure(device: torch.device, dtype: torch.dtype, channels_last: bool) -> st
     return ""
 
 
-def _difference(shape, num_groups, device, dtype, channels_last) -> str:
+def _difference(shape, num_groups, device, dtype, channels_last, padded) -> str:
     random = functools.partial(
         torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, residual, dy = (random(shape).to(device, dtype, memory_format=layout) for _ in range(3))
     weight, bias = (random(shape[1]).to(device) for _ in range(2))
-    y, mean, rstd = triton_kernels.forward(x, num_groups, weight, bias, EPS, residual, True)
-    found = y, *triton_kernels.backward(dy, x, y, mean, rstd, weight, bias, True, dtype)
+    height, width = shape[2:]
+    sizes = [(height - padded, width // (1 + padded)), (height // (1 + padded), width)]
+    extents = Extents(sizes, height, width)
+    residual = extents.join(extents.crops(residual))
+    valid = torch.tensor(sizes, dtype=torch.int32, device=device) if padded else None
+    y, mean, rstd = triton_kernels.forward(x, num_groups, weight, bias, EPS, residual, True, valid)
+    found = (
+        y,
+        *triton_kernels.backward(dy, x, y, mean, rstd, weight, bias, True, dtype, valid=valid),
+    )
 
     leaves = [t.double().requires_grad_() for t in (x, weight, bias, residual)]
-    z = F.group_norm(leaves[0], num_groups, leaves[1], leaves[2], EPS) + leaves[3]
+    crops = (
+        F.group_norm(crop, num_groups, leaves[1], leaves[2], EPS)
+        for crop in extents.crops(leaves[0])
+    )
+    z = extents.join(list(crops)) + leaves[3]
     # The mask of y: another one where z is 0 but for rounding would be no fault.
     expected = z.relu(), *torch.autograd.grad(torch.where(y > 0, z, 0), leaves, dy.double())
 

@@ -15,6 +15,11 @@ atomically, all sums have a fixed order: runs are identical bit for bit.
 The variance is that of x minus a value near the mean of its group (resident: of x minus the mean),
 so a large mean costs no digits. All arithmetic is float32. The ReLU mask is found from x by the
 expression, rounding included, that made y, or read from y where a residual was added.
+
+Of images that were padded to one size, ``valid`` (N, 2), int32, on the device of x, has the rows
+and columns of each map that are image (``padding.Extents.tensor``), from 1 to H or W. The rest is
+in no sum; y is 0 there, whatever x and the residual are, and so are dx and, with ReLU, the gradient
+of the residual. Little of the rest is read.
 """
 
 import contextlib
@@ -29,7 +34,6 @@ from torch import Tensor
 from . import triton_device as device
 from .triton_launch import launch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESIDENT = 8192  # elements of the largest group that is kept in registers
 
 
@@ -118,31 +122,6 @@ def _warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def unsupported(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
-) -> str:
-    """Why the kernels cannot take this input, whose shapes are right; "" if they can."""
-    if not x.is_cuda and isinstance(device.apply, triton.JITFunction):
-        return f"the input is on {x.device}, not on a CUDA device"
-    if x.ndim != 4:
-        return f"the input has {x.ndim} dimensions, not the 4 of (N, C, H, W)"
-    for name, t in (("input", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        dtypes = (torch.float32, x.dtype) if name in ("weight", "bias") else DTYPES
-        if t.dtype not in dtypes:
-            return f"the {name} is {t.dtype}, not {' or '.join(map(str, dict.fromkeys(dtypes)))}"
-        if t.device != x.device:
-            return f"the {name} is on {t.device}, the input on {x.device}"
-        if name in ("weight", "bias") and (t.shape != x.shape[1:2] or not t.is_contiguous()):
-            return f"the {name} is not a contiguous vector of {x.shape[1]} channels"
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        return f"the strides {x.stride()} of the input are neither NCHW nor channels_last"
-    if math.prod(x.shape[1:]) >= 2**30:
-        return "one image has 2^30 or more elements"
-    return ""
-
-
 def forward(
     x: Tensor,
     num_groups: int,
@@ -151,6 +130,7 @@ def forward(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GroupNorm, then plus ``residual``, then ReLU.
 
@@ -161,19 +141,21 @@ def forward(
         eps: added to the variance.
         residual: shape of x, any of the three dtypes, any layout, or None.
         relu: apply ReLU at the end.
+        valid: of maps (N, C, H, W), what of each is image; None: all.
 
     Returns:
         y in shape, dtype and layout of x; mean and 1 / sqrt(variance + eps), float32 (N, G).
     """
     mean, rstd = (_floats(x, x.shape[0], num_groups) for _ in range(2))
-    return _forward(x, mean, rstd, weight, bias, eps, residual, relu, False), mean, rstd
+    return _forward(x, mean, rstd, weight, bias, eps, residual, relu, valid, False), mean, rstd
 
 
 def apply(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool
-) -> Tensor:
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool,
+    valid: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The y of ``forward`` without residual, bit for bit, from the statistics that it returned."""
-    return _forward(x, mean, rstd, weight, bias, 0.0, None, relu, True)
+    return _forward(x, mean, rstd, weight, bias, 0.0, None, relu, valid, True)
 
 
 def backward(
@@ -187,6 +169,7 @@ def backward(
     relu: bool = False,
     residual_dtype: torch.dtype | None = None,
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+    valid: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``forward``.
 
@@ -196,6 +179,7 @@ def backward(
         y: the output of ``forward``; used (and required) only with a residual and ReLU.
         residual_dtype: dtype of the residual; None if there was none.
         needs: which of the gradients of x, weight, bias and residual to compute.
+        valid: as given to ``forward``. The gradient of y may be anything in the padding.
 
     Returns:
         Gradients of x, weight, bias and residual, each of the dtype of what it is for, or None.
@@ -220,7 +204,7 @@ def backward(
         dy = dy.contiguous(memory_format=_layout(x))
         wants_sums = needs_weight or needs_bias
         with _current(x):
-            sums = _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums)
+            sums = _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums, valid)
     # In an order that depends on nothing but the shape
     total = sums.sum(0) if needs_weight or needs_bias else None
     dbias = total[0].to(bias.dtype) if needs_bias else None
@@ -228,7 +212,7 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
+def _forward(x, mean, rstd, weight, bias, eps, residual, relu, valid, known):
     y = torch.empty_like(x)
     if x.numel() == 0:
         if not known:
@@ -237,64 +221,67 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, known):
         return y
     if residual is not None:
         residual = residual.contiguous(memory_format=_layout(x))
-    how, n, c, g, hwv, tile = _described(x, mean)
+    how, n, c, g, size, tile = _described(x, mean, valid)
     with _current(x):
         if how.resident:
             launch(
                 device.resident, n * triton.cdiv(g, how.groups), how.warps,
-                x, residual, weight, bias, y, mean, rstd, eps, hwv, g, known, relu, c // g, *tile,
+                x, residual, weight, bias, y, mean, rstd, valid, eps, *size, g, known, relu,
+                c // g, *tile,
             )  # fmt: skip
             return y
-        rows, sizes, part = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block), None
+        rows, sizes, part = n * triton.cdiv(c, how.block), (*size, c, c // g, how.block), None
         if not known:
             part = _floats(x, n * g, 2 * how.pairs + 1)
             launch(
                 device.statistics, rows * how.splits, how.warps,
-                x, part, *sizes, how.splits, how.pairs, how.split_iters, *tile,
+                x, part, valid, *sizes, how.splits, how.pairs, how.split_iters, *tile,
             )  # fmt: skip
         launch(
             device.apply, rows * how.chunks, how.warps,
-            x, residual, weight, bias, y, part, mean, rstd, eps, *sizes, how.chunks, how.pairs,
-            how.chunk_iters, relu, *tile, how.pair_lanes,
+            x, residual, weight, bias, y, part, mean, rstd, valid, eps, *sizes, how.chunks,
+            how.pairs, how.chunk_iters, relu, *tile, how.pair_lanes,
         )  # fmt: skip
     return y
 
 
-def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums):
+def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums, valid):
     """Fills dz and dx; returns the sums of dz and dz * xhat (anything, 2, C), if wanted."""
-    how, n, c, g, hwv, tile = _described(x, mean)
+    how, n, c, g, size, tile = _described(x, mean, valid)
     sums = _floats(x, n * how.splits, 2, c) if wants_sums else None
     if how.resident:
         launch(
             device.resident_gradient, n * triton.cdiv(g, how.groups), how.warps,
-            dy, x, y, weight, bias, mean, rstd, dz, sums, dx, hwv, g, relu, c // g, *tile,
+            dy, x, y, weight, bias, mean, rstd, dz, sums, dx, valid, *size, g, relu,
+            c // g, *tile,
         )  # fmt: skip
         return sums
-    rows, sizes = n * triton.cdiv(c, how.block), (hwv, c, c // g, how.block)
+    rows, sizes = n * triton.cdiv(c, how.block), (*size, c, c // g, how.block)
     part = None if dx is None else _floats(x, n * g, 2 * how.pairs + 1)
     # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
     shrink = 2 if how.pixels > 1 else 1
     launch(
         device.gradient_sums, rows * how.splits, how.warps,
-        dy, x, y, weight, bias, mean, rstd, dz, part, sums, *sizes, how.splits, how.pairs,
-        how.split_iters * shrink, relu, *tile[:-1], how.pixels // shrink,
+        dy, x, y, weight, bias, mean, rstd, dz, part, sums, valid, *sizes, how.splits,
+        how.pairs, how.split_iters * shrink, relu, *tile[:-1], how.pixels // shrink,
     )  # fmt: skip
     if dx is not None:
         if dz is not None and dz.dtype == dy.dtype:
             dy, y, relu = dz, None, False  # one tensor to read instead of two
         launch(
             device.gradient, rows * how.chunks, how.warps,
-            dy, x, y, weight, bias, mean, rstd, part, dx, *sizes, how.chunks, how.pairs,
-            how.chunk_iters, relu, *tile, how.pair_lanes,
+            dy, x, y, weight, bias, mean, rstd, part, dx, valid, *sizes, how.chunks,
+            how.pairs, how.chunk_iters, relu, *tile, how.pair_lanes,
         )  # fmt: skip
     return sums
 
 
-def _described(x: Tensor, mean: Tensor) -> tuple[Plan, int, int, int, int, tuple]:
-    """The plan, N, C, G, HWV, and what describes tiles to all kernels."""
+def _described(x: Tensor, mean: Tensor, valid: Tensor | None) -> tuple:
+    """The plan, N, C, G, the size of maps (HWV, W), and what describes tiles to all kernels."""
     (n, c, h, w), g, nhwc = x.shape, mean.shape[1], not x.is_contiguous()
     how = plan(nhwc, n, c, g, h * w, _processors(x.device))
-    return how, n, c, g, h * w // how.vec, (nhwc, how.vec, how.groups, how.lanes, how.pixels)
+    size = h * w // how.vec, None if valid is None else w
+    return how, n, c, g, size, (nhwc, how.vec, how.groups, how.lanes, how.pixels)
 
 
 def _floats(x: Tensor, *shape: int) -> Tensor:

@@ -10,10 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from gn_detect.layers import GroupNorm, functional, group_norm_act
+from gn_detect.layers.padding import Extents
 from gn_detect.layers.recompute import rebuild_norms
 
 pytestmark = pytest.mark.slow
 G, EPS = 4, 1e-5
+PADDED = Extents([(3, 5), (2, 3)], 3, 5)
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # (residual, activation)
 KINDS = list(itertools.product([False, True], [None, "relu"]))
@@ -171,6 +173,7 @@ def test_traced_without_warnings():
         ({"residual": torch.zeros(2, 8, 3, 1)}, r"residual has the shape \[2, 8, 3, 1\], x \[2, 8"),
         ({"activation": "gelu"}, "activation 'gelu' is unknown"),
         ({"kernel": "cuda"}, "kernel 'cuda' is unknown; one of: auto, triton, torch"),
+        ({"extents": Extents([(3, 5)], 3, 5)}, r"maps \[1, 8, 3, 5\], x has \[2, 8, 3, 5\]"),
         ({"kernel": "triton"}, "MODEL.GN.KERNEL is 'triton', but the input is on cpu.*'auto'"),
     ],
 )
@@ -210,6 +213,35 @@ def test_kernels_behind_autograd(residual, activation, layout, interpreted):
     assert_close_to_formula(call(*arguments, kernel="triton"), arguments)
 
 
+@LAYOUTS_BY_TURNS
+def test_kernels_of_padded_maps(residual, activation, layout, interpreted):
+    """Each image as if it was alone, in gradients and their gradients, too."""
+    x, gamma, beta, r = inputs(residual, torch.float32, layout)
+    mask = PADDED.mask(x.device, x.dtype)
+    dy = torch.randn(x.shape)
+    if residual:
+        r = (r * mask).detach().requires_grad_()
+        dy = dy if activation else dy * mask  # else all of it is the gradient of the residual
+    trained = given(x, gamma, beta, r)
+
+    def alone(i, h, w):
+        crops = (t if t is None else t[i : i + 1, :, :h, :w] for t in (x, r))
+        x_of_image, r_of_image = crops
+        y = formula(x_of_image, gamma, beta, r_of_image, activation)
+        return F.pad(y, (0, 5 - w, 0, 3 - h))
+
+    expected = torch.cat([alone(i, *size) for i, size in enumerate(PADDED.sizes)])
+    y = call(x, gamma, beta, r, activation, extents=PADDED, kernel="triton")
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    results = []
+    for z, of_z in ((y, dy), (expected, dy.double())):
+        first = torch.autograd.grad(z, trained, of_z, retain_graph=True)
+        again = torch.autograd.grad(z, trained, of_z, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), [x, gamma])
+        results.append([*first, *second])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("trained", ["xr", "gbr", "r", ""])
 def test_kernels_with_frozen_inputs(trained, interpreted):
     arguments = *inputs(True, torch.float32, trained=trained), "relu"
@@ -230,14 +262,15 @@ def test_gradients_of_gradients_of_kernels(residual, activation, interpreted):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_kernels_rebuild_their_output(interpreted):
+@pytest.mark.parametrize("extents", [None, PADDED], ids=["whole", "padded"])
+def test_kernels_rebuild_their_output(extents, interpreted):
     """In a chain of two norms and convolutions, bit for bit, without its maps."""
     x, gamma, beta, _ = inputs(False, torch.float32)
     weight = torch.randn(8, 8, 1, 1, requires_grad=True)
     trained, maps, results = [x, gamma, beta, weight], [], []
 
     def layer(x):
-        y = call(x, gamma, beta, None, "relu", kernel="triton")
+        y = call(x, gamma, beta, None, "relu", extents=extents, kernel="triton")
         maps.append(y.untyped_storage()._weak_ref())
         return F.conv2d(y, weight)
 
@@ -281,17 +314,30 @@ def test_gamma_and_beta_of_another_dtype(dtype, gamma_dtype, beta_dtype):
 @LAYOUTS_BY_TURNS
 def test_operator_of_torch_library(residual, activation, layout, interpreted):
     x, gamma, beta, r = inputs(residual, torch.float32, layout)
-    arguments = (x, gamma, beta, r, G, EPS, activation is not None)
+    valid = PADDED.tensor(x.device) if activation else None
+    arguments = (x, gamma, beta, r, G, EPS, activation is not None, valid)
     torch.library.opcheck(functional._operator, arguments)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_operators_whose_residual_alone_is_trained(relu, interpreted):
     x, gamma, beta, r = (t.detach() for t in inputs(True, torch.float32))
-    arguments = x, gamma, beta, r.bfloat16().requires_grad_(), G, EPS, relu
+    arguments = x, gamma, beta, r.bfloat16().requires_grad_(), G, EPS, relu, None
     torch.library.opcheck(functional._operator, arguments)
     y, mean, rstd = (t.detach() for t in functional._operator(*arguments))
-    arguments = x, x, gamma, beta, mean, rstd, y, relu, torch.bfloat16, [False, False, False, relu]
+    arguments = (
+        x,
+        x,
+        gamma,
+        beta,
+        mean,
+        rstd,
+        y,
+        relu,
+        torch.bfloat16,
+        [False, False, False, relu],
+        None,
+    )
     torch.library.opcheck(functional._backward_operator, arguments)
 
 
@@ -305,3 +351,16 @@ def test_kernels_compiled(residual, activation, interpreted):
         y = compiled(*arguments, kernel="triton")
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert_close_to_formula(y, arguments)
+
+
+def test_kernels_of_padded_maps_compiled(interpreted):
+    torch._dynamo.reset()
+    x, *others = inputs(False, torch.float32)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    found, expected = (
+        function(x, *others, "relu", extents=PADDED, kernel="triton")
+        for function in (compiled, call)
+    )
+    assert torch.equal(found, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), [x, *others[:2]]) for y in (found, expected))
+    torch.testing.assert_close(*gradients)

@@ -12,6 +12,7 @@ pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from gn_detect.layers import functional, group_norm_act, kernel_check  # noqa: E402
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
+from gn_detect.layers.padding import Extents  # noqa: E402
 from gn_detect.layers.recompute import MODES, rebuild_norms, run_block  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted", "fresh")]
@@ -115,6 +116,18 @@ def test_other_dtypes_and_layouts_are_not_concerned(spoil, monkeypatch, caplog):
     assert "auto runs triton: torch.float16 maps on cpu" in caplog.text
 
 
+def test_padded_maps_are_checked_for_themselves(spoil, caplog):
+    """For them the kernels are other code."""
+    spoil("resident", lambda named: None if named["extents"] is None else no_compiler(named))
+    extents = Extents([(3, 4), (2, 5)], 3, 5)
+    x = maps()
+    group_norm_act(x, 4)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    y = group_norm_act(x, 4, extents=extents)
+    assert torch.equal(y, group_norm_act(x, 4, extents=extents, kernel="torch"))
+    assert "the Triton kernels failed for padded torch.float32 maps in NCHW on cpu" in caplog.text
+
+
 def test_torch_compile_checks_while_it_traces(spoil, caplog):
     """Once, and the graph has PyTorch's operations."""
     targets = []
@@ -138,12 +151,12 @@ def test_torch_compile_checks_while_it_traces(spoil, caplog):
     assert not any("gn_detect" in target for target in targets)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_check_changes_nothing_and_needs_nothing(channels_last):
+@pytest.mark.parametrize("channels_last, padded", [(False, True), (True, False), (True, True)])
+def test_check_changes_nothing_and_needs_nothing(channels_last, padded):
     """It may come in the middle of anything."""
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu"), rebuild_norms(), torch.device("meta"):
-        failed = kernel_check.failure(torch.device("cpu"), torch.bfloat16, channels_last)
+        failed = kernel_check.failure(torch.device("cpu"), torch.bfloat16, channels_last, padded)
     assert failed == ""
     assert torch.equal(torch.get_rng_state(), state)
 

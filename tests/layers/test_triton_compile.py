@@ -20,7 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
 from gn_detect.layers import triton_launch  # noqa: E402
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
 # Shape, with a residual, ReLU; one of each kind of plan of the 69 layers
@@ -30,6 +30,7 @@ RES4 = (2, 1024, 50, 84), True, True  # conv3: H * W = 8 * 525
 RES5 = (2, 2048, 25, 42), False, False  # shortcut: H * W = 2 * 525
 BOX = (1024, 256, 7, 7), False, True
 MASK = (256, 256, 14, 14), False, True
+P6 = (2, 256, 12, 16), False, False  # the only maps without RoIs that are resident
 
 
 class Launch(collections.namedtuple("Launch", "kernel args warps")):
@@ -72,16 +73,17 @@ class Launch(collections.namedtuple("Launch", "kernel args warps")):
 def launches(intercept):
     def record(
         shape, with_residual, relu, dtype, layout,
-        groups=32, residual_dtype=None, affine_dtype=torch.float32,
+        groups=32, residual_dtype=None, affine_dtype=torch.float32, padded=False,
     ):  # fmt: skip
         found = []
         intercept(lambda kernel, _, *args, num_warps: found.append(Launch(kernel, args, num_warps)))
         x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
         weight = affine_dtype and torch.empty(shape[1], dtype=affine_dtype, device="meta")
         residual = x.to(residual_dtype or dtype) if with_residual else None
-        y, mean, rstd = kernels.forward(x, groups, weight, weight, 1e-5, residual, relu)
+        valid = torch.empty(len(x), 2, dtype=torch.int32, device="meta") if padded else None
+        y, mean, rstd = kernels.forward(x, groups, weight, weight, 1e-5, residual, relu, valid)
         residual_dtype = residual.dtype if with_residual else None
-        kernels.backward(x, x, y, mean, rstd, weight, weight, relu, residual_dtype)
+        kernels.backward(x, x, y, mean, rstd, weight, weight, relu, residual_dtype, valid=valid)
         return found
 
     return record
@@ -122,22 +124,31 @@ def expected_accesses(launch):
 
 
 @pytest.mark.parametrize(
-    "arch, dtype, layout, layers",
+    "arch, dtype, layout, layers, padded",
     [
-        (90, torch.bfloat16, NHWC, (STEM, RES2, RES4, RES5, BOX, MASK)),
-        (90, torch.float32, NCHW, (RES4, RES5, BOX)),
-        (80, torch.float32, NHWC, (RES2, BOX)),
-        (80, torch.bfloat16, NCHW, (STEM, MASK)),
+        (90, torch.bfloat16, NHWC, (STEM, RES2, RES4, RES5, BOX, MASK), False),
+        (90, torch.float32, NCHW, (RES4, RES5, BOX), False),
+        (80, torch.float32, NHWC, (RES2, BOX), False),
+        (80, torch.bfloat16, NCHW, (STEM, MASK), False),
+        (90, torch.bfloat16, NHWC, (RES4, P6), True),
+        (80, torch.float32, NCHW, (RES4, P6), True),
     ],
-    ids=["sm_90 bf16 NHWC", "sm_90 fp32 NCHW", "sm_80 fp32 NHWC", "sm_80 bf16 NCHW"],
+    ids=[
+        "sm_90 bf16 NHWC",
+        "sm_90 fp32 NCHW",
+        "sm_80 fp32 NHWC",
+        "sm_80 bf16 NCHW",
+        "sm_90 bf16 NHWC padded",
+        "sm_80 fp32 NCHW padded",
+    ],  # fmt: skip
 )
-def test_kernels_of_the_model(launches, tmp_path, arch, dtype, layout, layers):
+def test_kernels_of_the_model(launches, tmp_path, arch, dtype, layout, layers, padded):
     """Nothing is spilled, two programs and 12 of 64 possible warps at least fit a multiprocessor,
     and accesses are 128 bits wide where H * W allows."""
     for layer in layers:
         shape = layer[0]
         alignment = 16 if layout is NHWC else shape[2] * shape[3] & -(shape[2] * shape[3])
-        for launch in launches(*layer, dtype, layout):
+        for launch in launches(*layer, dtype, layout, padded=padded):
             binary = launch.compile(arch)
             registers, stack, local = resources(binary, tmp_path)
             assert stack == local == 0, f"{launch} spills registers"
@@ -219,7 +230,9 @@ def test_what_was_compiled_is_launched_again(launched, monkeypatch, resident):
     monkeypatch.setattr(kernels, "RESIDENT", resident)
     monkeypatch.setattr(kernels, "plan", kernels.plan.__wrapped__)
 
-    def run(shape, dtype=torch.float32, layout=NHWC, offset=0, residual=None, affine=True):
+    def run(
+        shape, dtype=torch.float32, layout=NHWC, offset=0, residual=None, affine=True, valid=None
+    ):
         count = torch.Size(shape).numel()
         x = torch.empty(count + offset, dtype=dtype)[offset:]
         n, c, h, w = shape
@@ -227,10 +240,10 @@ def test_what_was_compiled_is_launched_again(launched, monkeypatch, resident):
         weight = torch.empty(c) if affine else None
         start = len(launched)
         add = None if residual is None else x.to(residual)
-        y, mean, rstd = kernels.forward(x, 2, weight, weight, 1e-5, add, True)
+        y, mean, rstd = kernels.forward(x, 2, weight, weight, 1e-5, add, True, valid)
         if offset == 0:
-            kernels.apply(x, mean, rstd, weight, weight, True)
-        kernels.backward(x, x, y, mean, rstd, weight, weight, True, residual)
+            kernels.apply(x, mean, rstd, weight, weight, True, valid)
+        kernels.backward(x, x, y, mean, rstd, weight, weight, True, residual, valid=valid)
         return [
             (function, programs, [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments])
             for function, programs, arguments in launched[start:]
@@ -246,6 +259,8 @@ def test_what_was_compiled_is_launched_again(launched, monkeypatch, resident):
         base | {"residual": torch.float16},
         base | {"affine": False},
         base | {"layout": NCHW},
+        base | {"valid": torch.ones(2, 2, dtype=torch.int32)},
+        {"shape": (2, 32, 1, 1), "valid": torch.ones(2, 2, dtype=torch.int32)},
     ]
     first = [run(**case) for case in cases]
     kept = dict(triton_launch._compiled)

@@ -371,6 +371,98 @@ def test_gradient_of_relu_after_a_residual_needs_y():
         kernels.backward(x, x, None, mean, mean, None, None, True, x.dtype)
 
 
+# Way, channels_last, dtype, residual, ReLU, height and width, splits and pixels per tile. VEC, the
+# pixels that NCHW reads at a time, is 4, 1, 16 or 1.
+PADDED = [
+    ("resident", False, F32, True, True, 6, 10),
+    ("resident", False, BF16, False, True, 7, 5),
+    ("resident", True, BF16, True, True, 6, 10),
+    ("resident", True, F32, False, False, 9, 1),
+    ("split", False, F32, False, True, 6, 10, 2, 16),
+    ("split", False, BF16, True, True, 6, 8, 2, 16),
+    ("split", False, F32, True, False, 9, 1, 1, 4),
+    ("split", True, F32, True, True, 6, 10, 2, 8),
+    ("split", True, BF16, False, True, 7, 5, 2, 8),
+]
+
+
+@pytest.mark.parametrize("case", PADDED, ids=str)
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # numpy's
+def test_padding_does_not_matter(device, take, case):
+    """Each image of a batch against what it is alone, in float64, whatever is around it."""
+    way, nhwc, dtype, with_residual, relu, height, width, *splits = case
+    take(way, *splits or (0, 0))
+    sizes = [(height, width), (height - 2, (width + 2) // 2), (1, (width + 1) // 2), (1, 1)]
+    shape = len(sizes), 2, height, width
+    x, residual, dy = (make(shape, nhwc, dtype, seed=seed, device=device) for seed in range(3))
+    residual = residual if with_residual else None
+    padding = torch.ones(shape, dtype=torch.bool, device=device)
+    for i, (h, w) in enumerate(sizes):
+        padding[i, :, :h, :w] = False
+        for t in (x, dy):
+            t[i, :, h:] = NAN
+            t[i, :, :, w:] = 3e38 if i % 2 else INF
+    weight, bias = torch.tensor([[0.7, -1.5], [0.3, -0.2]], device=device)
+    valid = torch.tensor(sizes, dtype=torch.int32, device=device)
+    residual_dtype = dtype if with_residual else None
+
+    y, mean, rstd = kernels.forward(x, 1, weight, bias, EPS, residual, relu, valid)
+    if residual is None:
+        assert torch.equal(kernels.apply(x, mean, rstd, weight, bias, relu, valid), y)
+    dx, dweight, dbias, dresidual = kernels.backward(
+        dy, x, y, mean, rstd, weight, bias, relu, residual_dtype, valid=valid
+    )
+
+    maps, sums = [torch.zeros_like(x, dtype=torch.float64) for _ in range(3)], [0, 0]
+    for i, (h, w) in enumerate(sizes):
+        crop = slice(i, i + 1), slice(None), slice(h), slice(w)
+        of_crop = None if residual is None else residual[crop]
+        z, true_mean, true_rstd, gradients = reference(
+            x[crop], 1, weight, bias, of_crop, relu, y[crop], dy[crop]
+        )
+        for found, true in zip(maps, (z, gradients[0], gradients[3]), strict=True):
+            if true is not None:
+                found[crop] = true.detach()
+        sums = [a + b for a, b in zip(sums, gradients[1:3], strict=True)]
+        assert_close(mean[i : i + 1], true_mean, "mean", 1e-7 / true_rstd.min())
+        torch.testing.assert_close(rstd[i : i + 1].double(), true_rstd, rtol=2e-6, atol=0)
+    assert_close(y, maps[0], "y")
+    assert_close(dx, maps[1], "dx")
+    assert_close(dweight, sums[0], "dweight")
+    assert_close(dbias, sums[1], "dbias")
+    assert not y[padding].any() and not dx[padding].any()
+    if with_residual and relu:
+        assert_close(dresidual, maps[2], "dresidual")
+        assert not dresidual[padding].any()
+    elif with_residual:
+        assert dresidual is dy
+
+
+@LAYOUTS
+def test_little_of_the_padding_is_read(interpreted, monkeypatch, take, nhwc):
+    """Of a landscape and a portrait of 3:2 in a square, of which 2 thirds are image. Beside the
+    portrait NCHW reads the rest of 16 pixels; of a row of 24, that is much."""
+    take("split", 2, 64)
+    read, load = [], interpreter.InterpreterBuilder.create_masked_load
+
+    def count(self, pointers, mask, *args):
+        if pointers.dtype.element_ty.is_fp16():  # else gamma, beta, sums
+            read.append(int(mask.data.sum()))
+        return load(self, pointers, mask, *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", count)
+    x = make((2, 2, 24, 24), nhwc, F16)
+
+    def run(valid):
+        read.clear()
+        y, mean, rstd = kernels.forward(x, 1, None, None, EPS, x, True, valid)
+        kernels.backward(x, x, y, mean, rstd, None, None, True, F16, valid=valid)
+        return sum(read)
+
+    part = run(torch.tensor([(16, 24), (24, 16)], dtype=torch.int32)) / run(None)
+    assert part == pytest.approx(2 / 3 if nhwc else 5 / 6, abs=0.01)
+
+
 @LAYOUTS
 @WAYS
 def test_more_than_2_to_the_31_elements(interpreted, intercept, monkeypatch, take, nhwc, way):
@@ -429,9 +521,9 @@ def test_more_than_2_to_the_31_elements(interpreted, intercept, monkeypatch, tak
 def test_unsupported_says_why(interpreted):
     weight, bias = affine(8)
     x = make((2, 8, 5, 7))
-    assert kernels.unsupported(x, weight, bias, x) == ""
-    assert kernels.unsupported(make((2, 8, 5, 7), True, F16), weight, None) == ""
-    assert kernels.unsupported(make((0, 8, 5, 7)), None, None) == ""
+    assert kernel_check.unsupported(x, weight, bias, x) == ""
+    assert kernel_check.unsupported(make((2, 8, 5, 7), True, F16), weight, None) == ""
+    assert kernel_check.unsupported(make((0, 8, 5, 7)), None, None) == ""
     half = weight.bfloat16()
     for reason, arguments in (
         ("3 dimensions", (x[0], None, None)),
@@ -443,11 +535,12 @@ def test_unsupported_says_why(interpreted):
         ("strides", (x[:, :, ::2], None, None)),
         ("strides", (x.transpose(2, 3), None, None)),
         ("weight is on meta", (x, weight.to("meta"), None)),
+        ("2^15", (torch.empty(1, 2, 1, 2**15 + 1), None, None, None, True)),
         ("2^30", (torch.empty(1, 8, 2**14, 2**13, device="meta"), None, None)),
     ):
-        assert reason in kernels.unsupported(*arguments)
+        assert reason in kernel_check.unsupported(*arguments)
     largest = torch.empty(3, 8, 2**13, 2**14 - 1, device="meta")
-    assert kernels.unsupported(largest, None, None) == ""  # of an image, not of the batch
+    assert kernel_check.unsupported(largest, None, None) == ""  # of an image, not of the batch
 
 
 @LAYOUTS
@@ -493,8 +586,9 @@ FULL_SIZE = [
 @cuda
 @LAYOUTS
 @pytest.mark.parametrize("dtype", list(ULP), ids=str)
-def test_check_before_the_first_use_on_a_gpu(nhwc, dtype):
-    assert kernel_check.failure(torch.device("cuda"), dtype, nhwc) == ""
+@pytest.mark.parametrize("padded", [False, True])
+def test_check_before_the_first_use_on_a_gpu(nhwc, dtype, padded):
+    assert kernel_check.failure(torch.device("cuda"), dtype, nhwc, padded) == ""
 
 
 @cuda

@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from .common import _affine, _normalize, _read
+from .common import _affine, _extent, _image, _in_image, _normalize, _read
 
 # By default Triton compiles a kernel anew the first time that one of these is 1 or divisible by 16,
 # and training at many image sizes meets all combinations. Nothing is faster for it.
-SIZES = ("HWV", "D", "S", "R", "iters")
+SIZES = ("HWV", "W", "D", "S", "R", "iters")
 
 
 @triton.jit
@@ -62,9 +62,15 @@ def _add_pairs(part, row, valid, R, RP: constexpr):
     return tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
 
 
+@triton.jit
+def _iterations(iters, P: constexpr, left, HW, W, h):
+    """How many tiles of a program begin before the last of h rows ends."""
+    return tl.minimum(iters, (h * W - HW + left + P - 1) // P)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def statistics(
-    x, part, HWV, C, D, block, S, R, iters,
+    x, part, extents, HWV, W, C, D, block, S, R, iters,
     NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr,
 ):  # fmt: skip
     """Sums of x - k and of its square over this program's pixels, and k, into ``part``.
@@ -73,7 +79,15 @@ def statistics(
     elements of the first channel. One element would do but for outliers, say in a corner."""
     HW = HWV * VEC
     n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 0, NHWC, GB, CB, P)
-    sample = tl.arange(0, 32)[:, None] * (HW // 32) * (C if NHWC else 1)
+    h, w = _extent(extents, n, HW)
+    sample = tl.arange(0, 32)[:, None]
+    if W is None:
+        sample *= HW // 32
+    else:
+        sample *= h * w // 32
+        sample = sample // w * W + sample % w
+        iters = _iterations(iters, P, left, HW, W, h)
+    sample *= C if NHWC else 1
     sample += g * D * (1 if NHWC else HW)
     sample = tl.load(x + n * C * HW + sample, mask=g < C // D, other=0.0).to(tl.float32)
     k = tl.sum(sample, axis=0, keep_dims=True) / 32
@@ -81,8 +95,9 @@ def statistics(
     sum1, sum2 = tl.full([P, CB], 0.0, tl.float32), tl.full([P, CB], 0.0, tl.float32)
     for i in range(iters):
         mask = (p < left - i * P) & valid
-        v = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-        v = tl.where(mask, v - shift, 0.0)
+        read, image = _image(mask, p, left - i * P, HW, W, h, w, VEC)
+        v = tl.load(x + base + tile, mask=read, other=0.0).to(tl.float32)
+        v = tl.where(image, v - shift, 0.0)
         sum1 += v
         sum2 += v * v
         base += P * (C if NHWC else 1)
@@ -96,19 +111,20 @@ def statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def apply(
-    x, residual, weight, bias, y, part, mean, rstd, eps, HWV, C, D, block, S, R, iters,
-    RELU: constexpr,
+    x, residual, weight, bias, y, part, mean, rstd, extents, eps,
+    HWV, W, C, D, block, S, R, iters, RELU: constexpr,
     NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr, RP: constexpr,
 ):  # fmt: skip
     """y from x. The statistics come from ``part`` and go to mean, rstd; without ``part`` they are
     read there."""
     HW = HWV * VEC
     n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 1, NHWC, GB, CB, P)
+    h, w = _extent(extents, n, HW)
     if part is not None:
         row, known = n * (C // D) + g, g < C // D
         sum1, sum2 = _add_pairs(part, row, known, R, RP)
         k = tl.load(part + row * (2 * R + 1) + 2 * R, mask=known, other=0.0)
-        scale = 1.0 / (HW * D)
+        scale = 1.0 / (h * w * D)
         shift = sum1 * scale
         m, var = k + shift, sum2 * scale - shift * shift
         r = tl.rsqrt(tl.where(var < 0.0, 0.0, var) + eps)  # a maximum would drop NaN
@@ -125,19 +141,21 @@ def apply(
     a = r * gamma
     for i in range(iters):
         mask = (p < left - i * P) & valid
-        z = _normalize(tl.load(x + base + tile, mask=mask, other=0.0), m, a, beta)
+        read, image = _image(mask, p, left - i * P, HW, W, h, w, VEC)
+        z = _normalize(tl.load(x + base + tile, mask=read, other=0.0), m, a, beta)
         if residual is not None:
-            z += tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+            z += tl.load(residual + base + tile, mask=read, other=0.0).to(tl.float32)
         if RELU:
             z = tl.where(z < 0.0, 0.0, z)  # keeps NaN
-        tl.store(y + base + tile, z, mask=mask)
+        tl.store(y + base + tile, _in_image(z, image, W), mask=mask)
         base += P * (C if NHWC else 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_sums(
-    dy, x, y, weight, bias, mean, rstd, dz, part, sums, HWV, C, D, block, S, R, iters,
-    RELU: constexpr, NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr,
+    dy, x, y, weight, bias, mean, rstd, dz, part, sums, extents,
+    HWV, W, C, D, block, S, R, iters, RELU: constexpr,
+    NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr,
 ):  # fmt: skip
     """Sums of dz and dz * xhat over this program's pixels: per channel into ``sums`` (N, S, 2, C),
     times gamma and per group into ``part``, as in ``statistics`` but without k. Writes dz. Each of
@@ -148,13 +166,18 @@ def gradient_sums(
     row = n * (C // D) + c // D
     m, r = tl.load(mean + row, mask=valid, other=0.0), tl.load(rstd + row, mask=valid, other=0.0)
     sum1, sum2 = tl.full([P, CB], 0.0, tl.float32), tl.full([P, CB], 0.0, tl.float32)
+    h, w = _extent(extents, n, HW)
+    if W is not None and dz is None:
+        iters = _iterations(iters, P, left, HW, W, h)
     for i in range(iters):
         mask = (p < left - i * P) & valid
-        v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, mask, RELU)
+        read, image = _image(mask, p, left - i * P, HW, W, h, w, VEC)
+        v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, read, RELU)
+        t = _in_image(t, image, W)
         if dz is not None:
             tl.store(dz + base + tile, t, mask=mask)
         sum1 += t
-        sum2 += t * (v.to(tl.float32) - m)
+        sum2 += _in_image(t * (v.to(tl.float32) - m), image, W)
         base += P * (C if NHWC else 1)
     sum1 = tl.sum(sum1, axis=0, keep_dims=True)
     sum2 = tl.sum(sum2, axis=0, keep_dims=True) * r
@@ -170,7 +193,8 @@ def gradient_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient(
-    dy, x, y, weight, bias, mean, rstd, part, dx, HWV, C, D, block, S, R, iters, RELU: constexpr,
+    dy, x, y, weight, bias, mean, rstd, part, dx, extents,
+    HWV, W, C, D, block, S, R, iters, RELU: constexpr,
     NHWC: constexpr, VEC: constexpr, GB: constexpr, CB: constexpr, P: constexpr, RP: constexpr,
 ):  # fmt: skip
     """dx from ``part``, the sums of ``gradient_sums``."""
@@ -180,11 +204,13 @@ def gradient(
     row = n * (C // D) + c // D
     m, r = tl.load(mean + row, mask=valid, other=0.0), tl.load(rstd + row, mask=valid, other=0.0)
     sum1, sum2 = _add_pairs(part, n * (C // D) + g, g < C // D, R, RP)
-    shift = -r * _regroup(sum1, g, c // D, GB) / (HW * D)
-    slope = -r * r * _regroup(sum2, g, c // D, GB) / (HW * D)
+    h, w = _extent(extents, n, HW)
+    shift = -r * _regroup(sum1, g, c // D, GB) / (h * w * D)
+    slope = -r * r * _regroup(sum2, g, c // D, GB) / (h * w * D)
     for i in range(iters):
         mask = (p < left - i * P) & valid
-        v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, mask, RELU)
+        read, image = _image(mask, p, left - i * P, HW, W, h, w, VEC)
+        v, t = _read(dy, x, y, m, r * gamma, beta, base, tile, read, RELU)
         d = tl.fma(t, r * gamma, tl.fma(v.to(tl.float32) - m, slope, shift))
-        tl.store(dx + base + tile, d, mask=mask)
+        tl.store(dx + base + tile, _in_image(d, image, W), mask=mask)
         base += P * (C if NHWC else 1)
