@@ -57,8 +57,8 @@ def group_norm_act(
         activation: ``"relu"`` or None.
         extents: of the images in a map (N, C, H, W): the rest is padding, which does not enter the
             statistics. The result is 0 there, where the residual is 0.
-        kernel: ``"triton"``: fused kernels for CUDA, for maps (N, C, H, W) of float32, bfloat16 or
-            float16, checked before the first use; ``"torch"``: PyTorch's operations; ``"auto"``:
+        kernel: ``"triton"``: fused kernels for CUDA, for float32, bfloat16 or float16, checked
+            before the first use; ``"torch"``: PyTorch's operations; ``"auto"``:
             the first for all that they take and compute rightly. What and why is logged once.
 
     Returns:
@@ -77,9 +77,8 @@ def group_norm_act(
         raise ValueError(f"kernel {kernel!r} is unknown; one of: {', '.join(KERNELS)}")
     if not torch.jit.is_tracing():  # where sizes are tensors, which no `if` should ask
         _check_shapes(x, num_groups, residual, extents)
-    if x.is_cuda and x.dim() == 4 and not x.is_contiguous():
-        nhwc = x.stride(1) == 1
-        x = x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    if x.is_cuda and triton_kernels is not None:
+        x = triton_kernels.dense(x)
     compute = _fused if _takes_triton(kernel, x, weight, bias, residual, extents) else _reference
     return compute(x, weight, bias, residual, num_groups, eps, activation, extents)
 

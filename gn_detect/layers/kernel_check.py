@@ -37,8 +37,6 @@ def unsupported(
     """
     if not x.is_cuda and isinstance(triton_kernels.device.apply, triton.JITFunction):
         return f"the input is on {x.device}, not on a CUDA device"
-    if x.ndim != 4:
-        return f"the input has {x.ndim} dimensions, not the 4 of (N, C, H, W)"
     for name, t in (("input", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         if t is None:
             continue
@@ -49,7 +47,8 @@ def unsupported(
             return f"the {name} is on {t.device}, the input on {x.device}"
         if name in ("weight", "bias") and (t.shape != x.shape[1:2] or not t.is_contiguous()):
             return f"the {name} is not a contiguous vector of {x.shape[1]} channels"
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+    last = triton_kernels.CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=last)):
         return f"the strides {x.stride()} of the input are neither NCHW nor channels_last"
     if math.prod(x.shape[1:]) >= 2**30:
         return "one image has 2^30 or more elements"

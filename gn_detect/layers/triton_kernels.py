@@ -34,6 +34,7 @@ from torch import Tensor
 from . import triton_device as device
 from .triton_launch import launch
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions
 RESIDENT = 8192  # elements of the largest group that is kept in registers
 
 
@@ -135,7 +136,7 @@ def forward(
     """GroupNorm, then plus ``residual``, then ReLU.
 
     Args:
-        x: (N, C, H, W), contiguous or channels_last, float32, bfloat16 or float16.
+        x: (N, C, *), contiguous or channels_last, float32, bfloat16 or float16.
         num_groups: G, divides C.
         weight, bias: gamma and beta (C,), float32 or x's dtype, or None.
         eps: added to the variance.
@@ -278,9 +279,10 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums, vali
 
 def _described(x: Tensor, mean: Tensor, valid: Tensor | None) -> tuple:
     """The plan, N, C, G, the size of maps (HWV, W), and what describes tiles to all kernels."""
-    (n, c, h, w), g, nhwc = x.shape, mean.shape[1], not x.is_contiguous()
-    how = plan(nhwc, n, c, g, h * w, _processors(x.device))
-    size = h * w // how.vec, None if valid is None else w
+    (n, c, *sizes), g, nhwc = x.shape, mean.shape[1], not x.is_contiguous()
+    hw = math.prod(sizes)
+    how = plan(nhwc, n, c, g, hw, _processors(x.device))
+    size = hw // how.vec, None if valid is None else sizes[1]
     return how, n, c, g, size, (nhwc, how.vec, how.groups, how.lanes, how.pixels)
 
 
@@ -288,8 +290,16 @@ def _floats(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
+def dense(x: Tensor) -> Tensor:
+    """x in one of the two layouts that the kernels take, a copy if it has none."""
+    if x.is_contiguous():
+        return x
+    last = CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    return x.contiguous(memory_format=last if x.stride(1) == 1 else torch.contiguous_format)
+
+
 def _layout(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return torch.contiguous_format if x.is_contiguous() else CHANNELS_LAST[x.dim()]
 
 
 def _current(x: Tensor):

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 G, EPS = 4, 1e-5
 PADDED = Extents([(3, 5), (2, 3)], 3, 5)
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
+NDHWC = torch.channels_last_3d
 # (residual, activation)
 KINDS = list(itertools.product([False, True], [None, "relu"]))
 KINDS_IDS = ["plain", "relu", "residual", "residual+relu"]
@@ -211,6 +212,16 @@ def test_without_triton(monkeypatch):
 def test_kernels_behind_autograd(residual, activation, layout, interpreted):
     arguments = *inputs(residual, torch.float32, layout), activation
     assert_close_to_formula(call(*arguments, kernel="triton"), arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, layout", [((2, 8, 7), NCHW), ((2, 8, 2, 3, 4), NCHW), ((2, 8, 2, 3, 4), NDHWC)], ids=str
+)
+def test_kernels_for_maps_of_any_number_of_dimensions(shape, layout, interpreted):
+    x, *others = inputs(True, torch.float32, layout, shape)
+    y = call(x, *others, "relu", kernel="triton")
+    assert y.stride() == x.stride()
+    assert_close_to_formula(y, (x, *others, "relu"))
 
 
 @LAYOUTS_BY_TURNS

@@ -526,7 +526,6 @@ def test_unsupported_says_why(interpreted):
     assert kernel_check.unsupported(make((0, 8, 5, 7)), None, None) == ""
     half = weight.bfloat16()
     for reason, arguments in (
-        ("3 dimensions", (x[0], None, None)),
         ("input is torch.float64", (x.double(), None, None)),
         ("residual is torch.float64", (x, weight, bias, x.double())),
         ("weight is torch.bfloat16", (x, half, None)),
