@@ -47,7 +47,7 @@ class Extents:
         key, batch = (int(height), int(width)), (int(self.height), int(self.width))
         if key not in self._of_maps:
             stride = 1
-            while (-(-batch[0] // stride), -(-batch[1] // stride)) != key:
+            while tuple(_divided(side, stride) for side in batch) != key:
                 stride *= 2
                 if stride > _MAX_STRIDE:
                     raise ValueError(
@@ -55,7 +55,7 @@ class Extents:
                         f"padded to {batch[0]} x {batch[1]}, so that nobody knows what of them is "
                         "padding; set MODEL.GN.MASK_PADDING to False"
                     )
-            sizes = [(-(-h // stride), -(-w // stride)) for h, w in self.sizes]
+            sizes = [(_divided(h, stride), _divided(w, stride)) for h, w in self.sizes]
             self._of_maps[key] = Extents(sizes, height, width)
         return self._of_maps[key]
 
@@ -90,6 +90,11 @@ class Extents:
 
     def _resized(self, x: Tensor) -> Tensor:
         return _resize(x, self.height, self.width)
+
+
+def _divided(size: int, stride: int) -> int:
+    """Rounded up; ONNX, to which this is traced, divides negative numbers otherwise."""
+    return (size + stride - 1) // stride
 
 
 def _resize(x: Tensor, height: int, width: int) -> Tensor:

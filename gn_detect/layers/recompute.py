@@ -41,9 +41,9 @@ def run_block(memory: str, block: Callable, *inputs: torch.Tensor) -> torch.Tens
     if memory == "fast" or not torch.is_grad_enabled():
         return block(*inputs)
     if memory == "checkpoint":
-        # It runs the block again when the batch is gone.
-        again = padding.images_in_batch(padding.current())(block)
-        return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if extents := padding.current():  # the block runs again when the batch is gone
+            block = padding.images_in_batch(extents)(block)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     if torch.compiler.is_compiling():  # whose partitioner decides what to keep
         return block(*inputs)
     with rebuild_norms():

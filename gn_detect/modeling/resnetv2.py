@@ -104,7 +104,7 @@ class DeepStem(Block, CNNBlockBase):
         x = self.conv3(_norm_relu(self.norm2, x))
         pool = functools.partial(F.max_pool2d, kernel_size=3, stride=2, padding=1)
         # No norm, no ReLU: the zeros of the padding may be the largest.
-        return per_image(pool, x, lambda size: -(-size // 2)) if self.mask_padding else pool(x)
+        return per_image(pool, x, lambda size: (size + 1) // 2) if self.mask_padding else pool(x)
 
 
 class PreActBottleneckBlock(Block, CNNBlockBase):
