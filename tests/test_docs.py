@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -122,7 +123,9 @@ def test_commands(page, user, monkeypatch):
                 patch.setattr("gn_detect.engine.launch._start", load_lazy)
             elif tool in ("compare_norms.py", "compare_libraries.py"):
                 args.append("--report")  # their own tests train
-                run = Path(args[args.index("--output") + 1], "photos/gn_detect-2min-seed0")
+                told = dict(itertools.pairwise(args))
+                run = f"gn_detect-{told.get('--minutes')}min-seed0"
+                run = Path(told["--output"], Path(told.get("--data", "")).name, run)
                 run.mkdir(parents=True, exist_ok=True)  # one that was begun
             elif tool in ("train_net.py", "bn_to_gn.py"):
                 length = ("EPOCHS", 0.01) if "SOLVER.EPOCHS" in args else ("MAX_ITER", 1)
