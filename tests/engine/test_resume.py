@@ -34,8 +34,13 @@ HOOKS = ("EMA", "EvalHook")
 EVALUATED = ("TEST.EVAL_PERIOD", 2, *EMA, "SOLVER.EMA.DECAY", 0.5)
 
 
+# The mean that the mask loss is divided by goes on.
+PASSES = ("MODEL.ROI_MASK_HEAD.LOSS_NORMALIZER", "running", "MODEL.GN.MASK_PADDING", True)
+
+
 @pytest.mark.parametrize(
-    "changes", [EVALUATED, (*NO_TEST, "MODEL.CHANNELS_LAST", True, *EMA), SAMPLER, STEPS]
+    "changes",
+    [EVALUATED, (*NO_TEST, "MODEL.CHANNELS_LAST", True, *EMA), SAMPLER, (*STEPS, *PASSES)],
 )
 def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, changes):
     options = ("SOLVER.CHECKPOINT_PERIOD", 4, *changes)
