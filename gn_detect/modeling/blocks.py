@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
 from gn_detect.layers import GroupNorm, standardize_weight
-from gn_detect.layers.padding import extend_images, mask_padding, per_image
 from gn_detect.layers.recompute import rerun, run_block
 from gn_detect.layers.weight_std import VARIANTS
 
@@ -221,7 +219,7 @@ def fuse_norms(module: nn.Module, memory: str = "fast") -> nn.Module:
     for _, child in places:
         if type(child) in _OURS and child not in ours:
             if child in before or _has_group_norm(child):
-                ours[child] = _like(child, _OURS[type(child)])
+                ours[child] = like(child, _OURS[type(child)])
     for name, child in places:
         if name and child in ours:
             module.set_submodule(name, ours[child])
@@ -235,48 +233,7 @@ def fuse_norms(module: nn.Module, memory: str = "fast") -> nn.Module:
     return module
 
 
-class UpsampleImages(nn.Upsample):
-    """Of each image of a batch alone, at whose border nothing of the padding is mixed in."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return per_image(super().forward, x, lambda size: int(self.scale_factor) * size)
-
-
-def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
-    """Have every layer in ``module``, but not in ``but``, keep what is padding of its maps at 0:
-    each GroupNorm by its own pass, a convolution without one by a product. Where a norm comes
-    before each convolution (``modeling.resnetv2``), 0 stays 0."""
-    skipped = set(before_group_norm(module)) | set(but.modules() if but else ())
-    for name, child in list(module.named_modules()):
-        if child in skipped:
-            continue
-        if hasattr(child, "mask_padding"):
-            child.mask_padding = True
-        if getattr(child, "pre_activation", False):
-            skipped.update(m for m in child.modules() if isinstance(m, nn.Conv2d))
-        elif isinstance(child, nn.Conv2d):
-            child.register_forward_hook(_mask_output)
-        elif type(child) is nn.Upsample:
-            module.set_submodule(name, _like(child, UpsampleImages))
-
-
-def extend_pooled(roi_heads: nn.Module) -> None:
-    """Have RoIs at the border of an image see it as if it was alone, where its map ends there."""
-    for child in roi_heads.modules():
-        if isinstance(child, ROIPooler):
-            child.register_forward_pre_hook(_extend_maps)
-
-
-def _extend_maps(module: nn.Module, args: tuple) -> tuple:
-    maps, *boxes = args
-    return ([extend_images(x) for x in maps], *boxes)
-
-
-def _mask_output(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return mask_padding(output)
-
-
-def _like(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def like(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """A module of ``cls`` that shares all that ``module`` has, as ``copy.copy`` would make it."""
     ours = cls.__new__(cls)
     ours.__setstate__(vars(module))

@@ -24,9 +24,10 @@ from torch import nn
 from gn_detect.config import ConfigError
 from gn_detect.layers.padding import Extents, extend_images, images_in_batch, set_images
 
-from .blocks import Block, extend_pooled, in_memory_mode, mask_paddings
+from .blocks import Block, in_memory_mode
 from .norm import finish_from_config, finish_norms, with_norms
 from .normalizer import running_mean
+from .padding import extend_pooled, mask_paddings
 from .rpn import inside, label_inside
 
 

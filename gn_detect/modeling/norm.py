@@ -9,8 +9,6 @@ from collections.abc import Callable
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
@@ -22,7 +20,8 @@ from gn_detect.layers.group_norm import divisors
 from gn_detect.layers.recompute import MODES
 from gn_detect.layers.weight_std import VARIANTS
 
-from .blocks import GNConv2d, before_group_norm, fuse_norms, mask_paddings
+from .blocks import GNConv2d, before_group_norm, fuse_norms
+from .padding import check_components, mask_paddings
 
 logger = logging.getLogger(__name__)
 
@@ -184,18 +183,7 @@ def finish_from_config(cfg: CfgNode, of_rois: bool = False) -> dict[str, str | b
         ConfigError: a value is unknown, or other components of ``cfg`` do not know of padding.
     """
     if cfg.MODEL.GN.MASK_PADDING:
-        arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-        parts = {"META_ARCHITECTURE": arch}
-        if issubclass(arch, GeneralizedRCNN):
-            name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-            parts["PROPOSAL_GENERATOR.NAME"] = PROPOSAL_GENERATOR_REGISTRY.get(name)
-        for key, part in parts.items():
-            if not hasattr(part, "masks_padding"):
-                raise ConfigError(
-                    f"MODEL.GN.MASK_PADDING is True, but MODEL.{key} is {part.__name__!r}, which "
-                    f"does not know of it; set it to 'GN{part.__name__}', if there is one, or "
-                    "MASK_PADDING to False"
-                )
+        check_components(cfg)
     return {
         "weight_standardization": weight_standardization_from_config(cfg),
         "memory": cfg.MODEL.GN.MEMORY,
@@ -227,7 +215,7 @@ def finish_norms(
             convolution with such weights puts out such a map, whatever it gets, and norms,
             activations, sums, poolings and resampling keep the format.
         mask_padding: keep what is padding of its maps at 0, and out of statistics
-            (``blocks.mask_paddings``). Not for maps of RoIs.
+            (``padding.mask_paddings``). Not for maps of RoIs.
 
     Returns:
         ``module``; but if it is a layer or block of Detectron2's itself, what stands in its place.
