@@ -5,13 +5,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import build_model
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from helpers import config, randomize, training_image
+from helpers import ROOT, config, randomize, training_image
 from modeling.test_detectors import MODELS, build
 
 from gn_detect.config import ConfigError
+from gn_detect.layers import GroupNorm
 from gn_detect.layers.padding import images_in_batch
 from gn_detect.layers.recompute import MODES
 from gn_detect.modeling.normalizer import RunningMeans
@@ -172,3 +174,19 @@ def test_components_that_do_not_know_of_padding(key, name):
     cfg = config(*MODELS["bottlenecks"], *MASKED, f"MODEL.{key}", name)
     with pytest.raises(ConfigError, match=f"{key} is '{name}', which does not.* 'GN{name}'"):
         build_model(cfg)
+
+
+def test_lazy_detectors():
+    cfg = LazyConfig.load(str(ROOT / "configs/lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py"))
+    cfg.model.mask_padding = True
+    model = instantiate(cfg.model)
+    masked = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GroupNorm):
+            masked.setdefault(name.split(".")[0], set()).add(module.mask_padding)
+    assert masked == {"backbone": {True}, "roi_heads": {False}}
+    assert model.proposal_generator.mask_padding
+    assert len(model.roi_heads.box_pooler._forward_pre_hooks) == 1
+    cfg.model.meta_arch = GeneralizedRCNN
+    with pytest.raises(ConfigError, match="a GeneralizedRCNN does not know of it"):
+        instantiate(cfg.model)
