@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,28 @@ def write_shapes(
     info |= {"mixed": True} if mixed else {}
     if min(*counts.values(), image_size - 31) < 1:
         raise DataError("shapes need at least 1 image in each split, and images of 32 pixels")
+
+    def write(directory: Path) -> None:
+        for i, (split, count) in enumerate(counts.items()):
+            _write_split(directory, split, count, image_size, (seed, i), info)
+
+    return write_once(root, write, "train.json", info)
+
+
+def write_once(root: Path, write: Callable[[Path], None], file: str, info: dict) -> Path:
+    """Have what ``write`` writes to a directory at ``root``, all of it or nothing.
+
+    Args:
+        file: JSON in the directory, which has ``info`` under "info".
+
+    Raises:
+        DataError: ``root`` holds something else.
+    """
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
-            for i, (split, count) in enumerate(counts.items()):
-                _write_split(temporary, split, count, image_size, (seed, i), info)
+            write(temporary)
             temporary.chmod(0o755)
             temporary.rename(root)
         except OSError:
@@ -75,7 +92,7 @@ def write_shapes(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     try:
-        found = json.loads((root / "train.json").read_text())["info"]
+        found = json.loads((root / file).read_text())["info"]
     except (OSError, ValueError, KeyError):
         found = None
     if found != info:
@@ -124,12 +141,12 @@ def draw_image(
         the RGB image, and for each object its category id (from 1, see ``CLASSES``) and the mask of
         its visible part, (height, width) uint8.
     """
-    canvas = _texture(rng, size, rng.uniform(40, 215, 3), contrast=24)
+    canvas = texture(rng, size, rng.uniform(40, 215, 3), contrast=24)
     count = 0 if rng.random() < 0.06 else int(rng.integers(1, 7))
     categories, whole, visible = [], [], []
     for _ in range(count):
         category = int(rng.integers(len(CLASSES)))
-        mask = _shape_mask(rng, CLASSES[category], size)
+        mask = shape_mask(rng, OUTLINES[CLASSES[category]], size)
         covered = [v & ~mask for v in visible]
         if any(c.sum() < MIN_VISIBLE * w.sum() for c, w in zip(covered, whole, strict=True)):
             continue  # it would hide another object
@@ -139,14 +156,19 @@ def draw_image(
         colour = rng.uniform(0, 255, 3)
         while np.abs(colour - canvas[mask].mean(0)).sum() < 180:  # to be seen well
             colour = rng.uniform(0, 255, 3)
-        canvas[mask] = _texture(rng, size, colour, contrast=14)[mask]
-    canvas += rng.normal(0, 4, canvas.shape)
-    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    image = image.filter(ImageFilter.GaussianBlur(0.5))
+        canvas[mask] = texture(rng, size, colour, contrast=14)[mask]
+    image = photograph(rng, canvas, noise=4)
     return image, [(k, v.astype(np.uint8)) for k, v in zip(categories, visible, strict=True)]
 
 
-def _texture(
+def photograph(rng: np.random.Generator, canvas: np.ndarray, noise: float) -> Image.Image:
+    """(height, width, 3) float as an image, with noise of that deviation, a little out of focus."""
+    pixels = canvas + rng.normal(0, noise, canvas.shape)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(0.5))
+
+
+def texture(
     rng: np.random.Generator, size: int | tuple[int, int], colour: np.ndarray, contrast: float
 ) -> np.ndarray:
     """Noise of three scales around a colour, (height, width, 3) float."""
@@ -159,19 +181,38 @@ def _texture(
     return out
 
 
-def _shape_mask(rng: np.random.Generator, name: str, size: int | tuple[int, int]) -> np.ndarray:
+def regular(corners: int) -> np.ndarray:
+    """The corners of a regular polygon around the origin, one of them at the top, at distance 1."""
+    t = np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    return np.stack([np.sin(t), -np.cos(t)], 1)
+
+
+_ARM = [(3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1)]
+OUTLINES = {  # (points, 2), x and y
+    "ellipse": regular(60),
+    "triangle": regular(3),
+    # Two bars, a third as wide as they are long.
+    "cross": np.array(_ARM + [(-x, -y) for x, y in _ARM]) / np.hypot(3, 1),
+}
+
+
+def shape_mask(
+    rng: np.random.Generator,
+    outline: np.ndarray,
+    size: int | tuple[int, int],
+    radii: tuple[float, float] = (0.12, 0.25),
+) -> np.ndarray:
     """The mask of one shape of random place, size, proportions and rotation, (height, width)
-    bool."""
+    bool.
+
+    Args:
+        outline: its points, (N, 2), about 1 from the origin.
+        radii: of the smallest and the largest, in parts of the longer side.
+    """
     height, width = np.broadcast_to(size, 2).tolist()
-    radius = max(height, width) * rng.uniform(0.12, 0.25)
+    radius = max(height, width) * rng.uniform(*radii)
     squeeze = rng.uniform(0.7, 1.0)
-    if name == "cross":  # two bars, a third as wide as they are long
-        steps = [(3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1)]
-        points = np.array(steps + [(-x, -y) for x, y in steps]) / np.hypot(3, 1)
-    else:
-        t = np.linspace(0, 2 * np.pi, 60 if name == "ellipse" else 3, endpoint=False)
-        points = np.stack([np.sin(t), -np.cos(t)], 1)
-    points *= [radius, radius * squeeze]
+    points = outline * [radius, radius * squeeze]
     angle = np.radians(rng.uniform(-30, 30))
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = points @ rotation.T + rng.uniform(

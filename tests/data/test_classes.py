@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from gn_detect.data.classes import CLASSES, draw_class, read_classes, write_classes
+from gn_detect.data.coco import DataError
+
+SMALL = {"num_train": 23, "num_val": 10, "image_size": 32}
+
+
+def contents(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_deterministic_for_the_arguments_and_written_once(tmp_path):
+    first = contents(write_classes(tmp_path / "a", **SMALL))
+    assert len(first) == len(set(first.values())) == 23 + 10 + 1
+    assert contents(write_classes(tmp_path / "b", **SMALL)) == first
+    for name, value in dict(clutter=3, contrast=300, noise=3, seed=3).items():
+        other = contents(write_classes(tmp_path / name, **SMALL, **{name: value}))
+        assert other.keys() == first.keys()
+        assert len(set(first.values()) - set(other.values())) > 10
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    write_classes(tmp_path / "a", **SMALL)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_of_each_class(tmp_path):
+    root = str(tmp_path / "classes/train")
+    images = read_classes(root, **SMALL)
+    folder = ImageFolder(root)
+    assert folder.classes == list(CLASSES) and len(CLASSES) == 10
+    assert [(image["file_name"], image["label"]) for image in images] == folder.samples
+    assert np.bincount([image["label"] for image in images]).tolist() == [3, 3, 3] + [2] * 7
+    assert Image.open(images[0]["file_name"]).size == (32, 32)
+
+
+def test_other_arguments_are_refused(tmp_path):
+    write_classes(tmp_path / "classes", **SMALL)
+    with pytest.raises(DataError, match="classes exists and holds something else.*delete it"):
+        read_classes(str(tmp_path / "classes/val"), **{**SMALL, "noise": 5})
+    with pytest.raises(DataError, match="an image of each class"):
+        write_classes(tmp_path / "few", num_train=9)
+
+
+def test_classes_differ_by_the_shape():
+    """Of the same random numbers: the background is the same, and what is drawn on it is not."""
+    drawn = {
+        name: np.asarray(draw_class(np.random.default_rng(7), name, 64, 0, 200, 0), dtype=float)
+        for name in CLASSES
+    }
+    for one in CLASSES:
+        for other in CLASSES:
+            differs = np.abs(drawn[one] - drawn[other]).sum(2) > 60
+            assert (one == other) == (not differs.any()) and differs.mean() < 0.5
