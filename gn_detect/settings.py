@@ -28,6 +28,8 @@ _KEYS = {
     "keep": ("SOLVER.CHECKPOINT_KEEP", "train.checkpointer.max_to_keep"),
     "train_data": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "test_data": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    "train_folder": ("", "dataloader.train.dataset.root"),  # of classes (data/image_folder.py)
+    "test_folder": ("", "dataloader.test.dataset.root"),
     "memory": ("MODEL.GN.MEMORY", "model.memory"),
     "num_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
     "aspect_ratio_grouping": (
@@ -212,7 +214,8 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         """The first of ``keys`` that ``cfg`` has; "" where it has none."""
         return next((k for k in keys if OmegaConf.select(cfg, k, default=absent) is not absent), "")
 
-    resnet = first("model.backbone.bottom_up") or "model.backbone"  # with and without FPN
+    # With and without FPN, and alone.
+    resnet = first("model.backbone.bottom_up", "model.backbone") or "model"
     stages = f"{resnet}.stages"
     if isinstance(OmegaConf.select(cfg, stages), ListConfig):
         stages += "[0]"
@@ -226,9 +229,13 @@ def _lazy_keys(cfg: DictConfig) -> dict[str, str]:
         "oks_sigmas": first("dataloader.evaluator._target_")
         and "dataloader.evaluator.kpt_oks_sigmas",
         "image_size": first(
-            f"{augmentations}[1].crop_size", f"{augmentations}[0].short_edge_length"
+            *(f"{augmentations}[1].crop_size", f"{augmentations}[0].short_edge_length"),
+            f"{augmentations}[0].size",  # torchvision's
         ),
-        "longest_side": first(f"{augmentations}[1].crop_size", f"{augmentations}[0].max_size"),
+        "longest_side": first(
+            *(f"{augmentations}[1].crop_size", f"{augmentations}[0].max_size"),
+            f"{augmentations}[0].size",
+        ),
         "stride_in_1x1": first(f"{stages}.stride_in_1x1"),  # none in basic blocks
         "warmup_length": first("lr_multiplier.warmup_length"),
         "milestones": first("lr_multiplier.scheduler.milestones"),

@@ -72,7 +72,7 @@ def check_output(path: str) -> None:
 
 
 def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
-    """The ResNet of a detector in torchvision's names, which are timm's too.
+    """The ResNet of a detector, or a classifier, in torchvision's names, which are timm's too.
 
     The result expects the input of torchvision's and timm's classifiers, RGB with ImageNet's mean
     and deviation, in any case: the order of the channels and the deviations of another input are
@@ -80,7 +80,7 @@ def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
     these, all weights are bit-equal to ours.
 
     Args:
-        weights: of a detector or a backbone, from the file ``name``.
+        weights: of a detector, a backbone or a classifier, from the file ``name``.
 
     Raises:
         WeightsError: there is no ResNet in them, or torchvision's cannot compute the same.
@@ -91,6 +91,8 @@ def export_backbone(weights: Weights, name: str) -> dict[str, torch.Tensor]:
         if component_of(n) == BACKBONE and re.search(r"\b(stem|res\d)\.", n)
     }
     exported = {torchvision.original_name(n): tensor for n, tensor in backbone.items()}
+    classifier = {n: t for n, t in weights.state.items() if n in ("linear.weight", "linear.bias")}
+    exported |= {n.replace("linear", "fc"): tensor for n, tensor in classifier.items()}
     needed = ["conv1.weight", *(f"layer{stage}.0.conv1.weight" for stage in range(1, 5))]
     if lacking := [n for n in needed if n not in exported]:
         raise WeightsError(

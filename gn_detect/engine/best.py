@@ -37,7 +37,8 @@ class Best:
     of equal ones it is the first, and the weights before their average.
 
     Args:
-        metric: a name such as ``"bbox/AP50"``, of which the greater is the better.
+        metric: a name such as ``"bbox/AP50"``, of which the greater is the better; but of an error,
+            ``"classification/top1_error"``, the smaller.
         early_stop: the evaluations without gain after which to stop; 0: none. Before the first
             that is not nan, none counts.
         min_delta: a gain is a value greater than that of the last gain by more than this.
@@ -45,7 +46,7 @@ class Best:
     Attributes:
         done: iterations done at the last evaluation; 0: none yet.
         metrics: of that, by their flat names, ``bbox/AP`` or ``ema/bbox/AP``.
-        value: of the best evaluation.
+        value: of the best evaluation, as is ``gained``; negative of an error.
         best_done: iterations done at the best evaluation; 0: none yet.
         ema: the best weights are the average.
         gained: value of the last gain.
@@ -82,9 +83,10 @@ class Best:
 
     def _value(self, metrics: Mapping[str, float]) -> float | None:
         """The mean over the test sets, of which Detectron2 puts the names, if there are several,
-        before those of the metrics; None where there is no such metric."""
+        before those of the metrics, negative of an error; None where there is no such metric."""
         values = [v for k, v in metrics.items() if f"/{k}".endswith(f"/{self.metric}")]
-        return sum(values) / len(values) if values else None
+        sign = -1 if self.metric.endswith("error") else 1
+        return sign * sum(values) / len(values) if values else None
 
     def unknown(self) -> str:
         """The names of the metrics of the last evaluation where the one that counts is none of
@@ -99,7 +101,7 @@ class Best:
 
     def describe(self) -> str:
         of = "the average of the weights" if self.ema else "the weights"
-        return f"{self.metric} {self.value:.3f} of {of} after iteration {self.best_done}"
+        return f"{self.metric} {abs(self.value):.3f} of {of} after iteration {self.best_done}"
 
     def look_for_others(self, directory: str, start: int) -> None:
         """Warn where ``model_best.pth`` in ``directory`` is not of this run, which begins after

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 
 from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
+from torchvision.datasets.folder import find_classes
 
 from gn_detect.checkpoint import Weights
 from gn_detect.checkpoint.coverage import num_classes, num_keypoints
 from gn_detect.config import ConfigError
 from gn_detect.data.coco import CocoSummary, DataError
 from gn_detect.data.keypoints import OKS_SIGMA, flip_indices, flip_pairs, mirrored
+from gn_detect.distributed import on_each_machine
 from gn_detect.settings import Settings
+
+from .lazy_config import instantiate_key
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,44 @@ def resolve_classes(run: Settings, summaries: dict[str, CocoSummary]) -> None:
                 f"{', '.join(map(str, differ[:10]))}); ids and names must be the same in both"
             )
     _follow(run, "num_classes", first, "categories", list(summary.classes.values()))
+
+
+def resolve_folders(run: Settings, *, training: bool) -> int | None:
+    """Set the number of classes of a classifier from the folders of its images, or check the one
+    that is stated.
+
+    Returns:
+        how many images there are to train on; None without such folders.
+
+    Raises:
+        ConfigError, DataError: a folder cannot be read, it is not that of the data, or the folders,
+            or the machines, differ.
+    """
+    splits = [s for s in ("train", "test")[not training :] if run[f"{s}_folder"]]
+    if not splits or "num_classes" not in run.keys:
+        return None
+
+    def look() -> list[tuple[str, int, list[str]]]:
+        return [
+            (root, len(instantiate_key(run.cfg, f"dataloader.{s}.dataset")), find_classes(root)[0])
+            for s in splits
+            for root in [run[f"{s}_folder"]]
+        ]
+
+    machines = on_each_machine(look)
+    (root, count, classes), *others = found = next(iter(machines.values()))
+    for name, theirs in machines.items():
+        if theirs != found:
+            raise DataError(f"{name} has other images or classes in {root}; copy them anew")
+    for other, _, theirs in others:
+        if theirs != classes:
+            differ = ", ".join(sorted({*theirs} ^ {*classes})[:10])
+            raise DataError(
+                f"{root} and {other} differ in their classes ({differ}); make them equal"
+            )
+    _follow(run, "num_classes", root, "classes", classes)
+    logger.info("; ".join(f"{root}: {count} images" for root, count, _ in found))
+    return count if training else None
 
 
 def resolve_keypoints(run: Settings, summaries: dict[str, CocoSummary], *, training: bool) -> None:
@@ -87,7 +130,8 @@ def _follow(run: Settings, what: str, dataset: str, things: str, names: list[str
             f"{count}, or leave it out of a YAML config, and it follows the data"
         )
     run.derive(what, count, f"the dataset {dataset} declares {count} {things}", needed=True)
-    logger.info(f"{key} = {count}, from the dataset {dataset}: {', '.join(names)}")
+    shown = textwrap.shorten(", ".join(names), 2000, placeholder=" ...")  # ImageNet has 1000
+    logger.info(f"{key} = {count}, from the dataset {dataset}: {shown}")
 
 
 def _resolve_sigmas(run: Settings, names: list[str]) -> None:

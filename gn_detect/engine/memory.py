@@ -224,6 +224,8 @@ def largest_batch(run: Settings, data: Sequence[str] = ()) -> Callable[[int], Ba
             else:
                 resize = Resizing(T.ResizeShortestEdge(edge, longest))
                 sizes = resize(np.unique(sizes, axis=0))
+        elif isinstance(size := getattr(augmentation, "size", 0), Sequence) and len(size) == 2:
+            sizes = np.array([size])  # torchvision's RandomResizedCrop
 
     def batch(images: int) -> Batch:
         # Those of a batch are padded to one size; they are of one orientation.

@@ -28,7 +28,7 @@ from gn_detect.solver import resolve_schedule
 from .best import check_best
 from .describe_data import describe_data
 from .errors import set_run_directory
-from .follow_data import resolve_classes, resolve_keypoints, resolve_masks
+from .follow_data import resolve_classes, resolve_folders, resolve_keypoints, resolve_masks
 from .guards import check_options, check_recipe
 from .lazy_config import check_lazy_config
 from .memory import resolve_memory
@@ -99,6 +99,7 @@ def prepare_run(
         check_options(cfg, training=not eval_only)
     summaries = _prepare_datasets(run, eval_only)
     resolve_masks(run, () if eval_only else dataset_names(run, "train"), summaries)
+    classified = resolve_folders(run, training=not eval_only)
     resolve_classes(run, summaries)
     resolve_keypoints(run, summaries, training=not eval_only)
     if eval_only:
@@ -121,7 +122,8 @@ def prepare_run(
     counts = [summaries[n].num_images if n in summaries else None for n in train]
     num_images = sum(counts) if counts and None not in counts else None
     resolve_memory(run, processes, [n for n in train if n in summaries], bool(checkpoint))
-    resolve_schedule(run, processes, num_images and sum(summaries[n].num_trained for n in train))
+    trained = num_images and sum(summaries[n].num_trained for n in train)
+    resolve_schedule(run, processes, trained or classified)
     check_best(run, dataset_names(run, "test"))
 
     def check() -> None:

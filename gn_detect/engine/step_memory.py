@@ -159,7 +159,7 @@ def _fake_data(run: Settings, model: nn.Module, batch: Batch) -> list[dict]:
         if run["keypoints"]:
             instances.gt_keypoints = Keypoints(torch.zeros(batch.objects, run["num_keypoints"], 3))
         image = torch.zeros(len(run["pixel_mean"] or "RGB"), height, width, dtype=torch.uint8)
-        data.append({"image": image, "instances": instances, "height": height, "width": width})
+        data.append(dict(image=image, instances=instances, label=0, height=height, width=width))
         if hasattr(model, "sem_seg_head"):
             data[-1]["sem_seg"] = torch.zeros(height, width, dtype=torch.int64)
     return data

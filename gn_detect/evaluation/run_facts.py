@@ -19,6 +19,8 @@ METRICS = {
     "bbox/AP": "box AP",
     "panoptic_seg/PQ": "panoptic quality",
     "sem_seg/mIoU": "semantic mIoU",
+    "classification/top1_error": "top-1 error",
+    "classification/top5_error": "top-5 error",
 }
 AVERAGED, AUGMENTED = " (EMA)", " (TTA)"
 _RECORD = re.compile(r"^\[\d\d/\d\d \d\d:\d\d:\d\d\]", re.MULTILINE)  # begins one of the log
@@ -152,8 +154,8 @@ def _schedule(run: Settings, logged: dict[str, str]) -> list[tuple[str, str]]:
         steps = [round(step / run["num_updates"] * run["max_iter"]) for step in steps]
     passes = f" ({accumulated} forward passes)" * (accumulated > 1)
     rows = {
-        "trained on": _names(run["train_data"]),
-        "evaluated on": _names(run["test_data"]),
+        "trained on": _names(run["train_data"] or run["train_folder"]),
+        "evaluated on": _names(run["test_data"] or run["test_folder"]),
         "classes": run["num_classes"],
         "started from": run["weights"] or "random weights",
         "iterations": f"{run['max_iter']:,}",

@@ -1,4 +1,5 @@
 from .box_head import GNFastRCNNConvFCHead
+from .classifier import ResNetClassifier
 from .fpn import build_gn_resnet_fpn_backbone, build_gn_retinanet_resnet_fpn_backbone
 from .keypoint_head import GNKRCNNConvDeconvUpsampleHead
 from .mask_head import GNMaskRCNNConvUpsampleHead
@@ -27,6 +28,7 @@ __all__ = [
     "GNRetinaNet",
     "GNSemSegFPNHead",
     "GroupNormFactory",
+    "ResNetClassifier",
     "build_detector",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",

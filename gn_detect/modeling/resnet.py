@@ -42,17 +42,21 @@ def finish_resnet(module: nn.Module, name: str, cfg: CfgNode, of_rois: bool = Fa
             a norm without gamma.
     """
     finish_norms(module, name, **finish_from_config(cfg, of_rois))
-    if not cfg.MODEL.GN.ZERO_INIT_RESIDUAL:
-        return
+    if cfg.MODEL.GN.ZERO_INIT_RESIDUAL and not zero_init_residual(module):
+        raise ConfigError(
+            "MODEL.GN.ZERO_INIT_RESIDUAL is True, but MODEL.RESNETS.NORM is "
+            f"{cfg.MODEL.RESNETS.NORM!r}, which has no gamma to train; set it to False"
+        )
+
+
+def zero_init_residual(module: nn.Module) -> int:
+    """Set gamma of the last norm of each residual block in ``module`` to 0, so that the block
+    starts as the identity. Returns of how many."""
     blocks = [m for m in module.modules() if isinstance(m, (BottleneckBlock, BasicBlock))]
     last = [block.conv3 if isinstance(block, BottleneckBlock) else block.conv2 for block in blocks]
     # BN of frozen stages is FrozenBN, without parameters.
     gammas = [getattr(conv.norm, "weight", None) for conv in last]
     gammas = [gamma for gamma in gammas if isinstance(gamma, nn.Parameter)]
-    if not gammas:
-        raise ConfigError(
-            "MODEL.GN.ZERO_INIT_RESIDUAL is True, but MODEL.RESNETS.NORM is "
-            f"{cfg.MODEL.RESNETS.NORM!r}, which has no gamma to train; set it to False"
-        )
     for gamma in gammas:
         nn.init.zeros_(gamma)
+    return len(gammas)

@@ -1,5 +1,6 @@
 """Backbones that leave Detectron2, against the classifiers of timm and torchvision."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,15 +9,18 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 from helpers import config, randomize
 
-from gn_detect.checkpoint import Origin, Weights, WeightsError, read_weights
+import gn_detect
+from gn_detect.checkpoint import Origin, WeightGuards, Weights, WeightsError, read_weights
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.export import export_backbone, write_state_dict, write_weights
 from gn_detect.checkpoint.origin import DETECTRON, IMAGENET
+from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.modeling.resnet import build_gn_resnet_backbone
 
 pytestmark = pytest.mark.slow
@@ -91,6 +95,30 @@ def test_another_input_and_weight_standardization_are_folded_in(variant):
     torch.testing.assert_close(
         classifier(normalized(rgb, IMAGENET)), expected, rtol=1e-5, atol=1e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["18_gn", "50_gn_ws"])
+def test_a_classifier_with_its_last_layer(name):
+    """The logits of timm's, of the same pixels."""
+    path = gn_detect.get_config_file(f"lazy/ImageNet/resnet_{name}.py")
+    cfg = load_lazy_config(path, ["model.num_classes=5"])
+    torch.manual_seed(0)
+    ours = randomize(instantiate(cfg.model)).double().eval()
+    variant = "authors" if name == "50_gn_ws" else ""
+    origin = dataclasses.replace(
+        WeightGuards.from_config(cfg).ours, weight_standardization=variant, num_groups=32
+    )
+    exported = export_backbone(Weights("Detectron2", ours.state_dict(), True, origin), "file")
+    depth = name[:2]
+    timms = timm.create_model(f"resnet{depth}", norm_layer="groupnorm", num_classes=5).double()
+    timms.load_state_dict(exported)
+    rgb = torch.randint(0, 256, (2, 3, 65, 48), dtype=torch.uint8)
+    mean, std = (torch.tensor(IMAGENET[f"pixel_{k}"]).view(3, 1, 1) for k in ("mean", "std"))
+    expected = timms.eval()(((rgb - mean) / std).double())
+    assert expected.std() > 0.01
+    scores = ours([{"image": image.flip(0)} for image in rgb])
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
