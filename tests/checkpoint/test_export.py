@@ -119,6 +119,10 @@ def test_a_classifier_with_its_last_layer(name):
     assert expected.std() > 0.01
     scores = ours([{"image": image.flip(0)} for image in rgb])
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    again = convert(exported, "file", ours.state_dict())
+    last = ours.linear.state_dict()
+    assert all(torch.equal(again.state[f"linear.{n}"], tensor) for n, tensor in last.items())
+    assert convert(exported, "file").left_out == ["fc.weight", "fc.bias"]  # for a detector
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from gn_detect.data.classes import CLASSES, write_classes
 from gn_detect.data.coco import DataError
 from gn_detect.data.image_folder import read_image_folder
 from gn_detect.engine import lazy, memory, prepare_run
+from gn_detect.engine.best import Best
 from gn_detect.engine.lazy import do_train
 from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.engine.step_memory import estimate_step
@@ -231,6 +232,14 @@ def test_classes_that_do_not_fit_are_refused(small, tmp_path):
     cfg.dataloader.test.dataset = L(read_image_folder)(root=str(tmp_path / "val"))
     with pytest.raises(DataError, match="differ in their classes .a, arrow, burst, cross"):
         prepare_run(cfg)
+
+
+def test_the_smaller_error_is_the_better():
+    best = Best("classification/top1_error", early_stop=2)
+    values = (50.0, 20.0, 30.0, 25.0)
+    found = [best.take(i, {best.metric: value}) for i, value in enumerate(values, 1)]
+    assert found == [True, True, False, False] and best.stops
+    assert best.describe().startswith("classification/top1_error 20.000 of the weights after iter")
 
 
 def test_the_memory_of_a_step_is_estimated(small):

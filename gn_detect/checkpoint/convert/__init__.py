@@ -71,7 +71,9 @@ def convert(
     names = state.keys()
     if mmdetection.recognizes(names):
         return mmdetection.convert(state, rest.get("meta") or {})
-    for layout in (detectron, torchvision, resnetv2):
+    if torchvision.recognizes(names):
+        return torchvision.convert(state, classifier="linear.weight" in model_names)
+    for layout in (detectron, resnetv2):
         if layout.recognizes(names):
             return layout.convert(state)
     backbone = "stem.conv1.weight" in names

@@ -55,8 +55,11 @@ def original_name(name: str) -> str | None:
     return _translate(name, 1, 0)
 
 
-def convert(state: Mapping[str, torch.Tensor]) -> Weights:
+def convert(state: Mapping[str, torch.Tensor], classifier: bool = False) -> Weights:
     """
+    Args:
+        classifier: take the last layer, too (``fc``, in Detectron2 ``linear``).
+
     Raises:
         WeightsError: a variant of the ResNet that Detectron2 does not have.
     """
@@ -64,6 +67,8 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     others = [name for name in state if not name.startswith(prefix)]
     state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     renamed = {name: rename(name) for name in state}
+    if classifier:
+        renamed |= {n: n.replace("fc", "linear") for n in ("fc.weight", "fc.bias") if n in state}
     left_out = [name for name, new in renamed.items() if new is None]
     if foreign := [name for name in left_out if not name.startswith(_NOT_RESNET)]:
         raise WeightsError(
