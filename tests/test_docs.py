@@ -22,6 +22,7 @@ from gn_detect import get_config_file
 from gn_detect.checkpoint import Checkpointer, WeightGuards, sources
 from gn_detect.config import load_config, locate
 from gn_detect.data import shapes
+from gn_detect.data.classes import write_classes
 from gn_detect.engine.lazy_config import load_lazy_config
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,14 @@ def user(tmp_path, monkeypatch, downloads):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
         path.parents[1].joinpath(f"{split}2017").symlink_to(tmp_path / "images")
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        path = Path("datasets/imagenet", folder)
+        path.mkdir(parents=True)
+        shutil.copy("photo.jpg", path)
+    few = functools.partial(shapes.write_shapes, num_train=8, num_val=2)
+    monkeypatch.setattr(shapes, "write_shapes", few)
+    few = functools.partial(write_classes, num_train=10, num_val=10)
+    monkeypatch.setattr("gn_detect.data.classes.write_classes", few)
     Path("GN.yaml").write_text(f"_BASE_: configs/{PHOTOS}\n")
     Path("output/quickstart").mkdir(parents=True)
     for folder, name, norm in (("output/quickstart", "model_final", "GN"), (".", "bn", "BN")):
@@ -99,6 +108,9 @@ def user(tmp_path, monkeypatch, downloads):
         cfg = config(PHOTOS, *TINY, *options)
         saved = {"guards": WeightGuards.from_config(cfg), "config": cfg.dump(), "names": classes}
         Checkpointer(build_model(cfg), str(tmp_path / folder), **saved).save(name)
+    for folder in ("resnet_18_gn", "classes"):  # a detector will do
+        Path("output", folder).mkdir()
+        shutil.copy("output/quickstart/model_final.pth", f"output/{folder}")
     return tmp_path
 
 
