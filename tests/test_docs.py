@@ -132,7 +132,7 @@ def test_commands(page, user, monkeypatch):
             if any(arg.startswith("configs/COCO-") for arg in args):
                 patch.setattr("detectron2.engine.default_setup", end)
             elif any(arg.startswith("configs/lazy/") for arg in args):
-                patch.setattr("gn_detect.engine.launch._start", load_lazy)
+                patch.setattr("gn_detect.engine.launch.launch", load_lazy)
             elif tool in ("compare_norms.py", "compare_libraries.py"):
                 args.append("--report")  # their own tests train
                 told = dict(itertools.pairwise(args))
@@ -190,7 +190,7 @@ def end(*_) -> None:
 
 
 def load_lazy(main, args) -> None:
-    """In place of processes."""
+    """In place of the run."""
     load_lazy_config(args.config_file, args.opts)
 
 
