@@ -4,6 +4,7 @@ folder of its name (``ImageFolder``). Small enough to compare norms in minutes w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from .image_folder import read_image_folder
 from .shapes import OUTLINES, photograph, regular, shape_mask, texture, write_once
 
 VERSION = 1  # of what is drawn
-_RADII = 0.22, 0.36  # of the shape, in parts of the image
 
 
 def _star(points: int, depth: float) -> np.ndarray:
@@ -39,6 +39,7 @@ def write_classes(
     num_train: int = 2000,
     num_val: int = 2000,
     image_size: int = 64,
+    radii: Sequence[float] = (0.22, 0.36),
     clutter: int = 6,
     contrast: float = 60,
     noise: float = 12,
@@ -53,6 +54,7 @@ def write_classes(
         root: directory of the dataset; its parents are made.
         num_train, num_val: images of each split, of each class the same number but for one.
         image_size: height and width in pixels.
+        radii: of the smallest and the largest shape, in parts of the image.
         clutter: up to so many triangles and bars, smaller than the shape, lie around and on it.
         contrast: the sum of the differences of red, green and blue, of 0 to 255, by which the
             shape differs from what is behind it, at least.
@@ -66,7 +68,8 @@ def write_classes(
         DataError: ``root`` holds a dataset of other arguments, or something else.
     """
     info = {"generator": VERSION, "counts": [num_train, num_val], "size": image_size}
-    info |= {"clutter": clutter, "contrast": contrast, "noise": noise, "seed": seed}
+    drawn = {"radii": list(radii), "clutter": clutter, "contrast": contrast, "noise": noise}
+    info |= drawn | {"seed": seed}
     if min(num_train, num_val) < len(CLASSES) or image_size < 32:
         raise DataError("shapes need an image of each class in each split, and 32 pixels")
 
@@ -76,7 +79,7 @@ def write_classes(
                 (directory / split / name).mkdir(parents=True)
             for number in range(count):
                 name, rng = CLASSES[number % len(CLASSES)], np.random.default_rng([seed, i, number])
-                image = draw_class(rng, name, image_size, clutter, contrast, noise)
+                image = draw_class(rng, name, image_size, **drawn)
                 image.save(directory / split / name / f"{number:06d}.jpg", quality=95)
         (directory / "info.json").write_text(json.dumps({"info": info}))
 
@@ -84,11 +87,17 @@ def write_classes(
 
 
 def draw_class(
-    rng: np.random.Generator, name: str, size: int, clutter: int, contrast: float, noise: float
+    rng: np.random.Generator,
+    name: str,
+    size: int,
+    radii: Sequence[float],
+    clutter: int,
+    contrast: float,
+    noise: float,
 ) -> Image.Image:
     """Draw an RGB image of the class ``name``; for the rest see :func:`write_classes`."""
     canvas = texture(rng, size, rng.uniform(40, 215, 3), contrast=24)
-    mask = shape_mask(rng, _FIGURES[name], size, _RADII)
+    mask = shape_mask(rng, _FIGURES[name], size, radii)
     small = [(regular(3), regular(4) * [0.25, 1])[rng.integers(2)] for _ in range(clutter)]
     pieces = [shape_mask(rng, outline, size, (0.05, 0.12)) for outline in small]
     for piece in [mask, *pieces[rng.integers(clutter + 1) :]]:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +200,7 @@ def shape_mask(
     rng: np.random.Generator,
     outline: np.ndarray,
     size: int | tuple[int, int],
-    radii: tuple[float, float] = (0.12, 0.25),
+    radii: Sequence[float] = (0.12, 0.25),
 ) -> np.ndarray:
     """The mask of one shape of random place, size, proportions and rotation, (height, width)
     bool.
