@@ -36,13 +36,12 @@ CLASSES = tuple(sorted(_FIGURES))
 def write_classes(
     root: str | Path,
     *,
-    num_train: int = 2000,
+    num_train: int = 5000,
     num_val: int = 2000,
     image_size: int = 64,
-    radii: Sequence[float] = (0.22, 0.36),
-    clutter: int = 6,
-    contrast: float = 60,
-    noise: float = 12,
+    radii: Sequence[float] = (0.3, 0.4),
+    clutter: int = 2,
+    noise: float = 4,
     seed: int = 0,
 ) -> Path:
     """Write the images ``train/CLASS/`` and ``val/CLASS/`` of ``CLASSES`` under ``root``, once.
@@ -55,9 +54,8 @@ def write_classes(
         num_train, num_val: images of each split, of each class the same number but for one.
         image_size: height and width in pixels.
         radii: of the smallest and the largest shape, in parts of the image.
-        clutter: up to so many triangles and bars, smaller than the shape, lie around and on it.
-        contrast: the sum of the differences of red, green and blue, of 0 to 255, by which the
-            shape differs from what is behind it, at least.
+        clutter: so many triangles and bars, smaller and duller than the shape, lie around and
+            behind it.
         noise: deviation of the noise of each pixel.
         seed: another one gives other images.
 
@@ -68,7 +66,7 @@ def write_classes(
         DataError: ``root`` holds a dataset of other arguments, or something else.
     """
     info = {"generator": VERSION, "counts": [num_train, num_val], "size": image_size}
-    drawn = {"radii": list(radii), "clutter": clutter, "contrast": contrast, "noise": noise}
+    drawn = {"radii": list(radii), "clutter": clutter, "noise": noise}
     info |= drawn | {"seed": seed}
     if min(num_train, num_val) < len(CLASSES) or image_size < 32:
         raise DataError("shapes need an image of each class in each split, and 32 pixels")
@@ -92,19 +90,15 @@ def draw_class(
     size: int,
     radii: Sequence[float],
     clutter: int,
-    contrast: float,
     noise: float,
 ) -> Image.Image:
-    """Draw an RGB image of the class ``name``; for the rest see :func:`write_classes`."""
-    canvas = texture(rng, size, rng.uniform(40, 215, 3), contrast=24)
-    mask = shape_mask(rng, _FIGURES[name], size, radii)
+    """Draw an RGB image of the class ``name``, in which the shape is the brightest; for the rest
+    see :func:`write_classes`."""
+    canvas = texture(rng, size, rng.uniform(30, 110, 3), contrast=24)
     small = [(regular(3), regular(4) * [0.25, 1])[rng.integers(2)] for _ in range(clutter)]
-    pieces = [shape_mask(rng, outline, size, (0.05, 0.12)) for outline in small]
-    for piece in [mask, *pieces[rng.integers(clutter + 1) :]]:
-        colour = rng.uniform(0, 255, 3)
-        while piece.any() and np.abs(colour - canvas[piece].mean(0)).sum() < contrast:
-            colour = rng.uniform(0, 255, 3)
-        canvas[piece] = texture(rng, size, colour, contrast=24)[piece]
+    pieces = [(shape_mask(rng, outline, size, (0.05, 0.12)), 30, 150) for outline in small]
+    for mask, *colours in [*pieces, (shape_mask(rng, _FIGURES[name], size, radii), 150, 240)]:
+        canvas[mask] = texture(rng, size, rng.uniform(*colours, 3), contrast=24)[mask]
     return photograph(rng, canvas, noise)
 
 

@@ -1,5 +1,5 @@
 """A small classification: ResNet-18 with GN on generated images of ten classes
-(gn_detect/data/classes.py), from scratch: 10 epochs of 2000 images, 32 per iteration."""
+(gn_detect/data/classes.py), from scratch: 10 epochs of 5000 images, 32 per iteration."""
 
 import os
 
@@ -29,5 +29,5 @@ train.seed = 0
 train.reference_batch_size = 32
 train.epochs = 10
 train.eval_epochs = 5
-train.max_iter = 625
-train.checkpointer.period = 625
+train.max_iter = 1562
+train.checkpointer.period = 500
