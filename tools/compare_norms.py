@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Train the same detector with each norm at several images per forward pass, and compare the AP.
+"""Train the same model with each norm at several images per forward pass, and compare: the AP of a
+detector, or with ``--task classification`` the error of a classifier (GN paper, figure 1).
 
     python tools/compare_norms.py --total-batch 8 --output output/norms
 
 Every run sees the same images in the same order and with the same augmentation, and takes the same
 optimizer steps at the same learning rate, each on the mean gradient of --total-batch images. Only
 how many of these pass the network together differs (--images-per-pass; SOLVER.ACCUMULATE_STEPS
-makes up for it). So the AP differs by what a norm makes of the batch, by what padding does, and by
-noise, of which --seeds says how much there is.
+makes up for it). So the results differ by what a norm makes of the batch, by what padding does, and
+by noise, of which --seeds says how much there is.
 
 A run that has its result.json is not repeated, and one that was interrupted is resumed, so the same
 command goes on where it stopped, and another with more norms or seeds adds to it. At the end, and
-with --report alone at any time: a table of all that is there, and AP against images per pass in
-norms.png, with the range of the seeds.
+with --report alone at any time: a table of all that is there, and its first value over images per
+pass in norms.png, with the range of the seeds.
 """
 
 import argparse
@@ -36,7 +37,6 @@ from gn_detect.visualize import read_curves
 
 NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 NORMS = ("GN", "GN+mask", "GN+WS", "LN", "IN", "LN2d", "BN", "FrozenBN", "SyncBN")
-DEFAULT_NORMS = [norm for norm in NORMS if norm not in ("GN+mask", "SyncBN")]
 DATA = ("train-json", "train-images", "val-json", "val-images")
 
 
@@ -49,13 +49,19 @@ class Task:
         command: (args, norm, images per pass, seed, directory of the run) -> the words behind
             ``python`` that train and evaluate, or resume.
         metrics: what the table calls a metric -> its name in metrics.json. The first is drawn.
-        diverged: the value of the metrics of a run that diverged.
+        worst: the value of the metrics of a run that diverged, or that has none.
+        norms: those that are compared where none are named.
+        total_batch, images_per_pass, images: the defaults of the options.
     """
 
     config: str
     command: Callable[[argparse.Namespace, str, int, int, Path], list]
     metrics: dict[str, str]
-    diverged: float
+    worst: float
+    norms: tuple[str, ...]
+    total_batch: int
+    images_per_pass: tuple[int, ...]
+    images: int
 
 
 def detection(args, norm: str, per_pass: int, seed: int, directory: Path) -> list:
@@ -87,41 +93,90 @@ def detection(args, norm: str, per_pass: int, seed: int, directory: Path) -> lis
     ]
 
 
+def classification(args, norm: str, per_pass: int, seed: int, directory: Path) -> list:
+    name, *variants = norm.split("+")
+    norms = {
+        "GN": {},
+        "LN": {"norm.num_groups": 1},
+        "IN": {"norm.num_groups": 0, "norm.channels_per_group": 1},
+    }
+    keys = {f"model.stem.{key}": n for key, n in norms.get(name, {"norm": name}).items()} | {
+        "model.weight_standardization": "authors" if "WS" in variants else "''",
+        "train.ims_per_gpu": per_pass,
+        "train.accumulate_steps": args.total_batch // (per_pass * args.num_gpus),
+        "train.max_iter": args.images // args.total_batch,
+        **dict.fromkeys(("train.epochs", "train.eval_epochs", "dataloader.train.num_workers"), 0),
+        "train.checkpointer.max_to_keep": 1,
+        "train.seed": seed,
+        "train.report": False,
+    }
+    return [
+        *(Path(__file__).with_name("lazyconfig_train_net.py"), "--resume"),
+        *("--num-gpus", args.num_gpus, "--config-file", args.config_file),
+        *(f"{key}={value}" for key, value in keys.items()),
+        *(*args.opts, f"train.output_dir={directory}"),
+    ]
+
+
 TASKS = {
     "detection": Task(
         "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml",
         detection,
         {"box AP": "bbox/AP", "mask AP": "segm/AP"},
-        diverged=0.0,
-    )
+        worst=0.0,
+        norms=tuple(norm for norm in NORMS if norm not in ("GN+mask", "SyncBN")),
+        total_batch=8,
+        images_per_pass=(1, 2, 4, 8),
+        images=5600,
+    ),
+    "classification": Task(
+        "lazy/quickstart/resnet_18_narrow_gn_classes.py",
+        classification,
+        {"top-1 error": "classification/top1_error"},
+        worst=100.0,
+        norms=("GN", "LN", "IN", "BN"),
+        total_batch=32,
+        images_per_pass=(2, 4, 8, 16, 32),
+        images=48000,
+    ),
 }
+
+
+def defaults(option: str) -> str:
+    values = (str(getattr(task, option)) for task in TASKS.values())
+    return " and ".join(re.sub(r"[(',)]", "", v) for v in values)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(task=TASKS["detection"])
+    parser.add_argument("--task", choices=TASKS, default="detection")
     parser.add_argument("--output", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--config-file", help="other than that of the demo")
+    parser.add_argument("--config-file", help="other than the small one of the task")
     parser.add_argument(
         "--norms",
         nargs="+",
         choices=NORMS,
-        default=DEFAULT_NORMS,
         help="GN+mask is GN with MODEL.GN.MASK_PADDING; SyncBN needs several GPUs (--num-gpus), on "
-        f"one it is BN. By default: {' '.join(DEFAULT_NORMS)}",
+        f"one it is BN. By default: {defaults('norms')}",
     )
-    parser.add_argument("--total-batch", type=int, default=8, help="images of an optimizer step")
+    parser.add_argument(
+        "--total-batch",
+        type=int,
+        help=f"images of an optimizer step. By default: {defaults('total_batch')}",
+    )
     parser.add_argument(
         "--images-per-pass",
         nargs="+",
         type=int,
-        default=(1, 2, 4, 8),
         metavar="N",
-        help="in each process; they divide the total batch",
+        help="in each process; they divide the total batch. By default: "
+        f"{defaults('images_per_pass')}",
     )
-    parser.add_argument("--images", type=int, default=7200, help="seen by every run")
+    parser.add_argument(
+        "--images", type=int, help=f"seen by every run. By default: {defaults('images')}"
+    )
     parser.add_argument(
         "--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ..."
     )
@@ -136,7 +191,17 @@ def parse_args(argv):
     parser.add_argument("--report", action="store_true", help="only the table and the plot")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="more of the config")
     args = parser.parse_args(argv)
+    task, args.task = args.task, TASKS[args.task]
     args.config_file = args.config_file or get_config_file(args.task.config)
+    for option in ("norms", "total_batch", "images_per_pass", "images"):
+        setattr(args, option, getattr(args, option) or getattr(args.task, option))
+    if task == "classification":
+        if args.train_json or args.mixed:
+            parser.error(
+                "--mixed and --train-json are of detection; give dataloader.*.dataset.root"
+            )
+        if others := {"GN+mask", "LN2d"} & {*args.norms}:
+            parser.error(f"--norms {' '.join(sorted(others))} is compared in detection alone")
     if args.train_json and (args.mixed or not args.val_json):
         parser.error("--train-json needs --val-json, as the AP is compared, and excludes --mixed")
     if "SyncBN" in args.norms and args.num_gpus < 2:
@@ -173,12 +238,12 @@ def run(args, norm: str, per_pass: int, seed: int) -> None:
     metrics = args.task.metrics
     if done.returncode == 0:
         curves = read_curves(directory / "metrics.json")
-        last = {name: curves.get(key, ([], [0.0]))[1][-1] for name, key in metrics.items()}
-        # A model without masks has no mask AP. Of 0 and NaN, which Detectron2 has where nothing was
-        # predicted, or -1, which pycocotools has where nothing is asked, max takes the first.
-        result = {name: max(0.0, value) for name, value in last.items()}
+        last = {name: curves.get(key, ([], [-1.0]))[1][-1] for name, key in metrics.items()}
+        # A model without masks has no mask AP. Detectron2 has NaN where nothing was predicted, and
+        # pycocotools -1 where nothing is asked.
+        result = {n: value if value >= 0 else args.task.worst for n, value in last.items()}
     elif diverged := re.search(r"training diverged at iteration (\d+)", done.stdout):
-        result = {**dict.fromkeys(metrics, args.task.diverged), "diverged": int(diverged[1])}
+        result = {**dict.fromkeys(metrics, args.task.worst), "diverged": int(diverged[1])}
     else:
         words = done.stdout[-2000:]
         sys.exit(f"error: a run failed; its last words, of {directory / 'output.txt'}:\n{words}")

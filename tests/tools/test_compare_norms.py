@@ -9,12 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.config import instantiate
+from detectron2.modeling import ResNet
 from detectron2.utils.events import EventStorage
 from helpers import ROOT, TINY, run_tool
+from torch import nn
 
 from gn_detect.config import load_config
 from gn_detect.data.shapes import write_shapes
 from gn_detect.engine import Trainer
+from gn_detect.engine.launch import argument_parser, parse_args
+from gn_detect.engine.lazy_config import load_lazy_config
 from gn_detect.settings import Settings
 from gn_detect.solver import resolve_schedule
 
@@ -22,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 compare_norms = runpy.run_path(str(ROOT / "tools/compare_norms.py"))["main"]
 parse_train_args = runpy.run_path(str(ROOT / "tools/train_net.py"))["parse_arguments"]
+
 KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 
 
@@ -89,6 +95,47 @@ def test_one_table_and_one_plot_and_no_run_twice(runs, tmp_path, capsys):
         compare_norms([*args, "SOLVER.GAMMA", "0.5"])
 
 
+def test_classification(tmp_path, capsys, monkeypatch):
+    """The error is ten times the images of a pass; without BN, it is NaN."""
+    runs = []
+
+    def train(command, **_):
+        assert Path(command[1]).samefile(ROOT / "tools/lazyconfig_train_net.py")
+        monkeypatch.setattr("sys.argv", command[1:])
+        args = parse_args(argument_parser())
+        assert args.resume
+        cfg = load_lazy_config(args.config_file, args.opts)
+        resolve_schedule(Settings(cfg, [o.split("=")[0] for o in args.opts]), args.num_gpus, 5000)
+        runs.append(cfg)
+        error = 10.0 * cfg.train.ims_per_gpu if cfg.model.stem.norm == "BN" else float("nan")
+        row = {"iteration": 5, "classification/top1_error": error}
+        Path(cfg.train.output_dir, "metrics.json").write_text(json.dumps(row))
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    study = ["--task", "classification", "--output", str(tmp_path), "--images", "130"]
+    norms = ["--norms", "GN", "GN+WS", "LN", "IN", "BN"]
+    compare_norms([*study, *norms, "--images-per-pass", "2", "8", "--", "optimizer.momentum=0.5"])
+    assert table(capsys) == {**dict.fromkeys(norms[1:5], ["100.0"] * 2), "BN": ["20.0", "80.0"]}
+    for cfg in runs:
+        assert cfg.dataloader.train.total_batch_size == 32 and cfg.train.max_iter == 4
+        assert cfg.train.ims_per_gpu * cfg.train.accumulate_steps == 32
+        assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.1, 0.5)
+        cfg.train.update(ims_per_gpu=0, accumulate_steps=0, output_dir="")
+    assert runs[::2] == runs[1::2]
+    images = torch.zeros(2, 3, 32, 32)
+    layers = [ResNet(instantiate(c.model.stem), instantiate(c.model.stages)) for c in runs[::2]]
+    counts = [
+        [m.num_channels // m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)]
+        for net in layers
+    ]
+    gn, ws, ln, instance, bn = (sorted(set(c)) for c in counts)
+    assert gn == ws == [4, 8, 16, 32] and ln == [16, 32, 64, 128] and instance == [1] and not bn
+    assert isinstance(layers[-1].stem.conv1.norm, nn.BatchNorm2d)
+    assert [c.model.weight_standardization for c in runs[::2]] == ["", "authors", "", "", ""]
+    assert all(net(images)["res5"].shape == (2, 128, 1, 1) for net in layers)
+
+
 def test_masked_padding(runs, tmp_path):
     compare_norms(["--output", str(tmp_path), "--norms", "GN", "GN+mask", "--images-per-pass", "1"])
     assert [(cfg.MODEL.FPN.NORM, cfg.MODEL.GN.MASK_PADDING) for cfg in runs] == [
@@ -111,6 +158,8 @@ def test_several_processes(runs, tmp_path):
         (["--num-gpus", "2"], "--total-batch is 8, no multiple of 8 (--images-per-pass) x 2"),
         (["--images", "7"], "--images is 7, less than --total-batch 8"),
         (["--train-json", "a.json"], "--train-json needs --val-json"),
+        (["--task", "classification", "--mixed"], "--mixed and --train-json are of detection"),
+        (["--task", "classification", "--norms", "LN2d"], "LN2d is compared in detection alone"),
         (["--train-json", "a.json", "--val-json", "b.json", "--mixed"], "excludes --mixed"),
     ],
 )
