@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
-from gn_detect.layers import triton_launch  # noqa: E402
+from gn_detect.layers import triton_launch, triton_plan  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -227,7 +227,7 @@ def launched(monkeypatch, copy_of_device):
 
 @pytest.mark.parametrize("resident", [8192, 0], ids=["resident", "split"])
 def test_what_was_compiled_is_launched_again(launched, monkeypatch, resident):
-    monkeypatch.setattr(kernels, "RESIDENT", resident)
+    monkeypatch.setattr(triton_plan, "RESIDENT", resident)
     monkeypatch.setattr(kernels, "plan", kernels.plan.__wrapped__)
 
     def run(

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", minversion="3.4")  # has knobs
 
 from triton.runtime import interpreter  # noqa: E402
 
-from gn_detect.layers import kernel_check  # noqa: E402
+from gn_detect.layers import kernel_check, triton_plan  # noqa: E402
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -56,7 +56,7 @@ def take(monkeypatch):
             )
 
         if way == "split":
-            monkeypatch.setattr(kernels, "RESIDENT", 0)
+            monkeypatch.setattr(triton_plan, "RESIDENT", 0)
             monkeypatch.setattr(kernels, "plan", plan)
 
     return force
