@@ -8,9 +8,11 @@
 NCHW and channels_last tensors take one of two ways (``plan`` decides). Where a group fits into the
 registers of a program (maps of RoIs) it is *resident*: read once, everything done. Otherwise the
 work is *split*: programs of a first kernel each sum over some of the pixels, and those of a second
-kernel add up the partial sums of their groups and write the result. The second kernel walks
-backwards through memory, to begin with what the first has left in the L2 cache. Nothing is added
-atomically, all sums have a fixed order: runs are identical bit for bit.
+kernel add up the partial sums of their groups and write the result. (Of the many partial sums that
+the few groups of a LayerNorm have, each would read more than of the map: these PyTorch adds up in
+between.) The second kernel walks backwards through memory, to begin with what the first has left in
+the L2 cache. Nothing is added atomically, all sums have a fixed order: runs are identical bit for
+bit.
 
 The variance is that of x minus a value near the mean of its group (resident: of x minus the mean),
 so a large mean costs no digits. All arithmetic is float32. The ReLU mask is found from x by the
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from . import triton_device as device
 from .triton_launch import launch
-from .triton_plan import plan
+from .triton_plan import Plan, plan
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions
 
@@ -147,15 +149,16 @@ def _forward(x, mean, rstd, weight, bias, eps, residual, relu, valid, known):
             return y
         rows, sizes, part = n * triton.cdiv(c, how.block), (*size, c, c // g, how.block), None
         if not known:
-            part = _floats(x, n * g, 2 * how.pairs + 1)
+            part = _floats(x, n * g, 3, how.pairs)
             launch(
                 device.statistics, rows * how.splits, how.warps,
                 x, part, valid, *sizes, how.splits, how.pairs, how.split_iters, *tile,
             )  # fmt: skip
+        part, pairs, lanes = _reduced(part, how)
         launch(
             device.apply, rows * how.chunks, how.warps,
             x, residual, weight, bias, y, part, mean, rstd, valid, eps, *sizes, how.chunks,
-            how.pairs, how.chunk_iters, relu, *tile, how.pair_lanes,
+            pairs, how.chunk_iters, relu, *tile, lanes,
         )  # fmt: skip
     return y
 
@@ -172,7 +175,7 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums, vali
         )  # fmt: skip
         return sums
     rows, sizes = n * triton.cdiv(c, how.block), (*size, c, c // g, how.block)
-    part = None if dx is None else _floats(x, n * g, 2 * how.pairs + 1)
+    part = None if dx is None else _floats(x, n * g, 3, how.pairs)
     # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
     shrink = 2 if how.pixels > 1 else 1
     launch(
@@ -183,12 +186,20 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums, vali
     if dx is not None:
         if dz is not None and dz.dtype == dy.dtype:
             dy, y, relu = dz, None, False  # one tensor to read instead of two
+        part, pairs, lanes = _reduced(part, how)
         launch(
             device.gradient, rows * how.chunks, how.warps,
             dy, x, y, weight, bias, mean, rstd, part, dx, valid, *sizes, how.chunks,
-            how.pairs, how.chunk_iters, relu, *tile, how.pair_lanes,
+            pairs, how.chunk_iters, relu, *tile, lanes,
         )  # fmt: skip
     return sums
+
+
+def _reduced(part: Tensor | None, how: Plan) -> tuple[Tensor | None, int, int]:
+    """Partial sums as the second kernel gets them, how many of a group, and lanes for these."""
+    if not how.reduced:
+        return part, how.pairs, how.pair_lanes
+    return part if part is None else part.sum(2), 1, 32
 
 
 def _described(x: Tensor, mean: Tensor, valid: Tensor | None) -> tuple:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 
 RESIDENT = 8192  # elements of the largest group that is kept in registers
+PAIRS = 128  # sums of a group that each program may add up for itself; 32 groups have no more
 
 
 class Plan(NamedTuple):
@@ -42,6 +43,13 @@ class Plan(NamedTuple):
     def pairs(self) -> int:
         """Programs that share a group; each gives a pair of sums."""
         return self.splits * self.parts
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the pairs of a group are added up once, and not by each program that needs their
+        sum: where they are many, and more than 5 % of the (float32) map that it works on."""
+        map_part = self.block * self.pixels * self.chunk_iters
+        return self.pairs > PAIRS and 20 * 2 * self.pairs * self.groups > map_part
 
     @property
     def pair_lanes(self) -> int:

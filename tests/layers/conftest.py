@@ -5,10 +5,12 @@ import importlib.util
 import sys
 
 import pytest
+import torch
 
 from gn_detect.layers import functional
 
 kernels = functional.triton_kernels
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +56,44 @@ def interpreted(interpreted_device, monkeypatch):
     # Triton's own functions in Python are for the compiler, as triton was imported without it.
     monkeypatch.setattr(tl, "sum", interpreter.InterpretedFunction(tl.sum.fn))
     monkeypatch.setattr(kernels, "device", interpreted_device)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=CUDA)])
+def device(request):
+    """Where the tensors of a test go. On the CPU the kernels are those of the interpreter."""
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("interpreted")
+    return "cpu"
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Makes small tensors take the "split" way of large ones, with given splits and pixels per
+    tile, or the "reduced" one of few groups; the "resident" one is theirs."""
+    triton, triton_plan = kernels.triton, sys.modules[kernels.Plan.__module__]
+    planned = kernels.plan.__wrapped__
+
+    def force(way, splits, pixels):
+        def plan(nhwc, n, c, g, hw, processors):
+            how = planned(nhwc, n, c, g, hw, processors)
+            tiles = triton.cdiv(hw, pixels)
+            chunks = splits + 1  # the kernels that write are split otherwise than those that sum
+            return how._replace(
+                pixels=pixels,
+                warps=4,
+                splits=splits,
+                split_iters=triton.cdiv(tiles, splits),
+                chunks=chunks,
+                chunk_iters=triton.cdiv(tiles, chunks),
+            )
+
+        if way != "resident":
+            monkeypatch.setattr(triton_plan, "RESIDENT", 0)
+            monkeypatch.setattr(triton_plan.Plan, "reduced", way == "reduced")
+            monkeypatch.setattr(kernels, "plan", plan)
+
+    return force
 
 
 class _Device:

@@ -162,6 +162,18 @@ def test_kernels_of_the_model(launches, tmp_path, arch, dtype, layout, layers, p
                     assert found >= least, f"{launch}: {found} accesses of 128 bits, not {least}"
 
 
+@pytest.mark.parametrize(
+    "arch, dtype, padded", [(90, torch.bfloat16, True), (80, torch.float32, False)]
+)
+def test_few_groups_do_not_spill(launches, tmp_path, arch, dtype, padded):
+    """The 2048 partial sums of a group, which other kernels than these add up."""
+    found = launches(*RES5, dtype, NCHW, groups=1, padded=padded)
+    assert [launch.named()["R"] for launch in found] == [2048, 1, 2048, 1]
+    for launch in found:
+        _, stack, local = resources(launch.compile(arch), tmp_path)
+        assert stack == local == 0, f"{launch} spills registers"
+
+
 @pytest.mark.parametrize("shape", [(2, 64, 200, 336), (64, 256, 14, 14)], ids=str)
 @pytest.mark.parametrize("with_residual, relu", [(True, True), (False, True), (True, False)])
 def test_tensors_that_backward_reads(launches, shape, with_residual, relu):

@@ -1,7 +1,6 @@
 """The Triton kernels against float64, run by Triton's interpreter and, where there is one, a GPU.
 
-The interpreter runs a second copy of the device code. It truncates where a GPU rounds to bfloat16,
-so bfloat16 results are compared within one unit in the last place.
+The interpreter runs a second copy of the device code.
 """
 
 import itertools
@@ -15,130 +14,29 @@ pytestmark = pytest.mark.slow
 
 triton = pytest.importorskip("triton", minversion="3.4")  # has knobs
 
+from layers.kernel_reference import (  # noqa: E402
+    BF16,
+    EPS,
+    F16,
+    F32,
+    LAYOUTS,
+    ULP,
+    affine,
+    assert_close,
+    check,
+    make,
+    reference,
+)  # fmt: skip
 from triton.runtime import interpreter  # noqa: E402
 
-from gn_detect.layers import kernel_check, triton_plan  # noqa: E402
+from gn_detect.layers import kernel_check  # noqa: E402
 from gn_detect.layers import triton_kernels as kernels  # noqa: E402
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-ULP = {F32: 1e-6, BF16: 2**-7, F16: 2**-10}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-NAN, INF, EPS = float("nan"), float("inf"), 1e-5
-PLAN = kernels.plan.__wrapped__
+NAN, INF = float("nan"), float("inf")
 
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=cuda)])
-def device(request):
-    """Where the tensors of a test go. On the CPU the kernels are those of the interpreter."""
-    if request.param == "cuda":
-        return "cuda"
-    request.getfixturevalue("interpreted")
-    return "cpu"
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """Makes small tensors take the "split" way of large ones, with given splits and pixels per
-    tile; the "resident" one is theirs."""
-
-    def force(way, splits, pixels):
-        def plan(nhwc, n, c, g, hw, processors):
-            how = PLAN(nhwc, n, c, g, hw, processors)
-            tiles = triton.cdiv(hw, pixels)
-            chunks = splits + 1  # the kernels that write are split otherwise than those that sum
-            return how._replace(
-                pixels=pixels,
-                warps=4,
-                splits=splits,
-                split_iters=triton.cdiv(tiles, splits),
-                chunks=chunks,
-                chunk_iters=triton.cdiv(tiles, chunks),
-            )
-
-        if way == "split":
-            monkeypatch.setattr(triton_plan, "RESIDENT", 0)
-            monkeypatch.setattr(kernels, "plan", plan)
-
-    return force
-
-
-def make(shape, nhwc=False, dtype=torch.float32, offset=0.0, seed=0, device="cpu"):
-    """A tensor of random numbers whose channels differ in scale and mean."""
-    torch.manual_seed(seed)
-    c = shape[1]
-    x = torch.randn(shape) * torch.linspace(0.5, 2, c)[:, None, None]
-    x = x + torch.randn(c, 1, 1) + offset
-    layout = torch.channels_last if nhwc else torch.contiguous_format
-    return x.to(device, dtype, memory_format=layout)
-
-
-def affine(c, dtype=torch.float32, device="cpu"):
-    torch.manual_seed(7)
-    weight, bias = torch.randn(c), torch.randn(c)
-    weight[::5] = 0
-    return weight.to(dtype).to(device), bias.to(dtype).to(device)
-
-
-def reference(x, num_groups, weight, bias, residual, relu, y, dy):
-    """Output, statistics and gradients in float64. The ReLU's gradient is masked by ``y`` of the
-    kernels, because of elements that are 0 but for rounding."""
-    inputs = x, weight, bias, residual
-    leaves = [None if t is None else t.double().requires_grad_() for t in inputs]
-    x, weight, bias, residual = leaves
-    var, mean = torch.var_mean(x.reshape(len(x), num_groups, -1), 2, correction=0)
-    z = F.group_norm(x, num_groups, eps=EPS)
-    for t, operation in ((weight, torch.mul), (bias, torch.add)):  # F takes no bias alone on CUDA
-        z = z if t is None else operation(z, t[:, None, None])
-    z = z if residual is None else z + residual
-    masked = z * (y > 0) if relu else z
-    trained = [t for t in leaves if t is not None]
-    found = iter(torch.autograd.grad(masked, trained, dy.double()))
-    gradients = [None if t is None else next(found) for t in leaves]
-    return (z.relu() if relu else z), mean, (var + EPS).rsqrt(), gradients
-
-
-def assert_close(actual, expected, what, atol=0.0):
-    """Within rounding to the dtype of ``actual`` and float32 errors relative to the largest."""
-    assert actual is not None, what
-    difference = (actual.double() - expected).abs()
-    scale = expected.abs().max().clamp(min=1e-3)
-    bound = ULP[actual.dtype] * expected.abs() + 1e-5 * scale + atol
-    if actual.dtype == F16:
-        bound = bound + 1e-7  # its denormals
-    worst = (difference / bound).max().item()
-    assert worst <= 1, f"{what}: {worst:.2f} times the tolerance, {difference.max().item():.2e} off"
-
-
-def check(x, num_groups, weight, bias, residual=None, relu=False, dy=None, atol=0.0):
-    """Forward, rebuilt forward and backward against the reference; returns all results."""
-    y, mean, rstd = kernels.forward(x, num_groups, weight, bias, EPS, residual, relu)
-    assert y.dtype == x.dtype and y.stride() == x.stride()
-    if residual is None:
-        assert torch.equal(kernels.apply(x, mean, rstd, weight, bias, relu), y)
-    if dy is None:
-        dy = make(x.shape, dtype=x.dtype, seed=1, device=x.device)
-    saved_y = y if residual is not None else None
-    dtype = None if residual is None else residual.dtype
-    gradients = kernels.backward(dy, x, saved_y, mean, rstd, weight, bias, relu, dtype)
-    z, true_mean, true_rstd, true = reference(x, num_groups, weight, bias, residual, relu, y, dy)
-    assert_close(y, z, "y", atol)
-    assert_close(mean, true_mean, "mean", 1e-7 / true_rstd.min())
-    torch.testing.assert_close(rstd.double(), true_rstd, rtol=2e-6 + atol, atol=0)
-    assert gradients[0].stride() == x.stride()
-    names, inputs = ("dx", "dweight", "dbias", "dresidual"), (x, weight, bias, residual)
-    for name, actual, expected, t in zip(names, gradients, true, inputs, strict=True):
-        if expected is None:
-            assert actual is None
-        else:
-            assert actual.dtype == t.dtype and actual.shape == t.shape
-            assert_close(actual, expected, name, atol * expected.abs().max())
-    if relu and residual is not None and residual.dtype == dy.dtype:
-        assert torch.equal(gradients[3], torch.where(y > 0, dy, 0))
-    return y, mean, rstd, gradients
-
-
-LAYOUTS = pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "channels_last"])
 WAYS = pytest.mark.parametrize("way", ["resident", "split"])
+EVERY_WAY = pytest.mark.parametrize("way", ["resident", "split", "reduced"])
 
 # Way; channels_last; dtypes of x and residual; ReLU; gamma and beta: in float32, in the dtype of
 # x, one of them, none; gradient of y: in the layout of x, in the other one, a part of a larger
@@ -221,13 +119,21 @@ def test_channels_that_do_not_fill_a_program(device, take, shape, num_groups, sp
 
 
 @LAYOUTS
-@WAYS
+@EVERY_WAY
 def test_large_mean(device, take, nhwc, way):
     take(way, 2, 64)
     weight, bias = affine(4, device=device)
     x = make((2, 4, 9, 13), nhwc, offset=1000, device=device)
     # What float32 leaves of the mean: half a unit in its last place.
     check(x, 2, weight, bias, relu=True, atol=1000 * 2.0**-23)
+
+
+@LAYOUTS
+def test_partial_sums_added_up_before(device, take, nhwc):
+    take("reduced", 2, 32)
+    x, residual = (make((1, 6, 9, 7), nhwc, device=device, seed=seed) for seed in range(2))
+    assert kernels.plan(nhwc, 1, 6, 2, 63, 132).pairs == (2 if nhwc else 6)
+    check(x, 2, *affine(6, device=device), residual, relu=True)
 
 
 @LAYOUTS
@@ -260,7 +166,7 @@ def test_outlier_in_the_corner(device, take, nhwc, way):
 
 
 @LAYOUTS
-@WAYS
+@EVERY_WAY
 def test_constant_input_gives_beta(device, take, nhwc, way):
     take(way, 2, 16)
     weight, bias = affine(4, device=device)
@@ -383,6 +289,8 @@ PADDED = [
     ("split", False, F32, True, False, 9, 1, 1, 4),
     ("split", True, F32, True, True, 6, 10, 2, 8),
     ("split", True, BF16, False, True, 7, 5, 2, 8),
+    ("reduced", False, BF16, True, True, 7, 5, 1, 16),
+    ("reduced", True, F32, False, True, 6, 10, 2, 8),
 ]
 
 
@@ -461,6 +369,43 @@ def test_little_of_the_padding_is_read(interpreted, monkeypatch, take, nhwc):
 
     part = run(torch.tensor([(16, 24), (24, 16)], dtype=torch.int32)) / run(None)
     assert part == pytest.approx(2 / 3 if nhwc else 5 / 6, abs=0.01)
+
+
+# Of each layout the partial sums of N images, channels, groups, height and width: more than 5 %
+FEW_GROUPS = [(False, 2, 2048, 1), (False, 1, 256, 1), (False, 2, 2048, 4), (True, 1, 2048, 1)]
+
+
+@pytest.mark.parametrize("nhwc, n, c, num_groups", FEW_GROUPS, ids=str)
+def test_partial_sums_are_a_small_part_of_what_is_read(
+    interpreted, intercept, monkeypatch, nhwc, n, c, num_groups
+):
+    """Of maps of 25 x 42, by the first programs of each kernel, and by what adds up in between."""
+    how = kernels.plan(nhwc, n, c, num_groups, 25 * 42, 132)
+    assert how.reduced and how.pairs > 128
+    read, load, grids = [], interpreter.InterpreterBuilder.create_masked_load, []
+
+    def count(self, pointers, mask, *args):
+        if pointers.dtype.element_ty.is_fp32():  # as all but the maps
+            read.append(4 * int(mask.data.sum()))
+        return load(self, pointers, mask, *args)
+
+    def launch(kernel, grid, *args, **kwargs):
+        before, set_dim = sum(read), interpreter.interpreter_builder.set_grid_dim
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter.interpreter_builder, "set_grid_dim", lambda *_: set_dim(*all))
+            all = *grid, 1, 1
+            kernel[(4,)](*args, **kwargs)
+        grids.append((kernel.__name__, (sum(read) - before) * grid[0] / 4))
+
+    intercept(launch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", count)
+    x = make((n, c, 25, 42), nhwc, F16)
+    y, mean, rstd = kernels.forward(x, num_groups, None, None, EPS)
+    kernels.backward(x, x, y, mean, rstd, None, None)
+    added_up = 4 * 3 * n * num_groups * how.pairs
+    for name, size in grids:
+        assert size + added_up <= 0.05 * x.nbytes, name
+    assert [name for name, _ in grids] == ["statistics", "apply", "gradient_sums", "gradient"]
 
 
 @LAYOUTS
@@ -556,6 +501,9 @@ def test_plans_cover_the_tensor_and_fill_the_gpu(nhwc):
                 if how.resident:
                     assert how.lanes >= c // g and how.pixels >= hw, where
                     continue
+                reads = 8 * how.pairs * how.groups, 4 * how.block * how.pixels * how.chunk_iters
+                assert how.reduced == (how.pairs > 128 and reads[0] > 0.05 * reads[1]), where
+                assert not (how.reduced and g == 32), where
                 d = c // g
                 assert how.block == how.groups * d or how.groups == 1 and d % how.block == 0, where
                 assert how.lanes >= how.block and how.lanes * how.pixels <= 4096, where

@@ -56,7 +56,7 @@ def _add_pairs(part, row, valid, R, RP: constexpr):
     """The two sums of the groups ``row`` (1, GB) from their R pairs in ``part``."""
     r = tl.arange(0, RP)[:, None]
     mask = (r < R) & valid
-    part += row * (2 * R + 1) + r
+    part += row * 3 * R + r
     first = tl.load(part, mask=mask, other=0.0)
     second = tl.load(part + R, mask=mask, other=0.0)
     return tl.sum(first, axis=0, keep_dims=True), tl.sum(second, axis=0, keep_dims=True)
@@ -75,8 +75,9 @@ def statistics(
 ):  # fmt: skip
     """Sums of x - k and of its square over this program's pixels, and k, into ``part``.
 
-    Of each group, ``part`` (N * G, 2 R + 1) has R first sums, R second ones, and k: the mean of 32
-    elements of the first channel. One element would do but for outliers, say in a corner."""
+    Of each group, ``part`` (N * G, 3, R) has R first sums, R second ones, and R numbers that add up
+    to k: the mean of 32 elements of the first channel, and zeros. (Added up, ``part`` is one of
+    R = 1.) One element would do for k but for outliers, say in a corner."""
     HW = HWV * VEC
     n, nth, c, valid, g, base, tile, p, left = _tile(C, D, HW, block, S, iters, 0, NHWC, GB, CB, P)
     h, w = _extent(extents, n, HW)
@@ -103,10 +104,10 @@ def statistics(
         base += P * (C if NHWC else 1)
     sum1 = _regroup(tl.sum(sum1, axis=0, keep_dims=True), c // D, g, GB)
     sum2 = _regroup(tl.sum(sum2, axis=0, keep_dims=True), c // D, g, GB)
-    part += (n * (C // D) + g) * (2 * R + 1) + nth
+    part += (n * (C // D) + g) * 3 * R + nth
     tl.store(part, sum1, mask=g < C // D)
     tl.store(part + R, sum2, mask=g < C // D)
-    tl.store(part + 2 * R, k, mask=(g < C // D) & (nth == 0))
+    tl.store(part + 2 * R, tl.where(nth == 0, k, 0.0), mask=g < C // D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -123,7 +124,7 @@ def apply(
     if part is not None:
         row, known = n * (C // D) + g, g < C // D
         sum1, sum2 = _add_pairs(part, row, known, R, RP)
-        k = tl.load(part + row * (2 * R + 1) + 2 * R, mask=known, other=0.0)
+        k = tl.load(part + (row * 3 + 2) * R, mask=known, other=0.0)
         scale = 1.0 / (h * w * D)
         shift = sum1 * scale
         m, var = k + shift, sum2 * scale - shift * shift
@@ -186,7 +187,7 @@ def gradient_sums(
         tl.store(sums, sum1, mask=valid)
         tl.store(sums + C, sum2, mask=valid)
     if part is not None:
-        part += (n * (C // D) + g) * (2 * R + 1) + nth
+        part += (n * (C // D) + g) * 3 * R + nth
         tl.store(part, _regroup(sum1 * gamma, c // D, g, GB), mask=g < C // D)
         tl.store(part + R, _regroup(sum2 * gamma, c // D, g, GB), mask=g < C // D)
 
