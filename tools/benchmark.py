@@ -25,7 +25,7 @@ import torch
 from detectron2.utils.collect_env import collect_env_info
 from tabulate import tabulate
 
-from gn_detect.benchmark import detectors, kernels, questions
+from gn_detect.benchmark import detectors, kernels, peers, questions
 from gn_detect.engine import errors_as_sentences
 from gn_detect.engine.train_loop import AMP_DTYPES
 
@@ -58,9 +58,11 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
         dtypes, layouts = list(kernels.DTYPES)[:2], list(kernels.LAYOUTS)
     sizes = {"memory": [(512, 512)], "scaling": sizes}.get(question, sizes[-1:])
     images = {"memory": [1], "estimate": [1], "inference": [1], "step": [2]}.get(question, [1, 2])
-    known = kernels.VARIANTS if question == "kernels" else detectors.VARIANTS
+    known = (*kernels.VARIANTS, *peers.PEERS) if question == "kernels" else detectors.VARIANTS
     # The modes of memory do not differ in inference, and Detectron2's variants have no estimate.
     usual = {"inference": known[:3], "estimate": known[2:]}.get(question, known)
+    if question == "kernels":  # to compile all layers takes minutes
+        usual = *kernels.VARIANTS, *peers.installed()
 
     add = parser.add_argument
     add("--output", type=Path, required=True, help="directory of the results")

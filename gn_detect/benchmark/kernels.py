@@ -14,6 +14,7 @@ from torch import nn
 
 from gn_detect.layers import GroupNorm, group_norm_act
 
+from . import peers
 from .detectors import Detector, Settings
 
 # "copy": Tensor.copy_ of as many bytes as the layer has to read and write at the least.
@@ -74,9 +75,15 @@ def gn_layers(settings: Settings) -> dict[Layer, int]:
 def layer_run(name: str, kind: str, layer: Layer, settings: Settings) -> Callable[[], object]:
     """One pass of a layer as a variant runs it, on random maps.
 
+    Args:
+        name: one of ``VARIANTS`` or ``peers.PEERS``; the latter are checked first.
+
     Returns:
         a function that gives y, or for forward+backward the gradients of x, the residual (where
         there is one), gamma and beta (where they are trained).
+
+    Raises:
+        Unfit, or any exception: of a peer.
     """
     device, dtype = settings.device, DTYPES[settings.dtype]
     if name == "copy":
@@ -91,16 +98,21 @@ def layer_run(name: str, kind: str, layer: Layer, settings: Settings) -> Callabl
     x, gradient = new().requires_grad_(), new()
     residual = new().requires_grad_() if layer.residual else None
     # Under autocast parameters are float32, as ours always; F.group_norm alone wants them as x.
-    of_norm = dtype if name == "eager" else None
-    norm = nn.GroupNorm(layer.num_groups, layer.shape[1], device=device, dtype=of_norm)
+    of_norm = dtype if name in ("eager", *peers.COMPILED) else None
     if name == "frozenbn":
         norm = FrozenBatchNorm2d(layer.shape[1]).to(device)
+    elif name in peers.LIBRARIES:
+        norm = peers.library_norm(name, layer.num_groups, x)
+    else:
+        norm = nn.GroupNorm(layer.num_groups, layer.shape[1], device=device, dtype=of_norm)
+
+    in_place = name != "liger"  # whose output is a view, which autograd lets nobody change
 
     def detectron2() -> torch.Tensor:  # what its convolutions and blocks do
         y = norm(x)
         if residual is not None:
-            y += residual
-        return F.relu_(y) if layer.relu else y
+            y = y.add_(residual) if in_place else y + residual
+        return F.relu(y, in_place) if layer.relu else y
 
     def autocast() -> torch.Tensor:
         with torch.autocast(device, dtype, enabled=dtype.itemsize == 2, cache_enabled=False):
@@ -112,7 +124,12 @@ def layer_run(name: str, kind: str, layer: Layer, settings: Settings) -> Callabl
         return group_norm_act(x, *fixed, residual, activation, kernel=settings.kernel)
 
     forward = {"autocast": autocast, "ours": ours}.get(name, detectron2)
+    if name in peers.COMPILED:
+        forward = peers.compiled(name, detectron2)
+    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
+    if name in peers.PEERS:
+        of_y = None if kind == "forward" else gradient
+        peers.check(forward, inputs, layer.num_groups, layer.relu, of_y)
     if kind == "forward":
         return forward
-    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
     return lambda: torch.autograd.grad(forward(), inputs, gradient)

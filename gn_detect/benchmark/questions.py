@@ -18,6 +18,7 @@ from torch.utils.benchmark import timer
 from .detectors import DETECTRON2_GN, FROZEN_BN, Detector, Settings
 from .kernels import DTYPES, PASSES, gn_layers, layer_run
 from .memory import backbone_bytes, estimated_step, measured_step, saved_bytes
+from .peers import marked
 from .timing import as_cuda_graph, interleave, kernel_clock, wall_clock
 
 _BASELINES = (DETECTRON2_GN, FROZEN_BN, "eager", "copy")
@@ -123,9 +124,10 @@ def kernels(settings: Settings, variants: Sequence[str], rounds: int) -> Groups:
     on_gpu = settings.device == "cuda"
     clock = kernel_clock() if on_gpu else wall_clock
 
-    def make(*what) -> Callable[[], object]:
-        run = layer_run(*what, settings)
-        return as_cuda_graph(run) if on_gpu else run
+    def make(name: str, *what) -> Callable[[], object]:
+        with marked(name):
+            run = layer_run(name, *what, settings)
+            return as_cuda_graph(run) if on_gpu else run
 
     groups = []
     for kind in PASSES:

@@ -10,6 +10,10 @@ from torch.utils.benchmark import timer  # which waits for the work on a GPU
 WARMUP = 3  # rounds that are not kept
 
 
+class Unfit(Exception):
+    """A variant cannot run what is timed, or is wrong; says why."""
+
+
 def wall_clock(run: Callable[[], object]) -> float:
     """Seconds from the call to the end of all its work on the device."""
     start = timer()
@@ -30,8 +34,8 @@ def interleave(
         clock: runs a function and gives its seconds.
 
     Returns:
-        name -> seconds of each round, or why it failed, by memory or by an overflow, which leaves
-        the others. Samples of one index belong to one round.
+        name -> seconds of each round, or why it failed, by memory, by an overflow or as
+        :class:`Unfit`, which leaves the others. Samples of one index belong to one round.
     """
     runs, results = {}, {name: [] for name in makers}
     for number in range(-WARMUP, rounds):
@@ -44,7 +48,7 @@ def interleave(
                     results[name].append(seconds)
             except torch.OutOfMemoryError:
                 results[name] = "out of memory"
-            except FloatingPointError as error:
+            except (FloatingPointError, Unfit) as error:
                 results[name] = str(error)
     return results
 
