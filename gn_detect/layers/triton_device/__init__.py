@@ -4,7 +4,8 @@ Two kernels for the forward pass and two for the backward pass of groups that ma
 and one for each where a program holds whole groups in registers ("resident"). A program of the
 shared kind has tiles of P pixels x CB channels, of which it uses ``block``: GB whole groups, or
 part of one where GB = 1 (NCHW: one channel). S programs share the pixels of these channels, each
-doing ``iters`` tiles, and R programs share a group.
+doing ``iters`` tiles, and R programs share a group; R = 1 where the sums of many are added up
+between the two kernels.
 
 H * W is passed as ``HWV * VEC``: only a constant factor tells the compiler that rows of, say, 4200
 elements may be read 8 at a time (of an argument it knows divisibility by 16 alone).
