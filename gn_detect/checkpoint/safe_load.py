@@ -3,7 +3,8 @@
 A pickle may name any function and have it called when it is loaded, and what ``torch.save`` writes
 is a pickle, too. Here PyTorch's own restricted reader gets what PyTorch wrote, and the rest gets a
 ``pickle.Unpickler`` that looks names up in a table ("Restricting Globals" in Python's
-documentation). A hostile file may still take much time and memory.
+documentation); arrays of Python objects in an ``.npz`` are refused. A hostile file may still take
+much time and memory, but for an ``.npz``, which must not unpack to much more than it is.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import builtins
 import collections
 import errno
+import io
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
@@ -38,14 +41,16 @@ def load_file(path: str | os.PathLike, device: str = "cpu") -> Any:
 
     Args:
         path: of what ``torch.save`` wrote, of a pickle of numpy arrays (Detectron2's zoo, Caffe2,
-            Detectron), or of a safetensors file. The content tells which; the name says nothing.
+            Detectron), of a safetensors file, or of ``numpy.savez`` (tensorpack). The content tells
+            which; the name says nothing.
         device: of the tensors of ``torch.save``; ``"meta"`` to not read their data, which its zip
             files have apart.
 
     Returns:
         The content: plain containers, numbers and strings, tensors on the CPU, and numpy's numbers
         and arrays (of a subclass). Python 2's strings are decoded as latin1. Of safetensors:
-        ``{"model": {name: tensor}, "metadata": {name: str}}``.
+        ``{"model": {name: tensor}, "metadata": {name: str}}``; of ``numpy.savez``:
+        ``{name: array}``.
 
     Raises:
         WeightsError: there is no such file, it is of another kind, not whole, or asks for something
@@ -122,6 +127,31 @@ def _load_safetensors(file: BinaryIO) -> dict[str, dict]:
         # Copies, as the file may change while the tensors are in use.
         model = {name: content.get_tensor(name).clone() for name in content.keys()}
         return {"model": model, "metadata": content.metadata() or {}}
+
+
+def _load_npz(file: BinaryIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        members = {m.filename: m for m in archive.filelist}
+        size, unpacked = os.fstat(file.fileno()).st_size, sum(m.file_size for m in archive.filelist)
+        if unpacked > 16 * size + 2**24:  # trained weights are hardly compressed
+            raise _Refusal(f"has {size:,} bytes and unpacks to {unpacked:,}, as no weights do")
+        if len(members) < len(archive.filelist):
+            raise _Refusal("has two arrays of one name")
+        if {m.compress_type for m in members.values()} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise _Refusal("is compressed in another way than NumPy does it")
+        return {n.removesuffix(".npy"): _array(archive.read(m), n) for n, m in members.items()}
+
+
+def _array(content: bytes, name: str) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise _Refusal(f"has Python objects in {_printable(name)}, not numbers") from None
+        raise
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        raise _Refusal(f"has something else than an array of numbers in {_printable(name)}")
+    return array
 
 
 def _load_pickle(file: BinaryIO) -> Any:
@@ -219,6 +249,7 @@ _TABLE: dict[str, Any] = {
 # How a file starts -> what reads it, or what it is instead; the first that fits.
 _KINDS: dict[bytes, Callable[..., Any] | str] = {
     rb".{4}\x00{4}\{": _load_safetensors,  # the length of its header, and the header in JSON
+    rb"PK\x03\x04.{26}[ -~]+\.npy(?![ -~]*/)": _load_npz,  # the name of the first member
     rb"PK\x03\x04": _load_torch,
     # The first of five pickles, before PyTorch 1.6: torch.serialization.MAGIC_NUMBER.
     rb"\x80.\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": _load_torch,
@@ -233,5 +264,5 @@ _KINDS: dict[bytes, Callable[..., Any] | str] = {
     rb"version https://git-lfs": "a pointer to a file of git-lfs: run git lfs pull",
     rb"[(}\])c]": _load_pickle,  # protocols 0 and 1 start with a container
     rb"[\t\n\r -~]+\Z": "a text (a download that failed?)",
-    rb"": "of no known kind; known are torch.save's, pickles of numpy, and safetensors",
+    rb"": "of no known kind; known are torch.save's, pickles and .npz of numpy, and safetensors",
 }

@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -91,6 +92,113 @@ def test_nothing_is_run(name, tmp_path):
     else:
         pickle.loads(content)
     assert canary.exists()
+
+
+def npz(*members: tuple[str, bytes], method=zipfile.ZIP_DEFLATED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as target, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about two of one name
+        for name, content in members:
+            target.writestr(name, content)
+    return file.getvalue()
+
+
+def npy(value, **kwargs) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value, **kwargs)
+    return file.getvalue()
+
+
+W = ("conv0/W.npy", npy(np.ones(3, "f4")))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("kind", ["array of objects", "pickle"])
+def test_nothing_in_an_npz_is_run(kind, at, tmp_path):
+    canary = tmp_path / "canary"
+    gadget = np.array([Gadget(str(canary))], object)
+    content = npy(gadget) if kind == "array of objects" else pickle.dumps(gadget)
+    members = [W, W]
+    members[at] = ("group0/W.npy", content)
+    path = tmp_path / "weights.npz"
+    path.write_bytes(npz(*members))
+    message = f"{path} is refused: it has Python objects in group0/W.npy, not numbers. Use another"
+    with pytest.raises(WeightsError, match=message):
+        load_file(path)
+    assert not canary.exists()
+    if kind == "pickle":  # what trusts the file runs it
+        pickle.loads(content)
+    else:
+        np.load(path, allow_pickle=True)["group0/W"]
+    assert canary.exists()
+
+
+def header(text: str, size: int = 8) -> bytes:
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode() + bytes(size)
+
+
+SHAPE = "{'descr': '<f4', 'fortran_order': False, 'shape': %s}\n"
+# A size of 1 in the directory of the file, in place of its own.
+LIAR = npz(W).replace(struct.pack("<I", len(W[1])) + struct.pack("<H", 11), b"\1\0\0\0\x0b\0")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (npz(W, ("b.npy", npy(np.zeros(2**25, "u1")))), "bytes and unpacks to 33,554,.*, as no we"),
+        (npz(*[(f"{i}.npy", bytes(2**20)) for i in range(17)]), "unpacks to 17,825,792, as no"),
+        (LIAR, "is damaged .*copy it again"),
+        (npz(W, ("a.npy", header(SHAPE % "(2**20,)"))), "is damaged .ValueError"),
+        (npz(W, ("a.npy", header(SHAPE % f"({2**60},)"))), "memory|is damaged .ValueError"),
+        (npz(W, ("a.npy", header(SHAPE % f"({2**32}, {2**32})"))), "is damaged .ValueError"),
+        (npz(W, ("a.npy", header(SHAPE % "(-1,)"))), "is damaged .ValueError"),
+        (npz(W, ("a.npy", header(SHAPE % "open('canary', 'w')"))), "is damaged .ValueError"),
+        (npz(W, ("a.npy", header("(" * 9000))), "is damaged"),
+        (npz(W, ("a.npy", b"hello")), "has Python objects in a.npy"),
+        (npz(W, ("a.npy", b"")), "is damaged .EOFError"),
+        (npz(W, ("a.npy", npz(W))), "has something else than an array of numbers in a.npy"),
+        (npz(W, ("a.npy", npy(np.array(["a"])))), "else than an array of numbers in a.npy"),
+        (npz(W, ("a.npy", npy(np.zeros(2, "f4,i4")))), "else than an array of numbers in a.npy"),
+        (npz(W, ("a.npy", npy(np.zeros(2, "V0")))), "else than an array of numbers in a.npy"),
+        (npz(W, W), "has two arrays of one name"),
+        (npz(W, method=zipfile.ZIP_LZMA), "compressed in another way"),
+        (npz(W)[:-30], "is damaged .BadZipFile"),
+        (npz(W).replace(b"conv0/W.npy", b"conv0/W.npx"), "is damaged|is refused"),
+    ],
+)
+def test_hostile_npz(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(WeightsError, match=f"weights .*{message}") as error:
+        load_file(tmp_path / "weights")
+    assert "\n" not in str(error.value) and not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(save, tmp_path):
+    """Of the names that TensorFlow gives."""
+    content = {
+        "conv0/W:0": np.random.default_rng(0).standard_normal((3, 2)).astype("f4"),
+        "conv0/gn/beta": np.zeros(2**16, "f4"),
+        "order": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(3, dtype=">i4"),
+        "step": np.array(3),
+    }
+    save(tmp_path / "x.npy.npz", **content)
+    path = tmp_path / "x.npy.npz"
+    assert_same(load_file(path), content)
+    whole = path.read_bytes()
+    for part in (0.2, 0.5, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * part)])
+        with pytest.raises(WeightsError, match=f"^{path} is damaged .*copy it again$"):
+            load_file(path)
+
+
+def test_a_torch_file_in_a_folder_like_an_array(tmp_path):
+    """PyTorch calls the folder in its archive as the file."""
+    torch.save({"model": STATE_DICT}, tmp_path / "x.npy.pth")
+    assert b"x.npy/" in (tmp_path / "x.npy.pth").read_bytes()
+    assert_same(load_file(tmp_path / "x.npy.pth")["model"], STATE_DICT)
 
 
 EMPTY = call("numpy.core.multiarray:_reconstruct", b"cnumpy\nndarray\n", b"K\0\x85", text("b"))
