@@ -15,6 +15,11 @@ from .resnet import build_gn_resnet_backbone
 from .resnetv2 import build_gn_resnetv2_backbone, build_gn_resnetv2_fpn_backbone
 from .roi_heads import GNRes5ROIHeads
 from .rpn import GNRPN, GNRPNHead
+from .tensorpack import (
+    TensorpackFastRCNNConvFCHead,
+    TensorpackMaskRCNNConvUpsampleHead,
+    build_tensorpack_resnet_fpn_backbone,
+)
 
 __all__ = [
     "GNFastRCNNConvFCHead",
@@ -29,11 +34,14 @@ __all__ = [
     "GNSemSegFPNHead",
     "GroupNormFactory",
     "ResNetClassifier",
+    "TensorpackFastRCNNConvFCHead",
+    "TensorpackMaskRCNNConvUpsampleHead",
     "build_detector",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
     "build_gn_resnetv2_backbone",
     "build_gn_resnetv2_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone",
+    "build_tensorpack_resnet_fpn_backbone",
     "finish_norms",
 ]

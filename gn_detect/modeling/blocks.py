@@ -57,6 +57,7 @@ class GNConv2d(Conv2d):
     # Variant -> eps in place of its own, of a convolution that is standardized wherever others are,
     # though no norm follows it (``modeling.resnetv2``).
     eps_of_variant: dict[str, float] | None = None
+    activation_first: bool = False  # before the norm, not behind it (``modeling.tensorpack``)
 
     def standardize(self, variant: str, eps: float | None = None) -> None:
         """Convolve with standardized weights from now on. The parameter stays as it is trained.
@@ -82,7 +83,8 @@ class GNConv2d(Conv2d):
         activation: Callable | None = None,
         lean: bool = False,
     ) -> torch.Tensor:
-        """``activation(self.activation(norm(convolution)) + residual)``.
+        """``activation(self.activation(norm(convolution)) + residual)``; or, where
+        ``activation_first``, ``activation(norm(self.activation(convolution)) + residual)``.
 
         Args:
             x: (N, in, H, W).
@@ -97,7 +99,8 @@ class GNConv2d(Conv2d):
             x = rerun(self._conv_forward, x, weight, self.bias)
         else:
             x = self._conv_forward(x, weight, self.bias)
-        if self.activation is None:
+        if self.activation is None or self.activation_first:
+            x = self.activation(x) if self.activation_first else x
             return norm_act(self.norm, x, residual, activation)
         return norm_act(None, norm_act(self.norm, x, None, self.activation), residual, activation)
 
