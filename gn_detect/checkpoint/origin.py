@@ -58,7 +58,7 @@ class Origin:
     @classmethod
     def of_name(cls, weights: str) -> Origin | None:
         """Of public weights, by the end of their name or URL; None for unknown ones."""
-        name = re.sub(r"(\.pkl|\.pth(\.tar)?)?([?#].*)?$", "", weights)
+        name = re.sub(r"(\.pkl|\.npz|\.pth(\.tar)?)?([?#].*)?$", "", weights)
         return next((o for pattern, o in _KNOWN.items() if re.search(f"{pattern}$", name)), None)
 
 
@@ -86,6 +86,8 @@ IMAGENET = {"input_format": "RGB", "pixel_mean": _BGR_MEAN[::-1], "pixel_std": _
 DETECTRON = {"input_format": "BGR", "pixel_mean": _BGR_MEAN, "pixel_std": _UNIT}
 
 _DETECTRON_GN = Origin(**DETECTRON, stride_in_1x1=False, weight_standardization="", num_groups=32)
+# Images are read by OpenCV (tensorpack's examples/FasterRCNN, config.py and backbone.py).
+TENSORPACK_GN = Origin("BGR", _BGR_MEAN, _BGR_STD, False, "", 32)
 _IMAGENET_GN = Origin(**IMAGENET, stride_in_1x1=False, weight_standardization="", num_groups=32)
 _WS_AUTHORS = dataclasses.replace(_IMAGENET_GN, weight_standardization="authors")
 
@@ -101,6 +103,8 @@ _KNOWN = {
     r"Misc/scratch_mask_rcnn_R_50_FPN_9x_gn/\d+/\w+": dataclasses.replace(
         _DETECTRON_GN, pixel_std=_BGR_STD
     ),
+    r"tensorpack(://|\.com/FasterRCNN/)COCO-MaskRCNN-R(50|101)FPN\dxGN\w*": TENSORPACK_GN,
+    r"tensorpack(://|\.com/FasterRCNN/)ImageNet-R(50|101)-GroupNorm32-AlignPadding": TENSORPACK_GN,
     # timm's models/resnet.py
     r"timm://resnet50_gn\.\w+": _IMAGENET_GN,
     # joe-siyuan-qiao/pytorch-classification, imagenet.py and README.md

@@ -25,6 +25,16 @@ _DETECTRON_GN = {
     "e2e_mask_rcnn_R-50-FPN_3x_gn": "48734751 _0417.09_54_59.nwCTtPVk",
     "e2e_mask_rcnn_R-101-FPN_3x_gn": "48734779 _0417.09_55_23.HMtcR8wg",
 }
+# What tensorpack has published with GN (its examples/FasterRCNN/README.md, and
+# ppwwyyxx/GroupNorm-reproduce for the weights of ImageNet).
+_TENSORPACK = "http://models.tensorpack.com/FasterRCNN"
+_TENSORPACK_GN = (
+    "COCO-MaskRCNN-R50FPN2xGN",
+    "COCO-MaskRCNN-R50FPN4xGNCasAug",
+    "COCO-MaskRCNN-R101FPN9xGNCasAugScratch",
+    "ImageNet-R50-GroupNorm32-AlignPadding",
+    "ImageNet-R101-GroupNorm32-AlignPadding",
+)
 # timm's ResNets without parts that leave no trace in the names of weights, such as anti-aliasing.
 _TIMM = r"(tv_)?(resnet\d+(_gn)?|resnext\d+_\d+x\d+d|wide_resnet\d+_2|resnetv2_\w+)\..+"
 
@@ -56,7 +66,8 @@ def locate(name: str) -> Source:
             - ``timm://MODEL``, weights of timm on the Hugging Face Hub:
               ``timm://resnet50_gn.a1h_in1k``;
             - ``detectron://MODEL``, weights of Detectron: ``detectron://R-50-GN``, or a detector of
-              its projects/GN by the name of its config, ``detectron://e2e_mask_rcnn_R-50-FPN_2x_gn``
+              its projects/GN by the name of its config, ``detectron://e2e_mask_rcnn_R-50-FPN_2x_gn``;
+            - ``tensorpack://MODEL``, weights of tensorpack: ``tensorpack://COCO-MaskRCNN-R50FPN2xGN``
 
             and, behind any of them, ``#sha256=`` and the digest that the file must have.
 
@@ -72,6 +83,8 @@ def locate(name: str) -> Source:
     elif address.startswith("detectron://"):
         url = _detectron(address.removeprefix("detectron://"))
         origin = origin or Origin.of_name(url)
+    elif address.startswith("tensorpack://"):
+        url = _tensorpack(address.removeprefix("tensorpack://"))
     path = _download(url, name) if "://" in url else url
     if not os.path.isfile(path):
         known = " (nor does Detectron2 know such an address)" if "://" in path else ""
@@ -135,6 +148,12 @@ def _detectron(model: str) -> str:
     if model not in urls:
         raise WeightsError(f"detectron://{model} is unknown; known: {', '.join(urls)}")
     return urls[model]
+
+
+def _tensorpack(model: str) -> str:
+    if model not in _TENSORPACK_GN:
+        raise WeightsError(f"tensorpack://{model} is unknown; known: {', '.join(_TENSORPACK_GN)}")
+    return f"{_TENSORPACK}/{model}.npz"
 
 
 def _download(url: str, name: str) -> str:

@@ -123,6 +123,7 @@ class WeightGuards:
                 "and variance for them. Set the norm of these layers to GN, or use weights that "
                 "were trained with BN",
             )
+        self._check_biases(coverage, name)
         self._check_group_norms(weights.origin, modules, name)
         self._check_backbone(coverage, parameters, name)
 
@@ -167,6 +168,16 @@ class WeightGuards:
             f"{text}: its predictors are left out; to keep them, set "
             f"{self.run.keys['WEIGHTS_CLASSES']} False"
         )
+
+    def _check_biases(self, coverage: Coverage, name: str) -> None:
+        biases = [n.removesuffix(".bias") for n in coverage.unexpected if n.endswith(".bias")]
+        if layers := [layer for layer in biases if f"{layer}.norm.weight" in coverage.loaded]:
+            self._refuse(
+                "WEIGHTS_NORM",
+                f"{name} was trained with a bias in front of the norm in {len(layers)} layers that "
+                f"have none here, such as {layers[0]}. Name a config of configs/tensorpack, or "
+                "other weights",
+            )
 
     def _check_group_norms(self, origin: Origin, modules: dict[str, nn.Module], name: str) -> None:
         group_norms = {n: m for n, m in modules.items() if isinstance(m, nn.GroupNorm)}

@@ -140,6 +140,17 @@ def _error_without_network(name, cached, monkeypatch):
     return str(error.value)
 
 
+@pytest.mark.parametrize("model", sources._TENSORPACK_GN)
+def test_names_of_tensorpack(model, put, monkeypatch):
+    file = put(f"FasterRCNN/{model}.npz")
+    for name in (f"tensorpack://{model}", f"http://models.tensorpack.com/FasterRCNN/{model}.npz"):
+        source = locate(name)
+        assert source.path == file
+        assert source.origin.pixel_std == pytest.approx((57.375, 57.12, 58.395))
+        assert (source.origin.input_format, source.origin.num_groups) == ("BGR", 32)
+    assert f"put it at {file}" in _error_without_network(f"tensorpack://{model}", file, monkeypatch)
+
+
 def test_names_of_timm(put, monkeypatch):
     file = put("timm/resnet50_gn.a1h_in1k/resolve/main/model.safetensors")
     source = locate("timm://resnet50_gn.a1h_in1k")
@@ -162,6 +173,7 @@ def test_names_of_timm(put, monkeypatch):
         ("timm://resnetblur50.bt_in1k", "'resnetblur50.bt_in1k' of a ResNet that Detectron2 has"),
         ("catalog://foo/bar", "catalog://foo/bar cannot be .*: model not present"),
         ("foo://bar.pth", "nor does Detectron2 know such an address"),
+        ("tensorpack://COCO-MaskRCNN-R50FPN2x", "R50FPN2x is unknown.*-R50FPN2xGN, COCO"),
         ("detectron://R-18", "detectron://R-18 is unknown.*R-50-GN"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 from ..origin import Origin
 from ..safe_load import WeightsError, check_finite, load_file
 from ..sources import locate
-from . import detectron, mmdetection, resnetv2, torchvision
+from . import detectron, mmdetection, resnetv2, tensorpack, torchvision
 from .weights import Weights
 
 __all__ = ["Weights", "convert", "read_weights"]
@@ -73,7 +73,7 @@ def convert(
         return mmdetection.convert(state, rest.get("meta") or {})
     if torchvision.recognizes(names):
         return torchvision.convert(state, classifier="linear.weight" in model_names)
-    for layout in (detectron, resnetv2):
+    for layout in (detectron, resnetv2, tensorpack):
         if layout.recognizes(names):
             return layout.convert(state)
     backbone = "stem.conv1.weight" in names
@@ -87,7 +87,7 @@ def convert(
         return Weights("Detectron2", state, partial, origin, batch_norms, rest=rest)
     raise WeightsError(
         f"{name}: its names ({', '.join(list(names)[:3])}, ...) are not those of a ResNet or an "
-        "R-CNN of Detectron2, Detectron, mmdetection, torchvision or timm"
+        "R-CNN of Detectron2, Detectron, mmdetection, tensorpack, torchvision or timm"
     )
 
 

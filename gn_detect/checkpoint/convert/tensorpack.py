@@ -1,0 +1,158 @@
+"""Mask R-CNN and Cascade Mask R-CNN with FPN of tensorpack (github.com/tensorpack/tensorpack,
+examples/FasterRCNN), and the ResNets that it starts from (github.com/ppwwyyxx/GroupNorm-reproduce).
+
+Names are those of TensorFlow's variables. Convolutions are laid out (height, width, in, out), the
+transposed one (height, width, out, in), fully connected layers (in, out) with features flattened
+channel by channel as here; the background is the first class, and has a box (examples/FasterRCNN,
+convert_d2/convert_d2.py, modeling/model_frcnn.py, tensorpack/models/fc.py).
+
+The networks are not Detectron2's, however much the names are: with GN, the convolutions of FPN and
+heads have biases, too, and those of the heads are followed by ReLU and then by GN. The components
+of ``modeling.tensorpack``, which ``configs/tensorpack`` name, compute that. The rest is the same:
+
+- "AlignPadding" is the padding of Caffe and PyTorch. tensorpack pads the left and the top by all,
+  the right and the bottom by one less, which no stride of 2 reaches in a map of an even size; the
+  images are padded to multiples of 32 (modeling/backbone.py).
+- Anchors are centred on the corner of a cell and not rounded, in the order of their ratios
+  (modeling/model_rpn.py).
+- RoIAlign is that of ``crop_and_resize`` on maps with one more pixel around, with half-pixel offset
+  and 2 x 2 samples (modeling/model_box.py): ``POOLER_SAMPLING_RATIO`` 2.
+- Deltas are multiplied by ``BBOX_REG_WEIGHTS``, and one box is for all classes of a Cascade R-CNN.
+
+Three details differ, and no key changes them. Deltas of sizes are cut at log(1344 / 16), in
+Detectron2 at log(1000 / 16): of boxes 62 times as wide or high as their proposal, so as the image
+for each anchor. Proposals without an area, clipped at the border, are kept there and dropped here.
+And images are resized by OpenCV, which does not smooth what it makes smaller; Pillow, here, does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..origin import TENSORPACK_GN, Origin
+from ..safe_load import WeightsError
+from .weights import Weights
+
+# Variable without its last part -> Detectron2's layer; s2 and k1 are s + 2 and k + 1, and t is the
+# stage of a Cascade R-CNN, from 1 there and from 0 here.
+_BACKBONE = {
+    r"conv0": "stem.conv1",
+    r"group(?P<s>\d)/block(?P<b>\d+)/conv(?P<c>\d)": "res{s2}.{b}.conv{c}",
+    r"group(?P<s>\d)/block(?P<b>\d+)/convshortcut": "res{s2}.{b}.shortcut",
+}
+_HEAD = r"(fastrcnn|cascade_rcnn_stage(?P<t>\d)/head)"
+_OUTPUTS = r"(fastrcnn|cascade_rcnn_stage(?P<t>\d))/outputs"
+_DETECTOR = {
+    **{layer: f"backbone.bottom_up.{ours}" for layer, ours in _BACKBONE.items()},
+    r"fpn/lateral_1x1_c(?P<k>\d)": "backbone.fpn_lateral{k}",
+    r"fpn/gn_c(?P<k>\d)": "backbone.fpn_lateral{k}.norm",
+    r"fpn/posthoc_3x3_p(?P<k>\d)": "backbone.fpn_output{k}",
+    r"fpn/gn_p(?P<k>\d)": "backbone.fpn_output{k}.norm",
+    r"rpn/conv0": "proposal_generator.rpn_head.conv",
+    r"rpn/class": "proposal_generator.rpn_head.objectness_logits",
+    r"rpn/box": "proposal_generator.rpn_head.anchor_deltas",
+    rf"{_HEAD}/conv(?P<k>\d)": "roi_heads.box_head.{t0}conv{k1}",
+    rf"{_HEAD}/gn(?P<k>\d)": "roi_heads.box_head.{t0}conv{k1}.norm",
+    rf"{_HEAD}/fc6?": "roi_heads.box_head.{t0}fc1",
+    rf"{_HEAD}/fc7": "roi_heads.box_head.{t0}fc2",
+    rf"{_OUTPUTS}/class": "roi_heads.box_predictor.{t0}cls_score",
+    rf"{_OUTPUTS}/box": "roi_heads.box_predictor.{t0}bbox_pred",
+    r"maskrcnn/fcn(?P<k>\d)": "roi_heads.mask_head.mask_fcn{k1}",
+    r"maskrcnn/gn(?P<k>\d)": "roi_heads.mask_head.mask_fcn{k1}.norm",
+    r"maskrcnn/deconv": "roi_heads.mask_head.deconv",
+    r"maskrcnn/conv": "roi_heads.mask_head.predictor",
+}
+_PARAMETERS = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
+_PARAMETERS |= {"mean/EMA": "running_mean", "variance/EMA": "running_var"}
+# A classifier, and what tensorpack/tfutils/varmanip.py (is_training_name) takes for training's.
+_LEFT_OUT = r"linear/[Wb]|global_step|learning_rate|(.*/)?EMA/.*|AccumGrad.*|apply_gradients.*"
+_LEFT_OUT += r"|.*/(Adam(_1)?|Momentum|AccumGrad)"
+
+
+def recognizes(names: Collection[str]) -> bool:
+    return any(name in names for name in ("conv0/W", "conv0/W:0"))
+
+
+def convert(state: Mapping[str, torch.Tensor]) -> Weights:
+    """
+    Raises:
+        WeightsError: the network has layers, shapes or anchors with no place in Detectron2's.
+    """
+    state = {name.removesuffix(":0"): value for name, value in state.items()}
+    detector = any(name.startswith("rpn/") for name in state)
+    names = {n: _rename(n, detector) for n in state if not re.fullmatch(_LEFT_OUT, n)}
+    if unknown := [name for name, new in names.items() if new is None]:
+        raise WeightsError(
+            f"{len(unknown)} weights of tensorpack have no place in a ResNet, or a Mask or Cascade "
+            f"R-CNN with FPN, of Detectron2: {', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}. Convert a network without these layers"
+        )
+    group_norm = "conv0/gn/gamma" in state
+    return Weights(
+        "tensorpack",
+        _classes_in_order({new: _transposed(n, state[n]) for n, new in names.items()}),
+        partial=not detector,
+        # Of those with BN, some were made of Caffe's (BACKBONE.STRIDE_1X1 of config.py).
+        origin=TENSORPACK_GN if group_norm else Origin(weight_standardization=""),
+        left_out=[name for name in state if name not in names],
+    )
+
+
+def _rename(name: str, detector: bool) -> str | None:
+    """Detectron2's name of a variable; None for what Detectron2 does not have."""
+    match = re.fullmatch(rf"(.+?)(/[gb]n)?/({'|'.join(_PARAMETERS)})", name)
+    if not match:
+        return None
+    layer, norm, parameter = match[1], ".norm" if match[2] else "", _PARAMETERS[match[3]]
+    for pattern, new in (_DETECTOR if detector else _BACKBONE).items():
+        if found := re.fullmatch(pattern, layer):
+            fields = found.groupdict("")
+            s2, k1 = (int(fields.get(key) or 0) + add for key, add in (("s", 2), ("k", 1)))
+            t0 = f"{int(fields['t']) - 1}." if fields.get("t") else ""
+            return f"{new.format(**fields, s2=s2, k1=k1, t0=t0)}{norm}.{parameter}"
+    return None
+
+
+def _transposed(name: str, value: torch.Tensor) -> torch.Tensor:
+    """From TensorFlow's layout."""
+    if not name.endswith("/W"):
+        expected, order = "one dimension", (0,)
+    elif re.search(r"/(fc\d?|outputs/(class|box))/W$", name):
+        expected, order = "two dimensions", (1, 0)
+    else:
+        expected, order = "four dimensions", (3, 2, 0, 1)
+    if value.ndim != len(order):
+        raise WeightsError(
+            f"{name} has the shape {list(value.shape)}; tensorpack's has {expected}: it was "
+            "changed, or is of another network. Convert the file that tensorpack wrote"
+        )
+    return value.permute(order).contiguous()
+
+
+def _classes_in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the background last in ``cls_score``, and without a box; the mask predictor has none."""
+    rpn = "proposal_generator.rpn_head.{}.weight"
+    scores, deltas = (state.get(rpn.format(n)) for n in ("objectness_logits", "anchor_deltas"))
+    if scores is not None and deltas is not None and len(deltas) != 4 * len(scores):
+        raise WeightsError(
+            f"rpn/box has {len(deltas)} outputs and rpn/class {len(scores)}: there are four deltas "
+            "to each anchor, and one score. Convert the file that tensorpack wrote"
+        )
+    result = dict(state)
+    for name, value in state.items():
+        if "cls_score" not in name:
+            continue
+        result[name] = torch.cat([value[1:], value[:1]])
+        boxes = name.replace("cls_score", "bbox_pred")
+        rows = len(state[boxes]) if boxes in state else 4
+        if rows not in (4, 4 * len(value)):
+            raise WeightsError(
+                f"the box outputs of tensorpack are {rows} for {len(value)} classes, background "
+                f"included: expected {4 * len(value)}, or 4 if they are the same for all classes"
+            )
+        if rows != 4:
+            result[boxes] = state[boxes][4:]
+    return result
