@@ -91,6 +91,11 @@ def is_preactivated(cfg) -> bool:
     return cfg.MODEL.BACKBONE.NAME == "build_gn_resnetv2_fpn_backbone"
 
 
+def has_biases(cfg) -> bool:
+    """Before the norms of FPN and heads."""
+    return cfg.MODEL.BACKBONE.NAME == "build_tensorpack_resnet_fpn_backbone"
+
+
 def expected_norm_layers(cfg) -> dict[str, tuple[str, int]]:
     """Component -> (its norm, its layers with a norm), from the architectures as published."""
     model = cfg.MODEL
@@ -142,6 +147,8 @@ GN_LAYERS = {
     "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_gn_3x.yaml": 53,
     "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_heads_3x.yaml": 16,
     "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_gn_3x.yaml": 69 + 8,
+    "tensorpack/mask_rcnn_R_50_FPN_gn_2x.yaml": 69,
+    "tensorpack/scratch_cascade_mask_rcnn_R_101_FPN_gn_9x.yaml": 120 + 8,
     "COCO-Detection/retinanet_R_50_FPN_gn_3x.yaml": 53 + 6 + 8,
     "COCO-PanopticSegmentation/panoptic_fpn_R_50_gn_3x.yaml": 69 + 7,
     "GN-paper/table5_frozen_bn.yaml": 0,
@@ -195,11 +202,13 @@ def test_what_is_frozen_and_what_decays(model):
         n for n in parameters if n.startswith(frozen)
     }
     norms = model.layers((nn.GroupNorm, nn.modules.batchnorm._BatchNorm)).values()
-    of_norms = {id(p) for norm in norms for p in norm.parameters()}
-    assert model.cfg.SOLVER.WEIGHT_DECAY > 0
-    for group in build_optimizer(model.cfg, model.module).param_groups:
+    exempt = {id(p) for norm in norms for p in norm.parameters()}
+    if has_biases(cfg := model.cfg):
+        exempt |= {p for n, p in parameters.items() if n.endswith(".bias")}
+    assert cfg.SOLVER.WEIGHT_DECAY > 0
+    for group in build_optimizer(cfg, model.module).param_groups:
         decays = group["weight_decay"] > 0
-        assert all((id(p) in of_norms) != decays for p in group["params"])
+        assert all((id(p) in exempt) != decays for p in group["params"])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -240,6 +249,10 @@ def test_parameters_are_those_of_detectron2(model):
     assert not cfg.RPN.NORM and not cfg.ROI_KEYPOINT_HEAD.NORM
     assert not cfg.ROI_BOX_HEAD.FC_NORM and not cfg.ROI_MASK_HEAD.DECONV_NORM
     theirs = without_memory(detectron2_config(model.cfg))
+    if has_biases(model.cfg):
+        for name, conv in theirs.named_modules():
+            if getattr(conv, "norm", None) is not None and "bottom_up" not in name:
+                conv.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels))
     ours, theirs = (
         [
             (name, value.shape)

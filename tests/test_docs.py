@@ -129,7 +129,7 @@ def test_commands(page, user, monkeypatch):
         path, *args = args
         tool = path.removeprefix("tools/")
         with monkeypatch.context() as patch:
-            if any(arg.startswith("configs/COCO-") for arg in args):
+            if any(arg.startswith(("configs/COCO-", "configs/tensorpack/")) for arg in args):
                 patch.setattr("detectron2.engine.default_setup", end)
             elif any(arg.startswith("configs/lazy/") for arg in args):
                 patch.setattr("gn_detect.engine.launch.launch", load_lazy)

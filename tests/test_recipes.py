@@ -62,6 +62,9 @@ def test_weights_and_guards(name, caplog):
         assert ModelCatalog.get(weights.removeprefix("catalog://")).startswith("https://")
     elif weights.startswith("timm://"):
         assert timm.is_model_pretrained(weights.removeprefix("timm://"))
+    elif weights.startswith("tensorpack://"):
+        assert weights == f"tensorpack://ImageNet-R{depth}-GroupNorm32-AlignPadding"
+        assert name.startswith("tensorpack/")
     elif "_ws_" in name:
         letter = "X" if "_X_" in name else "R"
         assert weights.endswith(f"syqiao/WeightStandardization/{letter}-{depth}-GN-WS.pth.tar")

@@ -29,6 +29,7 @@ FIGURES = {
     "COCO-Keypoints": ("keypoint",),
     "COCO-PanopticSegmentation": ("PQ",),
     "GN-paper": ("box", "mask"),
+    "tensorpack": ("box", "mask"),
     "quickstart": ("box", "mask"),
     "finetune": ("box", "mask"),
 }
