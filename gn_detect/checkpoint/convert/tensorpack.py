@@ -6,7 +6,7 @@ transposed one (height, width, out, in), fully connected layers (in, out) with f
 channel by channel as here; the background is the first class, and has a box (examples/FasterRCNN,
 convert_d2/convert_d2.py, modeling/model_frcnn.py, tensorpack/models/fc.py).
 
-The networks are not Detectron2's, however much the names are: with GN, the convolutions of FPN and
+These networks are not Detectron2's, alike as the names are: with GN, the convolutions of FPN and
 heads have biases, too, and those of the heads are followed by ReLU and then by GN. The components
 of ``modeling.tensorpack``, which ``configs/tensorpack`` name, compute that. The rest is the same:
 
@@ -14,15 +14,13 @@ of ``modeling.tensorpack``, which ``configs/tensorpack`` name, compute that. The
   the right and the bottom by one less, which no stride of 2 reaches in a map of an even size; the
   images are padded to multiples of 32 (modeling/backbone.py).
 - Anchors are centred on the corner of a cell and not rounded, in the order of their ratios
-  (modeling/model_rpn.py).
+  (modeling/model_rpn.py). Before May 2019, in files such as COCO-R50FPN-MaskRCNN-StandardGN.npz,
+  they were in its middle and rounded.
 - RoIAlign is that of ``crop_and_resize`` on maps with one more pixel around, with half-pixel offset
   and 2 x 2 samples (modeling/model_box.py): ``POOLER_SAMPLING_RATIO`` 2.
 - Deltas are multiplied by ``BBOX_REG_WEIGHTS``, and one box is for all classes of a Cascade R-CNN.
 
-Three details differ, and no key changes them. Deltas of sizes are cut at log(1344 / 16), in
-Detectron2 at log(1000 / 16): of boxes 62 times as wide or high as their proposal, so as the image
-for each anchor. Proposals without an area, clipped at the border, are kept there and dropped here.
-And images are resized by OpenCV, which does not smooth what it makes smaller; Pillow, here, does.
+docs/weights.md has the details that no key changes.
 """
 
 from __future__ import annotations
