@@ -58,8 +58,8 @@ class Origin:
     @classmethod
     def of_name(cls, weights: str) -> Origin | None:
         """Of public weights, by the end of their name or URL; None for unknown ones."""
-        name = re.sub(r"(\.pkl|\.npz|\.pth(\.tar)?)?([?#].*)?$", "", weights)
-        return next((o for pattern, o in _KNOWN.items() if re.search(f"{pattern}$", name)), None)
+        end = r"(\.pkl|\.npz|(\.pth)?(\.tar)?)?([?#].*)?$"
+        return next((o for pattern, o in _KNOWN.items() if re.search(pattern + end, weights)), None)
 
 
 _KINDS = {"input_format": str, "stride_in_1x1": bool, "weight_standardization": str}
@@ -105,8 +105,16 @@ _KNOWN = {
     ),
     r"tensorpack(://|\.com/FasterRCNN/)COCO-MaskRCNN-R(50|101)FPN\dxGN\w*": TENSORPACK_GN,
     r"tensorpack(://|\.com/FasterRCNN/)ImageNet-R(50|101)-GroupNorm32-AlignPadding": TENSORPACK_GN,
+    # ppwwyyxx/GroupNorm-reproduce, ImageNet-ResNet-PyTorch/main.py and resnet_gn.py
+    r"GroupNorm-reproduce/releases/download/v0\.1/ImageNet-ResNet50-GN": _IMAGENET_GN,
+    # chengyangfu/pytorch-groupnormalization, main.py; its file tells the groups
+    r"cyfu/resnet50_groupnorm(16|32)": dataclasses.replace(_IMAGENET_GN, num_groups=None),
     # timm's models/resnet.py
     r"timm://resnet50_gn\.\w+": _IMAGENET_GN,
+    # joe-siyuan-qiao/maskrcnn-benchmark, which keeps Detectron's input for these
+    r"syqiao/WeightStandardization/[RX]-(50|101)-GN-WS\.pkl": dataclasses.replace(
+        _DETECTRON_GN, weight_standardization="authors"
+    ),
     # joe-siyuan-qiao/pytorch-classification, imagenet.py and README.md
     r"syqiao/WeightStandardization/[RX]-(50|101)-GN-WS": _WS_AUTHORS,
     # mmdetection's configs/gn and configs/gn+ws. The files are named in mmcv's

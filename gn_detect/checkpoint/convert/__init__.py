@@ -25,7 +25,7 @@ __all__ = ["Weights", "convert", "read_weights"]
 logger = logging.getLogger(__name__)
 
 _DETECTORS = ("backbone.", "proposal_generator.", "roi_heads.")
-_WRAPPERS = ("module.", "_orig_mod.")  # for training on several GPUs, of torch.compile
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile, Lightning's users
 # What only Detectron2 and this project save beside a model.
 _CHECKPOINT = ("__author__", "iteration", "matching_heuristics", "origin", "trainer")
 # What is beside the model in a .pth, and in the metadata of a safetensors file.
@@ -103,7 +103,11 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
             break
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{name}: there are no weights in it: no mapping of names to tensors")
-    wrapper = next((w for w in _WRAPPERS if all(str(n).startswith(w) for n in content)), "")
+    prefix = ""
+    while wrapper := [w for w in _WRAPPERS if all(str(n).startswith(prefix + w) for n in content)]:
+        prefix += wrapper[0]
+    if prefix:
+        logger.info(f"{name}: the prefix {prefix!r} of all its names is left out")
     state = {}
     for key, value in content.items():
         kind = f"a {type(value).__name__}, not a tensor"
@@ -119,7 +123,7 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
                 f"{name}: {key!r} in it is {kind}; weights are a mapping of names to tensors, "
                 "alone or under model, model_state, state_dict or blobs"
             )
-        state[key.removeprefix(wrapper)] = value
+        state[key.removeprefix(prefix)] = value
     # Where it is that of safetensors.
     metadata = rest.get("metadata")
     for key in _AS_JSON:

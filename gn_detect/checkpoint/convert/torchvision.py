@@ -1,7 +1,8 @@
 """ResNets in torchvision's layout, which most classifiers have: torchvision's own with
 ``norm_layer=partial(GroupNorm, 32)``, timm's ``resnet50_gn``, those of the authors of Weight
 Standardization (github.com/joe-siyuan-qiao/pytorch-classification), the backbones of mmdetection,
-where norms are called ``gn1`` in place of ``bn1``, and those in torchvision's own detectors."""
+where norms are called ``gn1`` in place of ``bn1``, and those in torchvision's own detectors. Those
+of github.com/chengyangfu/pytorch-groupnormalization have one gamma and beta for each group."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..origin import IMAGENET, Origin
+from ..origin import IMAGENET, Origin, only
 from ..safe_load import WeightsError
 from .weights import Weights
 
@@ -78,9 +79,24 @@ def convert(state: Mapping[str, torch.Tensor], classifier: bool = False) -> Weig
     bottleneck = "layer1.0.conv3.weight" in state
     # mmdetection has backbones of several origins, with the names gn1, gn2, gn3.
     known = {} if "gn1.weight" in state else IMAGENET
+    converted = {new: state[name] for name, new in renamed.items() if new}
+    channels = _channels_per_group(converted)
+    for name, value in converted.items() if channels else ():
+        if re.search(r"\.norm\.(weight|bias)$", name):
+            converted[name] = value.repeat_interleave(channels)
     return Weights(
         "torchvision",
-        {new: state[name] for name, new in renamed.items() if new},
-        origin=Origin(**known, stride_in_1x1=False if bottleneck else None),
+        converted,
+        origin=Origin(
+            **known, stride_in_1x1=False if bottleneck else None, channels_per_group=channels
+        ),
         left_out=[*(prefix + name for name in left_out), *others],
     )
+
+
+def _channels_per_group(state: Mapping[str, torch.Tensor]) -> int | None:
+    """Of norms with a gamma for each group; None where they have one for each channel."""
+    gammas = {n: len(value) for n, value in state.items() if n.endswith(".norm.weight")}
+    outputs = {n: len(state[n.replace(".norm.", ".")]) for n in gammas}
+    channels = only(divmod(outputs[n], count) for n, count in gammas.items())
+    return channels[0] if channels and channels[0] > 1 and not channels[1] else None

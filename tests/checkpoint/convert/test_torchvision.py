@@ -93,6 +93,40 @@ def test_authors_of_weight_standardization():
     torch.testing.assert_close(backbone(image), features(classifier, image), rtol=0, atol=1e-9)
 
 
+class GroupNormOfFu(torch.nn.Module):
+    """chengyangfu/pytorch-groupnormalization, group_norm.py: GroupNorm2d(channels, 32)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(channels // 32) + 0.5)
+        self.bias = torch.nn.Parameter(torch.randn(channels // 32))
+
+    def forward(self, x):
+        groups = x.reshape(len(x), len(self.weight), -1)
+        groups = (groups - groups.mean(2, True)) / (
+            groups.var(2, False, keepdim=True) + 1e-5
+        ).sqrt()
+        return (groups * self.weight[:, None] + self.bias[:, None]).reshape(x.shape)
+
+
+@torch.no_grad()
+def test_gamma_and_beta_of_groups():
+    torch.manual_seed(0)
+    classifier = torchvision.models.resnet50(norm_layer=GroupNormOfFu).double().eval()
+    state = {f"module.{k}": v for k, v in classifier.state_dict().items()}
+    weights = convert({"state_dict": state, "arch": "resnet50"}, "resnet50_groupnorm32.tar")
+    groups = {"num_groups": None, "channels_per_group": 32}
+    assert weights.origin == Origin(**IMAGENET, stride_in_1x1=False, **groups)
+    known = Origin.of_name("http://www.cs.unc.edu/~cyfu/resnet50_groupnorm32.tar")
+    whole = known.completed_by(weights.origin)
+    assert whole == Origin(**IMAGENET, stride_in_1x1=False, weight_standardization="", **groups)
+    opts = ["MODEL.GN.NUM_GROUPS", 0, "MODEL.GN.CHANNELS_PER_GROUP", 32]
+    backbone = backbone_of(50, *opts).double()
+    backbone.load_state_dict(cover(weights, backbone).loaded)
+    image = torch.randn(1, 3, 33, 48).double()
+    torch.testing.assert_close(backbone(image), features(classifier, image), rtol=0, atol=1e-9)
+
+
 RESNET_18 = torchvision.models.resnet18(norm_layer=NORM).state_dict()
 
 
@@ -123,6 +157,16 @@ def test_training_checkpoint_of_torchvision():
     weights = convert({"model": RESNET_18, "epoch": 90, "optimizer": {}}, "checkpoint.pth")
     assert len(weights.state) == len(RESNET_18) - 2
     assert weights.origin == Origin(**IMAGENET)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "model._orig_mod.", "module.model."])
+def test_prefixes_of_all_names_are_left_out_and_said(prefix, caplog):
+    """Of DDP, of torch.compile, and of most modules of Lightning."""
+    caplog.set_level("INFO", "gn_detect")
+    weights = convert({"state_dict": {prefix + k: v for k, v in RESNET_18.items()}}, "last.ckpt")
+    assert weights.state.keys() == convert(RESNET_18, "torchvision").state.keys()
+    said = [f"last.ckpt: the prefix {prefix!r} of all its names is left out"]
+    assert caplog.messages == (said if prefix else [])
 
 
 def test_batch_norm_is_told():
