@@ -8,6 +8,8 @@ _NAMES = {
     "build_gn_resnetv2_fpn_backbone": "build_resnet_fpn_backbone",
     "build_tensorpack_resnet_fpn_backbone": "build_resnet_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
+    "DetectronAnchorGenerator": "DefaultAnchorGenerator",
+    "DetectronROIHeads": "StandardROIHeads",
     "GNGeneralizedRCNN": "GeneralizedRCNN",
     "GNPanopticFPN": "PanopticFPN",
     "GNRPN": "RPN",

@@ -66,8 +66,9 @@ def test_weights_and_guards(name, caplog):
         assert weights == f"tensorpack://ImageNet-R{depth}-GroupNorm32-AlignPadding"
         assert name.startswith("tensorpack/")
     elif "_ws_" in name:
-        letter = "X" if "_X_" in name else "R"
-        assert weights.endswith(f"syqiao/WeightStandardization/{letter}-{depth}-GN-WS.pth.tar")
+        file = f"{'X' if '_X_' in name else 'R'}-{depth}-GN-WS"
+        end = ".pkl" if name.startswith("Detectron/") else ".pth.tar"
+        assert weights.endswith(f"syqiao/WeightStandardization/{file}{end}")
     elif weights:
         assert weights == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
     assert (
@@ -89,7 +90,8 @@ def test_the_input_of_weights_in_the_layout_of_torchvision_is_its_own():
     rgb = {name for name in CONFIGS if as_shipped(name).INPUT.FORMAT == "RGB"}
     of_timm = {n for n in CONFIGS if as_shipped(n).MODEL.WEIGHTS.startswith("timm://resnetv2")}
     a1h = {name for name in CONFIGS if "_a1h_" in name}
-    assert rgb == {name for name in CONFIGS if "_ws_" in name} | of_timm | a1h
+    of_detectron = {name for name in CONFIGS if name.startswith("Detectron/")}
+    assert rgb == {name for name in CONFIGS if "_ws_" in name} - of_detectron | of_timm | a1h
     for name in rgb - of_timm:
         model = as_shipped(name).MODEL
         assert model.PIXEL_MEAN == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])

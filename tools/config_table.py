@@ -28,6 +28,7 @@ FIGURES = {
     "COCO-InstanceSegmentation": ("box", "mask"),
     "COCO-Keypoints": ("keypoint",),
     "COCO-PanopticSegmentation": ("PQ",),
+    "Detectron": ("box", "mask"),
     "GN-paper": ("box", "mask"),
     "tensorpack": ("box", "mask"),
     "quickstart": ("box", "mask"),

@@ -1,5 +1,6 @@
 from .box_head import GNFastRCNNConvFCHead
 from .classifier import ResNetClassifier
+from .detectron import DetectronAnchorGenerator, DetectronROIHeads
 from .fpn import build_gn_resnet_fpn_backbone, build_gn_retinanet_resnet_fpn_backbone
 from .keypoint_head import GNKRCNNConvDeconvUpsampleHead
 from .mask_head import GNMaskRCNNConvUpsampleHead
@@ -22,6 +23,8 @@ from .tensorpack import (
 )
 
 __all__ = [
+    "DetectronAnchorGenerator",
+    "DetectronROIHeads",
     "GNFastRCNNConvFCHead",
     "GNGeneralizedRCNN",
     "GNKRCNNConvDeconvUpsampleHead",
