@@ -17,7 +17,7 @@ import torch
 from ..origin import Origin
 from ..safe_load import WeightsError, check_finite, load_file
 from ..sources import locate
-from . import detectron, mmdetection, resnetv2, tensorpack, torchvision
+from . import detectron, maskrcnn_benchmark, mmdetection, resnetv2, tensorpack, torchvision
 from .weights import Weights
 
 __all__ = ["Weights", "convert", "read_weights"]
@@ -71,6 +71,9 @@ def convert(
     names = state.keys()
     if mmdetection.recognizes(names):
         return mmdetection.convert(state, rest.get("meta") or {})
+    # maskrcnn-benchmark before torchvision, whose detectors have the same names for the stages.
+    if maskrcnn_benchmark.recognizes(names):
+        return maskrcnn_benchmark.convert(state)
     if torchvision.recognizes(names):
         return torchvision.convert(state, classifier="linear.weight" in model_names)
     for layout in (detectron, resnetv2, tensorpack):
@@ -87,7 +90,8 @@ def convert(
         return Weights("Detectron2", state, partial, origin, batch_norms, rest=rest)
     raise WeightsError(
         f"{name}: its names ({', '.join(list(names)[:3])}, ...) are not those of a ResNet or an "
-        "R-CNN of Detectron2, Detectron, mmdetection, tensorpack, torchvision or timm"
+        "R-CNN of Detectron2, Detectron, maskrcnn-benchmark, mmdetection, tensorpack, torchvision "
+        "or timm"
     )
 
 

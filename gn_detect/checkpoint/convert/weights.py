@@ -17,7 +17,7 @@ class Weights:
 
     Args:
         format: whose names the file had: ``"Detectron2"``, ``"Detectron"``, ``"torchvision"``,
-            ``"mmdetection"``, ``"tensorpack"`` or ``"timm"``.
+            ``"maskrcnn-benchmark"``, ``"mmdetection"``, ``"tensorpack"`` or ``"timm"``.
         state: name -> tensor.
         partial: the names lack the beginning that they have in a detector, such as
             ``backbone.bottom_up.`` of ``stem.conv1.weight``.
