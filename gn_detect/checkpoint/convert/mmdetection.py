@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import logging
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -41,6 +42,8 @@ from ..origin import Origin, only
 from ..safe_load import WeightsError
 from . import torchvision
 from .weights import Weights
+
+logger = logging.getLogger(__name__)
 
 # Layer -> Detectron2's, once conv and norm of a ConvModule (mmcv/cnn/bricks/conv_module.py) are
 # called X and X.norm; k1 and k2 are k + 1 and k + 2. Stages are those of a Cascade R-CNN.
@@ -86,6 +89,12 @@ def convert(state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Weigh
         raise WeightsError(
             "neck.lateral_convs.3.conv.weight is missing: only detectors of mmdetection with an "
             "FPN of all four stages (start_level 0) can be converted"
+        )
+    if "bbox_head." in " ".join(state) and "roi_head." not in " ".join(state):
+        logger.warning(
+            "the detector is of mmdetection 1: for its anchors and RoIAlign, set "
+            "MODEL.ANCHOR_GENERATOR.OFFSET 0.5, and for both RoI heads POOLER_TYPE ROIAlign and "
+            "POOLER_SAMPLING_RATIO 2"
         )
     if "rpn_head.rpn_cls.weight" in state:
         _check_anchors(*(len(state[f"rpn_head.rpn_{name}.weight"]) for name in ("cls", "reg")))

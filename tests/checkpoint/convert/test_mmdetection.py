@@ -46,6 +46,12 @@ def test_names_and_shapes_of_whole_detectors(name):
         assert len(weights.left_out) == len(state) - len(expected)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_version_1_needs_is_said(version, caplog):
+    convert(State(version, **SMALL).meta())
+    assert ("MODEL.ANCHOR_GENERATOR.OFFSET 0.5" in caplog.text) == (version == 1)
+
+
 def test_heads_of_two_layers_and_class_agnostic_ones():
     state = State(1, num_convs=0, num_fcs=2, agnostic=True, **SMALL).random()
     weights = convert(state).state
