@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 
 from .origin import Origin
+from .public import PUBLIC
 from .safe_load import WeightsError
 
 _DETECTRON = "https://dl.fbaipublicfiles.com/detectron"
@@ -68,6 +69,9 @@ def locate(name: str) -> Source:
             - ``detectron://MODEL``, weights of Detectron: ``detectron://R-50-GN``, or a detector of
               its projects/GN by the name of its config, ``detectron://e2e_mask_rcnn_R-50-FPN_2x_gn``;
             - ``tensorpack://MODEL``, weights of tensorpack: ``tensorpack://COCO-MaskRCNN-R50FPN2xGN``
+              its projects/GN by the name of its config, ``detectron://e2e_mask_rcnn_R-50-FPN_2x_gn``
+            - ``mmdetection://MODEL``, detectors of its configs/gn, gn+ws and scratch:
+              ``mmdetection://mask_rcnn_r50_fpn_gn-all_2x_coco``
 
             and, behind any of them, ``#sha256=`` and the digest that the file must have.
 
@@ -85,6 +89,11 @@ def locate(name: str) -> Source:
         origin = origin or Origin.of_name(url)
     elif address.startswith("tensorpack://"):
         url = _tensorpack(address.removeprefix("tensorpack://"))
+    elif address.startswith("mmdetection://"):
+        if address not in PUBLIC:
+            known = (name for name in PUBLIC if name.startswith("mmdetection://"))
+            raise WeightsError(f"{address} is unknown; known: {', '.join(known)}")
+        url = PUBLIC[address].url
     path = _download(url, name) if "://" in url else url
     if not os.path.isfile(path):
         known = " (nor does Detectron2 know such an address)" if "://" in path else ""
@@ -109,6 +118,13 @@ def split_name(name: str) -> tuple[str, bool, str]:
         raise WeightsError(f"{name}: #sha256= takes the 64 hexadecimal digits of the file's digest")
     address, query, _ = address.partition("?matching_heuristics=True")
     return address, bool(query), digest.lower()
+
+
+def cached(name: str) -> str:
+    """The path of the file of public weights that was downloaded already; "" if it was not."""
+    scheme, _, model = name.partition("://")
+    path = _cached(_detectron(model) if scheme == "detectron" else PUBLIC[name].url or name)
+    return path if os.path.isfile(path) else ""
 
 
 def _timm(model: str) -> tuple[str, Origin]:

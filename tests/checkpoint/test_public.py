@@ -1,0 +1,98 @@
+"""The table of public weights: every config builds, and takes a file with the names and shapes of
+its source."""
+
+import functools
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from detectron2.modeling import build_model
+from detectron2_reference import detectron2_config
+from detectron_blobs import Blobs
+from helpers import config
+from mmdetection_reference import State
+
+from gn_detect.checkpoint import Origin, WeightGuards
+from gn_detect.checkpoint.convert import convert
+from gn_detect.checkpoint.coverage import BACKBONE, cover
+from gn_detect.checkpoint.public import PUBLIC
+
+pytestmark = pytest.mark.slow
+
+# Files that share a config and a number of parameters share their names and shapes.
+ROWS = {}
+for row in PUBLIC.values():
+    ROWS.setdefault((row.config, row.changes, row.layout, row.parameters), []).append(row)
+
+
+class Shapes(Blobs):
+    """``Blobs`` without values."""
+
+    def add(self, name, *shape, scale=None):
+        self[name] = torch.empty(shape, device="meta")
+
+
+class OneForEach(torch.nn.Module):
+    """The parameters of chengyangfu's GroupNorm2d: for each group of ``channels``."""
+
+    def __init__(self, channels, num_channels):
+        super().__init__()
+        for name in ("weight", "bias"):
+            setattr(self, name, torch.nn.Parameter(torch.empty(num_channels // channels)))
+
+
+@functools.cache
+def model_of(name, changes):
+    cfg = config(name, *changes, "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        return cfg, build_model(cfg)
+
+
+def content(row, cfg):
+    """Of the file of ``row``."""
+    model, resnets = cfg.MODEL, cfg.MODEL.RESNETS
+    detector = "rcnn" in row.name
+    if row.layout == "Detectron2":
+        return {"model": build_model(detectron2_config(cfg)).state_dict(), "__author__": ""}
+    if row.layout == "mmdetection":
+        groups = {"groups": 32, "base_width": 4} if resnets.NUM_GROUPS == 32 else {}
+        state = State(2, depth=resnets.DEPTH, mask=model.MASK_ON, **groups)
+        return {"state_dict": state.meta(), "meta": {}}
+    if row.layout == "Detectron":
+        blobs = Shapes(resnets.DEPTH)
+        blobs.resnet()
+        blobs.heads() if detector else blobs.conv("pred", 1000, 2048)
+        return {"blobs": blobs} if detector else blobs
+    with torch.device("meta"):
+        if row.name.startswith("timm://"):
+            classes = 21843 if row.name.endswith("in21k") else 1000
+            architecture = re.split(r"[/.]", row.name)[2]
+            return {"model": timm.create_model(architecture, num_classes=classes).state_dict()}
+        letter, depth = ("X" if resnets.NUM_GROUPS == 32 else "R"), resnets.DEPTH
+        norm = functools.partial(torch.nn.GroupNorm, 32)
+        if channels := cfg.MODEL.GN.CHANNELS_PER_GROUP:
+            norm = functools.partial(OneForEach, channels)
+        width = {"groups": 32, "width_per_group": 4} if letter == "X" else {}
+        make = {50: torchvision.models.resnet50, 101: torchvision.models.resnet101}[depth]
+        state = make(norm_layer=norm, **width).state_dict()
+    return {"state_dict": {f"module.{name}": value for name, value in state.items()}}
+
+
+@pytest.mark.parametrize("key", ROWS, ids=lambda key: ROWS[key][0].name.rpartition("/")[2])
+def test_the_config_takes_the_file(key):
+    row = ROWS[key][0]
+    cfg, model = model_of(row.config, row.changes)
+    source = content(row, cfg)
+    weights = convert(source, row.name)
+    assert weights.format == row.layout
+    coverage = cover(weights, model)
+    assert not coverage.unexpected and not coverage.mismatched
+    assert not (coverage.afresh if "rcnn" in row.name else coverage.lacking(BACKBONE))
+    for other in ROWS[key]:
+        known = Origin.of_name(other.name) or Origin.of_name(other.url) or Origin()
+        weights.origin = known.completed_by(weights.origin)
+        WeightGuards.from_config(cfg).check(weights, coverage, model, other.name)
+    state = next((source[k] for k in ("model", "state_dict", "blobs") if k in source), source)
+    assert row.parameters == round(sum(value.numel() for value in state.values()) / 1e6, 1)
