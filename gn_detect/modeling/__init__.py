@@ -1,6 +1,6 @@
 from .box_head import GNFastRCNNConvFCHead
 from .classifier import ResNetClassifier
-from .detectron import DetectronAnchorGenerator, DetectronROIHeads
+from .detectron import DetectronAnchorGenerator, DetectronROIHeads, DetectronROIPooler
 from .fpn import build_gn_resnet_fpn_backbone, build_gn_retinanet_resnet_fpn_backbone
 from .keypoint_head import GNKRCNNConvDeconvUpsampleHead
 from .mask_head import GNMaskRCNNConvUpsampleHead
@@ -25,6 +25,7 @@ from .tensorpack import (
 __all__ = [
     "DetectronAnchorGenerator",
     "DetectronROIHeads",
+    "DetectronROIPooler",
     "GNFastRCNNConvFCHead",
     "GNGeneralizedRCNN",
     "GNKRCNNConvDeconvUpsampleHead",

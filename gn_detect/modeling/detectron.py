@@ -19,6 +19,7 @@ from detectron2.modeling.anchor_generator import (
     BufferList,
     DefaultAnchorGenerator,
 )
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from torch import nn
 
@@ -47,9 +48,25 @@ class _ROIAlign(ROIAlign):
         return super().forward(input, rois - rois.new_tensor([0, 0, 0, 1, 1]))
 
 
+class DetectronROIPooler(ROIPooler):
+    """``ROIPooler`` with RoIAlign up to the last pixel of a box, one before its end; the level is
+    that of the whole box.
+
+    Args:
+        output_size, scales, sampling_ratio, **kwargs: of ``ROIPooler``.
+    """
+
+    def __init__(
+        self, output_size: int | tuple[int, int], scales: list[float], sampling_ratio: int, **kwargs
+    ):
+        super().__init__(output_size, scales, sampling_ratio, "ROIAlign", **kwargs)
+        levels = (_ROIAlign(self.output_size, s, sampling_ratio, aligned=False) for s in scales)
+        self.level_poolers = nn.ModuleList(levels)
+
+
 @ROI_HEADS_REGISTRY.register()
 class DetectronROIHeads(StandardROIHeads):
-    """``StandardROIHeads`` whose RoIAlign ends at the last pixel of a box, one before its end.
+    """``StandardROIHeads`` with this pooler for all heads of a config.
 
     Raises:
         ConfigError: a ``POOLER_TYPE`` is not "ROIAlign".
@@ -58,14 +75,16 @@ class DetectronROIHeads(StandardROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super().from_config(cfg, input_shape)
-        for pooler in (p for name, p in arguments.items() if name.endswith("_pooler") and p):
-            if any(type(level) is not ROIAlign or level.aligned for level in pooler.level_poolers):
+        for name, pooler in arguments.items():
+            if not isinstance(pooler, ROIPooler):
+                continue
+            levels = list(pooler.level_poolers)
+            if any(not isinstance(level, ROIAlign) or level.aligned for level in levels):
                 raise ConfigError(
                     "MODEL.ROI_HEADS.NAME is DetectronROIHeads, which pools with ROIAlign: set the "
                     "POOLER_TYPE of all RoI heads to it"
                 )
-            pooler.level_poolers = nn.ModuleList(
-                _ROIAlign(level.output_size, level.spatial_scale, level.sampling_ratio, False)
-                for level in pooler.level_poolers
-            )
+            scales = [level.spatial_scale for level in levels]
+            ratio = levels[0].sampling_ratio
+            arguments[name] = DetectronROIPooler(pooler.output_size, scales, ratio)
         return arguments
