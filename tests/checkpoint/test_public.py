@@ -14,7 +14,7 @@ from detectron_blobs import Blobs
 from helpers import config
 from mmdetection_reference import State
 
-from gn_detect.checkpoint import Origin, WeightGuards
+from gn_detect.checkpoint import Origin, WeightGuards, sources
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.coverage import BACKBONE, cover
 from gn_detect.checkpoint.public import PUBLIC
@@ -96,3 +96,15 @@ def test_the_config_takes_the_file(key):
         WeightGuards.from_config(cfg).check(weights, coverage, model, other.name)
     state = next((source[k] for k in ("model", "state_dict", "blobs") if k in source), source)
     assert row.parameters == round(sum(value.numel() for value in state.values()) / 1e6, 1)
+
+
+def test_all_of_timm_with_gn_are_there_with_their_input():
+    named = {name for name in PUBLIC if name.startswith("timm://")}
+    bit = timm.list_pretrained("resnetv2_*_bit*")
+    assert named == {f"timm://{name}" for name in bit + timm.list_pretrained("resnet*_gn.*")}
+    for name in named:
+        url, origin = sources._timm(name.removeprefix("timm://"))
+        assert url == PUBLIC[name].url
+        cfg = config(PUBLIC[name].config, *PUBLIC[name].changes)
+        WeightGuards.from_config(cfg).check_origin(origin, name)
+        assert origin.input_format == "RGB" and origin.pixel_mean
