@@ -50,12 +50,20 @@ def model_of(name, changes):
         return cfg, build_model(cfg)
 
 
+@functools.cache
+def state_of_detectron2():
+    """Its configs/Misc/mask_rcnn_R_50_FPN_3x_gn.yaml, and the two from scratch."""
+    cfg = config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml", "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        return build_model(detectron2_config(cfg)).state_dict()
+
+
 def content(row, cfg):
     """Of the file of ``row``."""
     model, resnets = cfg.MODEL, cfg.MODEL.RESNETS
     detector = "rcnn" in row.name
     if row.layout == "Detectron2":
-        return {"model": build_model(detectron2_config(cfg)).state_dict(), "__author__": ""}
+        return {"model": state_of_detectron2(), "__author__": ""}
     if row.layout == "mmdetection":
         groups = {"groups": 32, "base_width": 4} if resnets.NUM_GROUPS == 32 else {}
         state = State(2, depth=resnets.DEPTH, mask=model.MASK_ON, **groups)

@@ -9,6 +9,7 @@ leaves no trace in a file.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 
@@ -18,6 +19,8 @@ from ..origin import DETECTRON, Origin
 from ..safe_load import WeightsError
 from . import torchvision
 from .weights import Weights
+
+logger = logging.getLogger(__name__)
 
 # Layer -> Detectron2's; k1 is k + 1. Convolutions with GN are X.0 and X.1 of a Sequential
 # (maskrcnn_benchmark/modeling/make_layers.py), which become X and X.norm.
@@ -60,6 +63,11 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
             "Convert a detector without these layers"
         )
     group_norm = "backbone.body.stem.bn1.running_mean" not in state
+    if group_norm:
+        logger.warning(
+            "a file of maskrcnn-benchmark does not tell whether Weight Standardization was used: "
+            'if so, as in the fork of its authors, set MODEL.GN.WEIGHT_STANDARDIZATION "authors"'
+        )
     return Weights(
         "maskrcnn-benchmark",
         {new: state[name] for name, new in names.items()} | _background_last(state),

@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_names_and_shapes_of_whole_detectors(name):
+def test_names_and_shapes_of_whole_detectors(name, caplog):
     options = PUBLISHED[name]
     with torch.device("meta"):
         opts = ["MODEL.DEVICE", "meta", "MODEL.MASK_ON", options.get("mask", True)]
@@ -38,8 +38,8 @@ def test_names_and_shapes_of_whole_detectors(name):
     assert {name: value.shape for name, value in weights.state.items()} == expected
     assert (weights.format, weights.partial) == ("maskrcnn-benchmark", False)
     assert weights.left_out == [f"rpn.anchor_generator.cell_anchors.{i}" for i in range(5)]
-    # A file does not tell whether WS was used.
     assert weights.origin == Origin(**DETECTRON, stride_in_1x1=False, num_groups=32)
+    assert "does not tell whether Weight Standardization was used" in caplog.text
 
 
 def test_names_in_its_source():
