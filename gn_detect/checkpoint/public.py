@@ -39,7 +39,7 @@ class PublicWeights:
 
 _MASK, _BOX = "COCO-InstanceSegmentation/mask_rcnn_", "COCO-Detection/faster_rcnn_"
 _SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_"
-_DETECTRON = "Detectron/mask_rcnn_"
+_DETECTRON, _TENSORPACK = "Detectron/mask_rcnn_", "tensorpack/"
 _RGB = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", (123.675, 116.28, 103.53))
 _RGB += ("MODEL.PIXEL_STD", (58.395, 57.12, 57.375))
 _BIT = f"{_MASK}R_50x1_bit_FPN_gn_ws_3x"
@@ -62,6 +62,10 @@ def _mmdetection(file: str) -> tuple[str, str]:
     end = end if end.startswith("scratch_") else f"{name}_{end}"
     url = f"https://download.openmmlab.com/mmdetection/v2.0/{path.replace('+', '%2B')}/{end}.pth"
     return f"mmdetection://{name}", url
+
+
+def _tensorpack(model: str) -> tuple[str, str]:
+    return f"tensorpack://{model}", f"http://models.tensorpack.com/FasterRCNN/{model}.npz"
 
 
 def _timm(model: str) -> tuple[str, str]:
@@ -187,7 +191,37 @@ _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
             },
         },
     ),
-    # tensorpack's stand here.
+    (
+        "tensorpack",
+        "Apache-2.0",
+        "https://github.com/tensorpack/tensorpack/tree/master/examples/FasterRCNN",
+        _tensorpack,
+        {
+            (f"{_TENSORPACK}mask_rcnn_R_50_FPN_gn_2x", 45.7): {
+                "COCO-MaskRCNN-R50FPN2xGN": "40.4 / 36.3"
+            },
+            (f"{_TENSORPACK}cascade_mask_rcnn_R_50_FPN_gn_4x", 76.0): {
+                "COCO-MaskRCNN-R50FPN4xGNCasAug": "46.1 / 40.1"
+            },
+            (f"{_TENSORPACK}scratch_cascade_mask_rcnn_R_101_FPN_gn_9x", 95.0): {
+                "COCO-MaskRCNN-R101FPN9xGNCasAugScratch": "47.7 / 41.7"
+            },
+        },
+    ),
+    (
+        "tensorpack",
+        "Apache-2.0",
+        "https://github.com/ppwwyyxx/GroupNorm-reproduce/tree/master/ImageNet-ResNet-TensorFlow",
+        _tensorpack,
+        {
+            (f"{_TENSORPACK}mask_rcnn_R_50_FPN_gn_2x", 25.6): {
+                "ImageNet-R50-GroupNorm32-AlignPadding": "76.0 %"
+            },
+            (f"{_TENSORPACK}mask_rcnn_R_50_FPN_gn_2x", 44.5, "MODEL.RESNETS.DEPTH", 101): {
+                "ImageNet-R101-GroupNorm32-AlignPadding": ""
+            },
+        },
+    ),
     (
         "torchvision",
         "MIT",

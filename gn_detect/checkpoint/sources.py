@@ -26,16 +26,6 @@ _DETECTRON_GN = {
     "e2e_mask_rcnn_R-50-FPN_3x_gn": "48734751 _0417.09_54_59.nwCTtPVk",
     "e2e_mask_rcnn_R-101-FPN_3x_gn": "48734779 _0417.09_55_23.HMtcR8wg",
 }
-# What tensorpack has published with GN (its examples/FasterRCNN/README.md, and
-# ppwwyyxx/GroupNorm-reproduce for the weights of ImageNet).
-_TENSORPACK = "http://models.tensorpack.com/FasterRCNN"
-_TENSORPACK_GN = (
-    "COCO-MaskRCNN-R50FPN2xGN",
-    "COCO-MaskRCNN-R50FPN4xGNCasAug",
-    "COCO-MaskRCNN-R101FPN9xGNCasAugScratch",
-    "ImageNet-R50-GroupNorm32-AlignPadding",
-    "ImageNet-R101-GroupNorm32-AlignPadding",
-)
 # timm's ResNets without parts that leave no trace in the names of weights, such as anti-aliasing.
 _TIMM = r"(tv_)?(resnet\d+(_gn)?|resnext\d+_\d+x\d+d|wide_resnet\d+_2|resnetv2_\w+)\..+"
 
@@ -68,10 +58,9 @@ def locate(name: str) -> Source:
               ``timm://resnet50_gn.a1h_in1k``;
             - ``detectron://MODEL``, weights of Detectron: ``detectron://R-50-GN``, or a detector of
               its projects/GN by the name of its config, ``detectron://e2e_mask_rcnn_R-50-FPN_2x_gn``;
-            - ``tensorpack://MODEL``, weights of tensorpack: ``tensorpack://COCO-MaskRCNN-R50FPN2xGN``
-              its projects/GN by the name of its config, ``detectron://e2e_mask_rcnn_R-50-FPN_2x_gn``
             - ``mmdetection://MODEL``, detectors of its configs/gn, gn+ws and scratch:
-              ``mmdetection://mask_rcnn_r50_fpn_gn-all_2x_coco``
+              ``mmdetection://mask_rcnn_r50_fpn_gn-all_2x_coco``;
+            - ``tensorpack://MODEL``, weights of tensorpack: ``tensorpack://COCO-MaskRCNN-R50FPN2xGN``
 
             and, behind any of them, ``#sha256=`` and the digest that the file must have.
 
@@ -87,11 +76,9 @@ def locate(name: str) -> Source:
     elif address.startswith("detectron://"):
         url = _detectron(address.removeprefix("detectron://"))
         origin = origin or Origin.of_name(url)
-    elif address.startswith("tensorpack://"):
-        url = _tensorpack(address.removeprefix("tensorpack://"))
-    elif address.startswith("mmdetection://"):
+    elif scheme := re.match("(mmdetection|tensorpack)://", address):
         if address not in PUBLIC:
-            known = (name for name in PUBLIC if name.startswith("mmdetection://"))
+            known = (name for name in PUBLIC if name.startswith(scheme[0]))
             raise WeightsError(f"{address} is unknown; known: {', '.join(known)}")
         url = PUBLIC[address].url
     path = _download(url, name) if "://" in url else url
@@ -164,12 +151,6 @@ def _detectron(model: str) -> str:
     if model not in urls:
         raise WeightsError(f"detectron://{model} is unknown; known: {', '.join(urls)}")
     return urls[model]
-
-
-def _tensorpack(model: str) -> str:
-    if model not in _TENSORPACK_GN:
-        raise WeightsError(f"tensorpack://{model} is unknown; known: {', '.join(_TENSORPACK_GN)}")
-    return f"{_TENSORPACK}/{model}.npz"
 
 
 def _download(url: str, name: str) -> str:

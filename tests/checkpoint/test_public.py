@@ -5,6 +5,7 @@ import functools
 import re
 
 import pytest
+import tensorpack_reference as tensorpack
 import timm
 import torch
 import torchvision
@@ -58,16 +59,23 @@ def state_of_detectron2():
         return build_model(detectron2_config(cfg)).state_dict()
 
 
+def is_detector(row):
+    return "rcnn" in row.name.lower()
+
+
 def content(row, cfg):
     """Of the file of ``row``."""
     model, resnets = cfg.MODEL, cfg.MODEL.RESNETS
-    detector = "rcnn" in row.name
+    detector = is_detector(row)
     if row.layout == "Detectron2":
         return {"model": state_of_detectron2(), "__author__": ""}
     if row.layout == "mmdetection":
         groups = {"groups": 32, "base_width": 4} if resnets.NUM_GROUPS == 32 else {}
         state = State(2, depth=resnets.DEPTH, mask=model.MASK_ON, **groups)
         return {"state_dict": state.meta(), "meta": {}}
+    if row.layout == "tensorpack":
+        cascade = model.ROI_HEADS.NAME == "CascadeROIHeads"
+        return tensorpack.State(depth=resnets.DEPTH, cascade=cascade, detector=detector).meta()
     if row.layout == "Detectron":
         blobs = Shapes(resnets.DEPTH)
         blobs.resnet()
@@ -97,7 +105,7 @@ def test_the_config_takes_the_file(key):
     assert weights.format == row.layout
     coverage = cover(weights, model)
     assert not coverage.unexpected and not coverage.mismatched
-    assert not (coverage.afresh if "rcnn" in row.name else coverage.lacking(BACKBONE))
+    assert not (coverage.afresh if is_detector(row) else coverage.lacking(BACKBONE))
     for other in ROWS[key]:
         known = Origin.of_name(other.name) or Origin.of_name(other.url) or Origin()
         weights.origin = known.completed_by(weights.origin)

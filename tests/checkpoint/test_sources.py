@@ -11,6 +11,7 @@ import timm
 from iopath.common.file_io import HTTPURLHandler
 
 from gn_detect.checkpoint import WeightsError, sources
+from gn_detect.checkpoint.public import PUBLIC
 from gn_detect.checkpoint.sources import locate
 
 CONTENT = b"content of a file"
@@ -140,7 +141,9 @@ def _error_without_network(name, cached, monkeypatch):
     return str(error.value)
 
 
-@pytest.mark.parametrize("model", sources._TENSORPACK_GN)
+@pytest.mark.parametrize(
+    "model", [name.removeprefix("tensorpack://") for name in PUBLIC if "tensorpack" in name]
+)
 def test_names_of_tensorpack(model, put, monkeypatch):
     file = put(f"FasterRCNN/{model}.npz")
     for name in (f"tensorpack://{model}", f"http://models.tensorpack.com/FasterRCNN/{model}.npz"):
@@ -173,7 +176,7 @@ def test_names_of_timm(put, monkeypatch):
         ("timm://resnetblur50.bt_in1k", "'resnetblur50.bt_in1k' of a ResNet that Detectron2 has"),
         ("catalog://foo/bar", "catalog://foo/bar cannot be .*: model not present"),
         ("foo://bar.pth", "nor does Detectron2 know such an address"),
-        ("tensorpack://COCO-MaskRCNN-R50FPN2x", "R50FPN2x is unknown.*-R50FPN2xGN, COCO"),
+        ("tensorpack://COCO-MaskRCNN-R50FPN2x", "R50FPN2x is unknown.*-R50FPN2xGN, tensorpack"),
         ("detectron://R-18", "detectron://R-18 is unknown.*R-50-GN"),
     ],
 )
