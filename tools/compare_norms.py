@@ -137,7 +137,7 @@ TASKS = {
         norms=("GN", "LN", "IN", "BN"),
         total_batch=32,
         images_per_pass=(2, 4, 8, 16, 32),
-        images=48000,
+        images=64000,
     ),
 }
 

@@ -1,6 +1,8 @@
 """The classification of resnet_18_gn_classes.py with a ResNet-18 of a quarter of the width and 4
 groups, small enough to compare norms with (tools/compare_norms.py). model.stem.norm is that of all
-layers."""
+layers. Images differ in contrast and brightness, so that two do not stand for all."""
+
+import os
 
 from detectron2.config import LazyCall as L
 from detectron2.modeling import ResNet
@@ -22,4 +24,7 @@ model.stages = [
     )
     for in_channels, out_channels in ((16, 16), (16, 32), (32, 64), (64, 128))
 ]
+_root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "classes_of_contrasts")
+dataloader.train.dataset.update(root=f"{_root}/train", contrast=0.15, noise=1)
+dataloader.test.dataset.update(root=f"{_root}/val", contrast=0.15, noise=1)
 optimizer.lr = 0.1
