@@ -24,6 +24,8 @@ __all__ = ["Weights", "convert", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
+# maskrcnn-benchmark before torchvision, whose detectors have the same names for the stages.
+_LAYOUTS = mmdetection, maskrcnn_benchmark, torchvision, detectron, resnetv2, tensorpack
 _DETECTORS = ("backbone.", "proposal_generator.", "roi_heads.")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile, Lightning's users
 # What only Detectron2 and this project save beside a model.
@@ -69,16 +71,18 @@ def convert(
     """
     state, rest = _state(content, name)
     names = state.keys()
-    if mmdetection.recognizes(names):
-        return mmdetection.convert(state, rest.get("meta") or {})
-    # maskrcnn-benchmark before torchvision, whose detectors have the same names for the stages.
-    if maskrcnn_benchmark.recognizes(names):
-        return maskrcnn_benchmark.convert(state)
-    if torchvision.recognizes(names):
-        return torchvision.convert(state, classifier="linear.weight" in model_names)
-    for layout in (detectron, resnetv2, tensorpack):
-        if layout.recognizes(names):
-            return layout.convert(state)
+    more = {mmdetection: [rest.get("meta")], torchvision: ["linear.weight" in model_names]}
+    if layout := next((layout for layout in _LAYOUTS if layout.recognizes(names)), None):
+        try:
+            return layout.convert(state, *more.get(layout, ()))
+        except WeightsError as error:
+            reason = str(error)
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            reason = (
+                f"by some names it is of {layout.__name__.rpartition('.')[2]}, but others or their "
+                f"shapes are not ({type(error).__name__}: {error}). Use the file as it was written"
+            )
+        raise WeightsError(f"{name}: {reason}")
     backbone = "stem.conv1.weight" in names
     detector = backbone or any(n.startswith(_DETECTORS) for n in names)
     checkpoint = partial or any(key in rest for key in _CHECKPOINT)

@@ -40,23 +40,24 @@ import torch
 
 from ..origin import Origin, only
 from ..safe_load import WeightsError
-from . import torchvision
+from . import detectors, torchvision
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
-# Layer -> Detectron2's, once conv and norm of a ConvModule (mmcv/cnn/bricks/conv_module.py) are
-# called X and X.norm; k1 and k2 are k + 1 and k + 2. Stages are those of a Cascade R-CNN.
+# Of ``detectors.rename``, once conv and norm of a ConvModule (mmcv/cnn/bricks/conv_module.py) are
+# called X and X.norm.
+_BOX_HEAD = r"bbox_head(\.(?P<stage>\d))?"
 _LAYERS = {
     r"neck\.lateral_convs\.(?P<k>[0-3])": "backbone.fpn_lateral{k2}",
     r"neck\.fpn_convs\.(?P<k>[0-3])": "backbone.fpn_output{k2}",
     r"rpn_head\.rpn_conv": "proposal_generator.rpn_head.conv",
     r"rpn_head\.rpn_cls": "proposal_generator.rpn_head.objectness_logits",
     r"rpn_head\.rpn_reg": "proposal_generator.rpn_head.anchor_deltas",
-    r"bbox_head\.(?P<stage>\d\.)?shared_convs\.(?P<k>\d+)": "roi_heads.box_head.{stage}conv{k1}",
-    r"bbox_head\.(?P<stage>\d\.)?shared_fcs\.(?P<k>\d+)": "roi_heads.box_head.{stage}fc{k1}",
-    r"bbox_head\.(?P<stage>\d\.)?fc_cls": "roi_heads.box_predictor.{stage}cls_score",
-    r"bbox_head\.(?P<stage>\d\.)?fc_reg": "roi_heads.box_predictor.{stage}bbox_pred",
+    rf"{_BOX_HEAD}\.shared_convs\.(?P<k>\d+)": "roi_heads.box_head.{stage}conv{k1}",
+    rf"{_BOX_HEAD}\.shared_fcs\.(?P<k>\d+)": "roi_heads.box_head.{stage}fc{k1}",
+    rf"{_BOX_HEAD}\.fc_cls": "roi_heads.box_predictor.{stage}cls_score",
+    rf"{_BOX_HEAD}\.fc_reg": "roi_heads.box_predictor.{stage}bbox_pred",
     r"mask_head\.convs\.(?P<k>\d+)": "roi_heads.mask_head.mask_fcn{k1}",
     r"mask_head\.upsample": "roi_heads.mask_head.deconv",
     r"mask_head\.conv_logits": "roi_heads.mask_head.predictor",
@@ -69,38 +70,35 @@ def recognizes(names: Collection[str]) -> bool:
     return any(name.startswith(("neck.lateral_convs.", "rpn_head.rpn_")) for name in names)
 
 
-def convert(state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Weights:
+def convert(state: Mapping[str, torch.Tensor], meta: Any) -> Weights:
     """
     Args:
         state: ``state_dict`` of the checkpoint.
-        meta: of the checkpoint. The text of the config in it says the origin.
+        meta: of the checkpoint, if it has any. The text of the config in it says the origin.
 
     Raises:
-        WeightsError: the detector has layers, channels or anchors with no place in Detectron2's.
+        WeightsError: of ``detectors.converted``, or the FPN lacks stages.
     """
     names = {name: _rename(name) for name in state if not re.fullmatch(_LEFT_OUT, name)}
-    if unknown := [name for name, new in names.items() if new is None]:
-        raise WeightsError(
-            f"{len(unknown)} weights of mmdetection have no place in Detectron2's Faster, Mask and "
-            f"Cascade R-CNN: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}. "
-            "Convert a detector without these layers"
-        )
+    # The background is the first class of version 1 (mmdet/models/bbox_heads/bbox_head.py and
+    # mmdet/models/mask_heads/fcn_mask_head.py), without ``roi_head.``, and the last of version 2,
+    # without a box and a mask (its docs/compatibility.md).
+    first = any(n.startswith("bbox_head.") for n in state)
+    converted = detectors.converted(state, names, "mmdetection", background_first=first)
     if "neck.lateral_convs.3.conv.weight" not in state:
         raise WeightsError(
             "neck.lateral_convs.3.conv.weight is missing: only detectors of mmdetection with an "
             "FPN of all four stages (start_level 0) can be converted"
         )
-    if "bbox_head." in " ".join(state) and "roi_head." not in " ".join(state):
+    if first:
         logger.warning(
             "the detector is of mmdetection 1: for its anchors and RoIAlign, set "
             "MODEL.ANCHOR_GENERATOR.OFFSET 0.5, and for both RoI heads POOLER_TYPE ROIAlign and "
             "POOLER_SAMPLING_RATIO 2"
         )
-    if "rpn_head.rpn_cls.weight" in state:
-        _check_anchors(*(len(state[f"rpn_head.rpn_{name}.weight"]) for name in ("cls", "reg")))
     return Weights(
         "mmdetection",
-        {new: state[name] for name, new in names.items()} | _classes_in_order(state),
+        converted,
         partial=False,
         origin=_origin(meta, bottleneck="backbone.layer1.0.conv3.weight" in state),
         left_out=[name for name in state if name not in names],
@@ -118,63 +116,14 @@ def _rename(name: str) -> str | None:
     norm = ""
     if match := re.fullmatch(r"(.*convs\.\d+)\.(conv|[bg]n)", layer):
         layer, norm = match[1], "" if match[2] == "conv" else ".norm"
-    for pattern, new in _LAYERS.items():
-        if match := re.fullmatch(pattern, layer.removeprefix("roi_head.")):
-            groups = match.groupdict("")
-            k = int(groups.get("k", 0))
-            return f"{new.format(**groups, k1=k + 1, k2=k + 2)}{norm}.{parameter}"
-    return None
+    new = detectors.rename(layer.removeprefix("roi_head."), _LAYERS)
+    return new and f"{new}{norm}.{parameter}"
 
 
-def _check_anchors(scores: int, deltas: int) -> None:
-    if deltas != 4 * scores:
-        raise WeightsError(
-            f"rpn_head.rpn_cls has {scores} channels for {deltas // 4} anchors: Detectron2's RPN "
-            "has one per anchor, that of a sigmoid (use_sigmoid in mmdetection's config)"
-        )
-    if scores > 3:  # up to three are of one ratio or of one size: there is no other order
-        raise WeightsError(
-            f"rpn_head.rpn_cls has {scores} anchors per position. With several sizes on one level "
-            "their order is not Detectron2's; up to 3 can be converted"
-        )
-
-
-def _classes_in_order(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The class weights with Detectron2's names and classes.
-
-    They are the C classes, then the background, in ``cls_score``; the C classes, or 1 for all, in
-    ``bbox_pred`` and the mask predictor. So they are in version 2 (docs/compatibility.md
-    there). Version 1, without ``roi_head.``, has the background as the first of C + 1 classes in
-    all three (mmdet/models/bbox_heads/bbox_head.py and mmdet/models/mask_heads/fcn_mask_head.py).
-    """
-    result = {}
-    for name, value in state.items():
-        match = re.fullmatch(r"(roi_head\.)?bbox_head\.(\d\.)?fc_cls\.(weight|bias)", name)
-        if not match:
-            continue
-        first = not match[1]  # is the background
-        result[_rename(name)] = torch.cat([value[1:], value[:1]]) if first else value
-        boxes, masks = (
-            name.replace("fc_cls", "fc_reg"),
-            f"{match[1] or ''}mask_head.conv_logits.{match[3]}",
-        )
-        for predictor, size in ((boxes, 4), (masks, 1)):
-            if predictor not in state:
-                continue
-            rows, classes = len(state[predictor]), len(value) if first else len(value) - 1
-            if rows not in (size, size * classes):
-                raise WeightsError(
-                    f"{predictor} has {rows} channels, {name} has {len(value)}: expected "
-                    f"{size * classes}, or {size} if it is class-agnostic"
-                )
-            drop = size if first and rows != size else 0
-            result[_rename(predictor)] = state[predictor][drop:]
-    return result
-
-
-def _origin(meta: Mapping[str, Any], bottleneck: bool) -> Origin:
+def _origin(meta: Any, bottleneck: bool) -> Origin:
     """What the text of the config says; None for what it does not, or not unambiguously."""
-    dicts = _read_dicts(meta.get("config") or meta.get("cfg"))  # version 1 and 2, or 3
+    known = meta if isinstance(meta, Mapping) else {}
+    dicts = _read_dicts(known.get("config") or known.get("cfg"))  # version 1 and 2, or 3
     if not dicts:
         return Origin()
     # ``img_norm_cfg`` and the transform ``Normalize``, or version 3's ``data_preprocessor``

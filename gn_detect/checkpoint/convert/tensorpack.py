@@ -32,17 +32,17 @@ import torch
 
 from ..origin import TENSORPACK_GN, Origin
 from ..safe_load import WeightsError
+from . import detectors
 from .weights import Weights
 
-# Variable without its last part -> Detectron2's layer; s2 and k1 are s + 2 and k + 1, and t is the
-# stage of a Cascade R-CNN, from 1 there and from 0 here.
+# Of ``detectors.rename``: variables without their last part.
 _BACKBONE = {
     r"conv0": "stem.conv1",
     r"group(?P<s>\d)/block(?P<b>\d+)/conv(?P<c>\d)": "res{s2}.{b}.conv{c}",
     r"group(?P<s>\d)/block(?P<b>\d+)/convshortcut": "res{s2}.{b}.shortcut",
 }
-_HEAD = r"(fastrcnn|cascade_rcnn_stage(?P<t>\d)/head)"
-_OUTPUTS = r"(fastrcnn|cascade_rcnn_stage(?P<t>\d))/outputs"
+_HEAD = r"(fastrcnn|cascade_rcnn_stage(?P<stage>\d)/head)"
+_OUTPUTS = r"(fastrcnn|cascade_rcnn_stage(?P<stage>\d))/outputs"
 _DETECTOR = {
     **{layer: f"backbone.bottom_up.{ours}" for layer, ours in _BACKBONE.items()},
     r"fpn/lateral_1x1_c(?P<k>\d)": "backbone.fpn_lateral{k}",
@@ -52,12 +52,12 @@ _DETECTOR = {
     r"rpn/conv0": "proposal_generator.rpn_head.conv",
     r"rpn/class": "proposal_generator.rpn_head.objectness_logits",
     r"rpn/box": "proposal_generator.rpn_head.anchor_deltas",
-    rf"{_HEAD}/conv(?P<k>\d)": "roi_heads.box_head.{t0}conv{k1}",
-    rf"{_HEAD}/gn(?P<k>\d)": "roi_heads.box_head.{t0}conv{k1}.norm",
-    rf"{_HEAD}/fc6?": "roi_heads.box_head.{t0}fc1",
-    rf"{_HEAD}/fc7": "roi_heads.box_head.{t0}fc2",
-    rf"{_OUTPUTS}/class": "roi_heads.box_predictor.{t0}cls_score",
-    rf"{_OUTPUTS}/box": "roi_heads.box_predictor.{t0}bbox_pred",
+    rf"{_HEAD}/conv(?P<k>\d)": "roi_heads.box_head.{stage}conv{k1}",
+    rf"{_HEAD}/gn(?P<k>\d)": "roi_heads.box_head.{stage}conv{k1}.norm",
+    rf"{_HEAD}/fc6?": "roi_heads.box_head.{stage}fc1",
+    rf"{_HEAD}/fc7": "roi_heads.box_head.{stage}fc2",
+    rf"{_OUTPUTS}/class": "roi_heads.box_predictor.{stage}cls_score",
+    rf"{_OUTPUTS}/box": "roi_heads.box_predictor.{stage}bbox_pred",
     r"maskrcnn/fcn(?P<k>\d)": "roi_heads.mask_head.mask_fcn{k1}",
     r"maskrcnn/gn(?P<k>\d)": "roi_heads.mask_head.mask_fcn{k1}.norm",
     r"maskrcnn/deconv": "roi_heads.mask_head.deconv",
@@ -67,7 +67,7 @@ _PARAMETERS = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
 _PARAMETERS |= {"mean/EMA": "running_mean", "variance/EMA": "running_var"}
 # A classifier, and what tensorpack/tfutils/varmanip.py (is_training_name) takes for training's.
 _LEFT_OUT = r"linear/[Wb]|global_step|learning_rate|(.*/)?EMA/.*|AccumGrad.*|apply_gradients.*"
-_LEFT_OUT += r"|.*/(Adam(_1)?|Momentum|AccumGrad)"
+_LEFT_OUT = rf"({_LEFT_OUT}|.*/(Adam(_1)?|Momentum|AccumGrad))(:0)?"
 
 
 def recognizes(names: Collection[str]) -> bool:
@@ -77,21 +77,15 @@ def recognizes(names: Collection[str]) -> bool:
 def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     """
     Raises:
-        WeightsError: the network has layers, shapes or anchors with no place in Detectron2's.
+        WeightsError: of ``detectors.converted``, or a weight has another number of dimensions.
     """
-    state = {name.removesuffix(":0"): value for name, value in state.items()}
     detector = any(name.startswith("rpn/") for name in state)
     names = {n: _rename(n, detector) for n in state if not re.fullmatch(_LEFT_OUT, n)}
-    if unknown := [name for name, new in names.items() if new is None]:
-        raise WeightsError(
-            f"{len(unknown)} weights of tensorpack have no place in a ResNet, or a Mask or Cascade "
-            f"R-CNN with FPN, of Detectron2: {', '.join(unknown[:3])}"
-            f"{', ...' if len(unknown) > 3 else ''}. Convert a network without these layers"
-        )
-    group_norm = "conv0/gn/gamma" in state
+    transposed = {name: _transposed(name, state[name]) for name, new in names.items() if new}
+    group_norm = any(name.startswith("conv0/gn/gamma") for name in state)
     return Weights(
         "tensorpack",
-        _classes_in_order({new: _transposed(n, state[n]) for n, new in names.items()}),
+        detectors.converted(transposed, names, "tensorpack", masks_of_background=False),
         partial=not detector,
         # Of those with BN, some were made of Caffe's (BACKBONE.STRIDE_1X1 of config.py).
         origin=TENSORPACK_GN if group_norm else Origin(weight_standardization=""),
@@ -101,24 +95,19 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
 
 def _rename(name: str, detector: bool) -> str | None:
     """Detectron2's name of a variable; None for what Detectron2 does not have."""
-    match = re.fullmatch(rf"(.+?)(/[gb]n)?/({'|'.join(_PARAMETERS)})", name)
+    match = re.fullmatch(rf"(.+?)(/[gb]n)?/({'|'.join(_PARAMETERS)})(:0)?", name)
     if not match:
         return None
     layer, norm, parameter = match[1], ".norm" if match[2] else "", _PARAMETERS[match[3]]
-    for pattern, new in (_DETECTOR if detector else _BACKBONE).items():
-        if found := re.fullmatch(pattern, layer):
-            fields = found.groupdict("")
-            s2, k1 = (int(fields.get(key) or 0) + add for key, add in (("s", 2), ("k", 1)))
-            t0 = f"{int(fields['t']) - 1}." if fields.get("t") else ""
-            return f"{new.format(**fields, s2=s2, k1=k1, t0=t0)}{norm}.{parameter}"
-    return None
+    new = detectors.rename(layer, _DETECTOR if detector else _BACKBONE, first_stage=1)
+    return new and f"{new}{norm}.{parameter}"
 
 
 def _transposed(name: str, value: torch.Tensor) -> torch.Tensor:
     """From TensorFlow's layout."""
-    if not name.endswith("/W"):
+    if not re.search("/W(:0)?$", name):
         expected, order = "one dimension", (0,)
-    elif re.search(r"/(fc\d?|outputs/(class|box))/W$", name):
+    elif re.search(r"/(fc\d?|outputs/(class|box))/W(:0)?$", name):
         expected, order = "two dimensions", (1, 0)
     else:
         expected, order = "four dimensions", (3, 2, 0, 1)
@@ -128,29 +117,3 @@ def _transposed(name: str, value: torch.Tensor) -> torch.Tensor:
             "changed, or is of another network. Convert the file that tensorpack wrote"
         )
     return value.permute(order).contiguous()
-
-
-def _classes_in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With the background last in ``cls_score``, and without a box; the mask predictor has none."""
-    rpn = "proposal_generator.rpn_head.{}.weight"
-    scores, deltas = (state.get(rpn.format(n)) for n in ("objectness_logits", "anchor_deltas"))
-    if scores is not None and deltas is not None and len(deltas) != 4 * len(scores):
-        raise WeightsError(
-            f"rpn/box has {len(deltas)} outputs and rpn/class {len(scores)}: there are four deltas "
-            "to each anchor, and one score. Convert the file that tensorpack wrote"
-        )
-    result = dict(state)
-    for name, value in state.items():
-        if "cls_score" not in name:
-            continue
-        result[name] = torch.cat([value[1:], value[:1]])
-        boxes = name.replace("cls_score", "bbox_pred")
-        rows = len(state[boxes]) if boxes in state else 4
-        if rows not in (4, 4 * len(value)):
-            raise WeightsError(
-                f"the box outputs of tensorpack are {rows} for {len(value)} classes, background "
-                f"included: expected {4 * len(value)}, or 4 if they are the same for all classes"
-            )
-        if rows != 4:
-            result[boxes] = state[boxes][4:]
-    return result

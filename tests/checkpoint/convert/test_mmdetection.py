@@ -109,8 +109,14 @@ def test_layers_that_detectron2_lacks_are_named(name):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rpn_head.rpn_cls.weight": 6}, "6 channels for 3 anchors"),  # softmax
-        ({"rpn_head.rpn_cls.weight": 9, "rpn_head.rpn_reg.weight": 36}, "9 anchors per position"),
+        (
+            {"rpn_head.rpn_cls.weight": 6},
+            "rpn_cls.weight has 6 channels, .* has 12: .* sigmoid",
+        ),  # softmax
+        (
+            {"rpn_head.rpn_cls.weight": 9, "rpn_head.rpn_reg.weight": 36},
+            "9 channels, one for each anchor",
+        ),
         ({"roi_head.bbox_head.fc_reg.weight": 24}, "fc_reg.weight has 24 channels"),
         ({"roi_head.mask_head.conv_logits.bias": 6}, "conv_logits.bias has 6 channels"),
         ({"roi_head.bbox_head.fc_cls.weight": 7}, "expected 24, or 4"),  # Seesaw loss
