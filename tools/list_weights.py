@@ -29,7 +29,10 @@ def parse_args():
     )
     parser.add_argument("words", nargs="*", help="list those that have all of them in their line")
     parser.add_argument("--check", metavar="FILE", help="path, URL or name of weights")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.check and args.words:
+        parser.error("--check takes one FILE, and no words")
+    return args
 
 
 def command(config: str, changes: tuple) -> str:
@@ -63,7 +66,8 @@ def check(name: str) -> None:
     weights = read_weights(name)
     facts = describe(weights)
     if isinstance(weights.rest.get("config"), str):
-        facts["config"] = "in the file: tools/predict.py runs it"
+        runs = ": tools/predict.py runs it" * (facts["what"] != "no detector")
+        facts["config"] = f"in the file{runs}"
     else:
         configs, reason = fitting_configs(weights, name)
         facts["config"] = "\n".join(itertools.starmap(command, configs)) or f"none: {reason}"

@@ -163,18 +163,19 @@ def num_classes(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         that of its box predictor (the first one of a cascade) or of its RetinaNet head; None where
         it has neither.
     """
-    for name, shape in shapes.items():
+    rows = {name: shape[0] for name, shape in shapes.items() if any(shape[:1])}
+    for name, count in rows.items():
         if re.search(r"\bbox_predictor\.(\d\.)?cls_score\.weight$", name):
-            return shape[0] - 1  # the last is the background
-        if name == "head.cls_score.weight" and (boxes := shapes.get("head.bbox_pred.weight")):
-            return 4 * shape[0] // boxes[0]  # both for each anchor
+            return count - 1  # the last is the background
+        if name == "head.cls_score.weight" and (boxes := rows.get("head.bbox_pred.weight")):
+            return 4 * count // boxes  # both for each anchor
     return None
 
 
 def num_keypoints(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """The number of keypoints of a detector with such ``shapes``; None where it has none."""
     heads = (s for n, s in shapes.items() if n.endswith("keypoint_head.score_lowres.weight"))
-    return next((shape[1] for shape in heads), None)  # of a transposed convolution
+    return next((shape[1] for shape in heads if len(shape) > 1), None)  # of a transposed conv
 
 
 def component_of(name: str) -> str:

@@ -48,8 +48,8 @@ _BIT = f"{_MASK}R_50x1_bit_FPN_gn_ws_3x"
 def _bit(depth: int, width: int) -> tuple:
     """``_BIT`` for another depth, and ``width`` times the channels."""
     widths = {"STEM_OUT_CHANNELS": 64, "WIDTH_PER_GROUP": 64, "RES2_OUT_CHANNELS": 256}
-    changes = {"DEPTH": depth} | {key: width * value for key, value in widths.items()}
-    return sum(((f"MODEL.RESNETS.{key}", value) for key, value in changes.items()), ())
+    pairs = ((f"MODEL.RESNETS.{key}", width * value) for key, value in widths.items())
+    return sum(pairs, ("MODEL.RESNETS.DEPTH", depth))
 
 
 def _channels_per_group(channels: int) -> tuple:
@@ -64,17 +64,12 @@ def _mmdetection(file: str) -> tuple[str, str]:
     return f"mmdetection://{name}", url
 
 
-def _tensorpack(model: str) -> tuple[str, str]:
-    return f"tensorpack://{model}", f"http://models.tensorpack.com/FasterRCNN/{model}.npz"
+def _named(name: str, url: str | None = None) -> Callable[[str], tuple[str, str]]:
+    return lambda file: (name.format(file), (name if url is None else url).format(file))
 
 
-def _timm(model: str) -> tuple[str, str]:
-    return f"timm://{model}", f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors"
-
-
-def _at(url: str) -> Callable[[str], tuple[str, str]]:
-    return lambda file: (f"{url}/{file}",) * 2
-
+_tensorpack = _named("tensorpack://{}", "http://models.tensorpack.com/FasterRCNN/{}.npz")
+_timm = _named("timm://{}", "https://huggingface.co/timm/{}/resolve/main/model.safetensors")
 
 # (layout, licence, page, file -> name and URL, (config, parameters, *changes) -> file -> published)
 _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
@@ -82,7 +77,7 @@ _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
         "Detectron2",
         "CC BY-SA 3.0",
         "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md",
-        lambda file: (f"detectron2://Misc/{file}.pkl", ""),
+        _named("detectron2://Misc/{}.pkl", ""),
         {
             (f"{_MASK}R_50_FPN_gn_3x", 45.7): {
                 "mask_rcnn_R_50_FPN_3x_gn/138602888/model_final_dc5d9e": "42.6 / 38.6"
@@ -99,7 +94,7 @@ _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
         "Detectron",
         "Apache-2.0",
         "https://github.com/facebookresearch/Detectron/tree/main/projects/GN",
-        lambda file: (f"detectron://{file}", ""),
+        _named("detectron://{}", ""),
         {
             (f"{_DETECTRON}R_50_FPN_gn_2x", 45.7): {
                 "e2e_mask_rcnn_R-50-FPN_2x_gn": "40.3 / 35.7",
@@ -226,7 +221,7 @@ _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
         "torchvision",
         "MIT",
         "https://github.com/joe-siyuan-qiao/pytorch-classification",
-        _at("http://cs.jhu.edu/~syqiao/WeightStandardization"),
+        _named("http://cs.jhu.edu/~syqiao/WeightStandardization/{}"),
         {
             (f"{_MASK}R_50_FPN_gn_ws_2x", 25.6): {"R-50-GN-WS.pth.tar": "76.3 %"},
             (f"{_MASK}R_101_FPN_gn_ws_2x", 44.5): {"R-101-GN-WS.pth.tar": "77.9 %"},
@@ -238,14 +233,14 @@ _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
         "torchvision",
         "Apache-2.0",
         "https://github.com/ppwwyyxx/GroupNorm-reproduce/tree/master/ImageNet-ResNet-PyTorch",
-        _at("https://github.com/ppwwyyxx/GroupNorm-reproduce/releases/download/v0.1"),
+        _named("https://github.com/ppwwyyxx/GroupNorm-reproduce/releases/download/v0.1/{}"),
         {(f"{_MASK}R_50_FPN_gn_a1h_3x", 25.6): {"ImageNet-ResNet50-GN.pth": "75.8 %"}},
     ),
     (
         "torchvision",
         "none stated",
         "https://github.com/chengyangfu/pytorch-groupnormalization",
-        _at("http://www.cs.unc.edu/~cyfu"),
+        _named("http://www.cs.unc.edu/~cyfu/{}"),
         {
             (f"{_MASK}R_50_FPN_gn_a1h_3x", 25.5, *_channels_per_group(16)): {
                 "resnet50_groupnorm16.tar": "75.9 %"

@@ -62,11 +62,11 @@ def architecture(weights: Weights) -> str:
     """Such as "ResNeXt-50 32x4d"; "none" for what is no ResNet."""
     shapes = {re.sub(r"^backbone\.(bottom_up\.)?", "", n): s for n, s in weights.shapes.items()}
     names = [m for m in (re.match(r"res(\d)\.(\d+)\.conv(\d)\.weight", n) for n in shapes) if m]
-    if not names:
+    channels, of_group = (*shapes.get("res2.0.conv2.weight", ()), 0, 0)[:2]
+    if not names or not of_group:
         return "none"
     blocks = tuple(len({m[2] for m in names if m[1] == stage}) for stage in "2345")
     depth = _DEPTHS.get((blocks, max(int(m[3]) for m in names)), f"of {blocks} blocks")
-    channels, of_group = shapes["res2.0.conv2.weight"][:2]
     if channels != of_group:
         return f"ResNeXt-{depth} {channels // of_group}x{of_group}d"
     width = f" of {channels / 64:g} times the width" if channels != 64 else ""
@@ -88,9 +88,12 @@ def fitting_configs(weights: Weights, name: str) -> tuple[dict[tuple, None], str
     found = {}
     detector = num_classes(weights.shapes) is not None
     masks = not detector or any("mask_head." in n for n in weights.state)
+    backbone = architecture(weights)
     for config, changes in dict.fromkeys(rows):
         opts = [*changes, "MODEL.DEVICE", "meta", "MODEL.WEIGHTS", ""]
         cfg = load_config(get_config_file(config), opts)
+        if f"-{cfg.MODEL.RESNETS.DEPTH}" not in backbone:
+            continue  # without building it
         if cfg.MODEL.MASK_ON and not masks:
             cfg.MODEL.MASK_ON, changes = False, (*changes, "MODEL.MASK_ON", False)
         outputs_from_weights(cfg, weights)

@@ -1,6 +1,7 @@
 """The list of public weights, and what it says of files made with the names of their sources."""
 
 import re
+from unittest import mock
 
 import pytest
 import timm
@@ -9,8 +10,10 @@ from helpers import refusal, run_tool
 from maskrcnn_benchmark_reference import renamed
 from mmdetection_reference import State
 
+from gn_detect.checkpoint import Weights
 from gn_detect.checkpoint.public import PUBLIC
 from gn_detect.checkpoint.sources import locate
+from gn_detect.engine.identify import architecture, fitting_configs
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +42,20 @@ def test_list(tmp_path, monkeypatch):
 def test_unknown_names_of_mmdetection():
     message = refusal("list_weights.py", "--check", "mmdetection://mask_rcnn_r50")
     assert "is unknown; known: mmdetection://mask_rcnn_r50_fpn_gn-all_2x_coco" in message
+
+
+def test_words_are_not_of_a_check():
+    result = run_tool("list_weights.py", "--check", "FILE", "ws", check=False)
+    assert result.returncode == 2 and "--check takes one FILE" in result.stderr
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 0, 3, 3)])
+def test_what_is_no_resnet(shape):
+    state = {"stem.conv1.weight": (4, 3, 7, 7), "res2.0.conv1.weight": (4, 4, 1, 1)}
+    state |= {"res2.0.conv2.weight": shape} if shape else {}
+    weights = Weights("Detectron2", {name: torch.zeros(size) for name, size in state.items()})
+    assert architecture(weights) == "none"
+    assert fitting_configs(weights, "FILE") == ({}, mock.ANY)
 
 
 def without_values(state) -> dict:
@@ -80,6 +97,8 @@ def files():
 @pytest.mark.parametrize("content, said", list(files()), ids=["mmdetection", "benchmark", "timm"])
 def test_check(content, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Of each value, and there are 0.4 G of them, all 0.
+    monkeypatch.setattr("gn_detect.checkpoint.convert.check_finite", lambda state, name: None)
     torch.save(content, "FILE")
     result = run_tool("list_weights.py", "--check", "FILE")
     facts = re.findall(r"^(?:[\w ]+?)  +(.*)$", result.stdout, re.MULTILINE)

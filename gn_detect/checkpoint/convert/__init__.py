@@ -118,7 +118,7 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         logger.info(f"{name}: the prefix {prefix!r} of all its names is left out")
     state = {}
     for key, value in content.items():
-        kind = f"a {type(value).__name__}, not a tensor"
+        kind = f"a {type(value).__name__}, not a tensor" if isinstance(key, str) else "no name"
         if isinstance(value, np.ndarray):
             kind = f"an array of {value.dtype!r}, a type PyTorch does not have: save it as float32"
             with contextlib.suppress(TypeError, ValueError):
