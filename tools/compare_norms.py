@@ -195,14 +195,15 @@ def parse_args(argv):
     args.config_file = args.config_file or get_config_file(args.task.config)
     for option in ("norms", "total_batch", "images_per_pass", "images"):
         setattr(args, option, getattr(args, option) or getattr(args.task, option))
+    data = [f"--{option}" for option in DATA if getattr(args, option.replace("-", "_"))]
     if task == "classification":
-        if args.train_json or args.mixed:
+        if args.mixed or data:
             parser.error(
-                "--mixed and --train-json are of detection; give dataloader.*.dataset.root"
+                f"{' '.join(data) or '--mixed'}: of detection; give dataloader.*.dataset.root"
             )
         if others := {"GN+mask", "LN2d"} & {*args.norms}:
             parser.error(f"--norms {' '.join(sorted(others))} is compared in detection alone")
-    if args.train_json and (args.mixed or not args.val_json):
+    if data and (args.mixed or not {"--train-json", "--val-json"} <= {*data}):
         parser.error("--train-json needs --val-json, as the AP is compared, and excludes --mixed")
     if "SyncBN" in args.norms and args.num_gpus < 2:
         parser.error("SyncBN in one process is BN: give --num-gpus")
