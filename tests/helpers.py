@@ -53,6 +53,15 @@ def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
     return load_config(gn_detect.get_config_file(name), [*base, *opts])
 
 
+# Sizes of a ``State`` of the references of foreign detectors, and their keys.
+SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
+SMALL_CONFIG = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.GN.NUM_GROUPS", 4),
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", 5),
+]
 # A Mask R-CNN of 0.6 M parameters, which trains an iteration on a CPU in a moment.
 TINY = [
     *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import SMALL
 from maskrcnn_benchmark_reference import renamed
 from mmdetection_reference import State
 from tensorpack_reference import State as Tensorpack
@@ -12,7 +13,6 @@ from gn_detect.checkpoint import WeightsError
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.coverage import num_classes, num_keypoints
 
-SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
 FILES = {
     "mmdetection": State(**SMALL).meta(),
     "maskrcnn-benchmark": renamed(State(1, **SMALL).meta()),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import config
+from helpers import SMALL, config
 from maskrcnn_benchmark_reference import renamed
 from mmdetection_reference import State
 
@@ -11,8 +11,6 @@ from gn_detect.checkpoint import WeightsError
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.origin import DETECTRON, Origin
 from gn_detect.config import ConfigError
-
-SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
 
 # Its configs/gn_baselines, and those of the authors of Weight Standardization.
 PUBLISHED = {

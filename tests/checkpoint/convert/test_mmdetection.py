@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import config
+from helpers import SMALL, config
 from mmdetection_reference import State
 
 from gn_detect.checkpoint.convert import mmdetection
@@ -12,8 +12,6 @@ from gn_detect.checkpoint.origin import Origin
 from gn_detect.checkpoint.safe_load import WeightsError
 
 pytestmark = pytest.mark.slow
-
-SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
 
 
 def convert(state, meta=None) -> Weights:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from helpers import config
+from helpers import SMALL, SMALL_CONFIG, config
 from maskrcnn_benchmark_reference import Benchmark, renamed
 from mmdetection_reference import Reference, State
 
@@ -13,14 +13,6 @@ from gn_detect.checkpoint.convert import convert
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
-SMALL_CONFIG = [
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
-    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.GN.NUM_GROUPS", 4),
-    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", 5),
-]
 # What version 1 computes, for the keys that the converter names.
 VERSION_1 = ["MODEL.ANCHOR_GENERATOR.OFFSET", 0.5]
 for head in ("BOX", "MASK"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from helpers import as_shipped, config
+from helpers import SMALL, SMALL_CONFIG, as_shipped, config
 from tensorpack_reference import Reference, State
 
 from gn_detect.checkpoint import read_weights
@@ -22,15 +22,7 @@ from gn_detect.config import ConfigError
 MASK = "tensorpack/mask_rcnn_R_50_FPN_gn_2x.yaml"
 CASCADE = "tensorpack/cascade_mask_rcnn_R_50_FPN_gn_4x.yaml"
 SCRATCH = "tensorpack/scratch_cascade_mask_rcnn_R_101_FPN_gn_9x.yaml"
-SMALL = {"width": 8, "channels": 16, "fc": 32, "classes": 5}
-SMALL_CONFIG = [
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
-    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.GN.NUM_GROUPS", 4),
-    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", 5, "MODEL.RPN.PRE_NMS_TOPK_TEST", 200),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", 200),
-]
+PROPOSALS = ["MODEL.RPN.PRE_NMS_TOPK_TEST", 200, "MODEL.RPN.POST_NMS_TOPK_TEST", 200]
 
 
 @contextlib.contextmanager
@@ -51,7 +43,7 @@ def pair(request, tmp_path_factory):
     # Detectron2 has anchors and boxes in float32, whatever the model is in.
     double = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
     with double, mock.patch.object(torch, "float32", torch.float64), default_dtype(torch.float64):
-        model = build_model(config(CASCADE if cascade else MASK, *SMALL_CONFIG))
+        model = build_model(config(CASCADE if cascade else MASK, *SMALL_CONFIG, *PROPOSALS))
         model.load_state_dict(read_weights(str(path)).state)
         yield Reference(state, groups=4, proposals=200), model.eval()
 
