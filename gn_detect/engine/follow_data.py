@@ -78,8 +78,8 @@ def resolve_folders(run: Settings, *, training: bool) -> int | None:
     machines = on_each_machine(look)
     (root, count, classes), *others = found = next(iter(machines.values()))
     for name, theirs in machines.items():
-        if theirs != found:
-            raise DataError(f"{name} has other images or classes in {root}; copy them anew")
+        if other := [mine[0] for mine, its in zip(found, theirs, strict=True) if mine != its]:
+            raise DataError(f"{name} has other images or classes in {other[0]}; copy them anew")
     for other, _, theirs in others:
         if theirs != classes:
             differ = ", ".join(sorted({*theirs} ^ {*classes})[:10])

@@ -73,7 +73,7 @@ def architecture(weights: Weights) -> str:
     return f"{'pre-activation ' * ('res2.0.norm1.weight' in shapes)}ResNet-{depth}{width}"
 
 
-def fitting_configs(weights: Weights, name: str) -> tuple[dict[tuple, None], str]:
+def fitting_configs(weights: Weights, name: str) -> tuple[list[tuple], str]:
     """The configs of public weights of this format that take all of ``weights``, of the file
     ``name``.
 
@@ -85,7 +85,7 @@ def fitting_configs(weights: Weights, name: str) -> tuple[dict[tuple, None], str
     rows = [(f"Detectron/mask_rcnn_{n}_2x.yaml", ()) for n in _BENCHMARK if benchmark]
     rows += [(r.config, r.changes) for r in PUBLIC.values() if r.layout == weights.format]
     reason = f"no config of public weights with {weights.format}'s names has just these layers"
-    found = {}
+    found = []
     detector = num_classes(weights.shapes) is not None
     masks = not detector or any("mask_head." in n for n in weights.state)
     backbone = architecture(weights)
@@ -105,7 +105,7 @@ def fitting_configs(weights: Weights, name: str) -> tuple[dict[tuple, None], str
             continue
         try:
             WeightGuards.from_config(cfg).check(weights, coverage, model, name)
-            found[config, changes] = None
+            found.append((config, changes))
         except ConfigError as error:
             reason = str(error)
     return found, reason

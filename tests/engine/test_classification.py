@@ -20,7 +20,7 @@ from gn_detect.config import ConfigError
 from gn_detect.data.classes import CLASSES, write_classes
 from gn_detect.data.coco import DataError
 from gn_detect.data.image_folder import read_image_folder
-from gn_detect.engine import lazy, memory, prepare_run
+from gn_detect.engine import follow_data, lazy, memory, prepare_run
 from gn_detect.engine.best import Best
 from gn_detect.engine.lazy import do_train
 from gn_detect.engine.lazy_config import load_lazy_config
@@ -232,6 +232,16 @@ def test_classes_that_do_not_fit_are_refused(small, tmp_path):
     cfg.dataloader.test.dataset = L(read_image_folder)(root=str(tmp_path / "val"))
     with pytest.raises(DataError, match="differ in their classes .a, arrow, burst, cross"):
         prepare_run(cfg)
+
+
+def test_a_machine_with_other_images_is_refused(small, tmp_path, monkeypatch):
+    def two(look):
+        train, (root, count, classes) = look()
+        return {"first": [train, (root, count, classes)], "second": [train, (root, 19, classes)]}
+
+    monkeypatch.setattr(follow_data, "on_each_machine", two)
+    with pytest.raises(DataError, match="^second has other images or classes in .*val; copy them"):
+        prepare_run(load_lazy_config(str(small), [f"train.output_dir={tmp_path}"]))
 
 
 def test_the_smaller_error_is_the_better():

@@ -55,7 +55,7 @@ def test_what_is_no_resnet(shape):
     state |= {"res2.0.conv2.weight": shape} if shape else {}
     weights = Weights("Detectron2", {name: torch.zeros(size) for name, size in state.items()})
     assert architecture(weights) == "none"
-    assert fitting_configs(weights, "FILE") == ({}, mock.ANY)
+    assert fitting_configs(weights, "FILE") == ([], mock.ANY)
 
 
 def without_values(state) -> dict:
