@@ -131,7 +131,7 @@ def _load_safetensors(file: BinaryIO) -> dict[str, dict]:
 
 def _load_npz(file: BinaryIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
-        members = {m.filename: m for m in archive.filelist}
+        members = {m.filename.removesuffix(".npy"): m for m in archive.filelist}
         size, unpacked = os.fstat(file.fileno()).st_size, sum(m.file_size for m in archive.filelist)
         if unpacked > 16 * size + 2**24:  # trained weights are hardly compressed
             raise _Refusal(f"has {size:,} bytes and unpacks to {unpacked:,}, as no weights do")
@@ -139,7 +139,7 @@ def _load_npz(file: BinaryIO) -> dict[str, np.ndarray]:
             raise _Refusal("has two arrays of one name")
         if {m.compress_type for m in members.values()} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             raise _Refusal("is compressed in another way than NumPy does it")
-        return {n.removesuffix(".npy"): _array(archive.read(m), n) for n, m in members.items()}
+        return {name: _array(archive.read(m), m.filename) for name, m in members.items()}
 
 
 def _array(content: bytes, name: str) -> np.ndarray:

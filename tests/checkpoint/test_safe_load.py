@@ -161,6 +161,7 @@ LIAR = npz(W).replace(struct.pack("<I", len(W[1])) + struct.pack("<H", 11), b"\1
         (npz(W, ("a.npy", npy(np.zeros(2, "f4,i4")))), "else than an array of numbers in a.npy"),
         (npz(W, ("a.npy", npy(np.zeros(2, "V0")))), "else than an array of numbers in a.npy"),
         (npz(W, W), "has two arrays of one name"),
+        (npz(W, (W[0].removesuffix(".npy"), W[1])), "has two arrays of one name"),
         (npz(W, method=zipfile.ZIP_LZMA), "compressed in another way"),
         (npz(W)[:-30], "is damaged .BadZipFile"),
         (npz(W).replace(b"conv0/W.npy", b"conv0/W.npx"), "is damaged|is refused"),
