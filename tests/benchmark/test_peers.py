@@ -23,9 +23,9 @@ def nothing(tensor):
 
 
 class Harm:
-    """What a peer does to its results."""
+    """What a peer does to gamma, to y and to the gradient of gamma."""
 
-    output = gamma = staticmethod(nothing)
+    weight = output = gamma = staticmethod(nothing)
 
 
 class LigerGroupNormFunction(torch.autograd.Function):
@@ -34,7 +34,7 @@ class LigerGroupNormFunction(torch.autograd.Function):
         assert x.is_contiguous() and x.shape[1] == num_channels
         n, c, hw = x.shape
         ctx.sizes = n, c, hw, num_groups
-        arguments = x, weight, bias, *ctx.sizes, eps
+        arguments = x, Harm.weight(weight), bias, *ctx.sizes, eps
         y, mean, rstd = torch.ops.aten.native_group_norm(*arguments)
         ctx.save_for_backward(x, mean, rstd, weight)
         return Harm.output(y.view(n, num_groups, -1)).view(x.shape)
@@ -57,8 +57,8 @@ class ApexGroupNorm(nn.GroupNorm):
 def installed(monkeypatch):
     """Both libraries, or neither."""
     peers.installed.cache_clear()
-    monkeypatch.setattr(Harm, "output", nothing)
-    monkeypatch.setattr(Harm, "gamma", nothing)
+    for what in ("weight", "output", "gamma"):
+        monkeypatch.setattr(Harm, what, nothing)
 
     def install(there):
         liger = types.SimpleNamespace(LigerGroupNormFunction=LigerGroupNormFunction)
@@ -106,6 +106,7 @@ def test_layers_that_they_do_not_take_are_marked(installed, measure):
     [
         ("output", lambda t: t * 1.001, "wrong: the output is off by 0.00"),
         ("output", lambda t: t.masked_fill(t == t.max(), torch.nan), "the output is off by nan"),
+        ("weight", torch.ones_like, "wrong: the output is off by "),
         ("gamma", lambda t: 0 * t, "wrong: the gradient of gamma is off by "),
     ],
 )
@@ -113,7 +114,7 @@ def test_wrong_ones_are_marked(installed, measure, monkeypatch, what, harm, mess
     installed(True)
     monkeypatch.setattr(Harm, what, harm)
     forward, both = measure("eager", "liger")
-    for results, wrong in ((forward, what == "output"), (both, True)):
+    for results, wrong in ((forward, what != "gamma"), (both, True)):
         for eager, liger in results:
             assert "ms" in eager
             assert message in liger if wrong else "ms" in liger
@@ -159,10 +160,10 @@ def test_compiled(monkeypatch, name, options):
         return compile(function, backend="aot_eager", **kwargs)
 
     monkeypatch.setattr(torch, "compile", eagerly)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for i in range(1, 4):  # more than that
-        layer = Layer((1, 4, i, 2), 2, relu=True, residual=True)
-        assert kernels.layer_run(name, "forward", layer, Settings())().shape == layer.shape
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for i in range(1, 4):  # more than that
+            layer = Layer((1, 4, i, 2), 2, relu=True, residual=True)
+            assert kernels.layer_run(name, "forward", layer, Settings())().shape == layer.shape
     assert compiled == [options] * 3
 
 

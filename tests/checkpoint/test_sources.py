@@ -15,6 +15,7 @@ from gn_detect.checkpoint.public import PUBLIC
 from gn_detect.checkpoint.sources import locate
 
 CONTENT = b"content of a file"
+ADDRESSES = {weights.url for weights in PUBLIC.values()}
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -152,6 +153,24 @@ def test_names_of_tensorpack(model, put, monkeypatch):
         assert source.origin.pixel_std == pytest.approx((57.375, 57.12, 58.395))
         assert (source.origin.input_format, source.origin.num_groups) == ("BGR", 32)
     assert f"put it at {file}" in _error_without_network(f"tensorpack://{model}", file, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "gn/mask_rcnn_r101_fpn_gn-all_3x_coco/"
+        "mask_rcnn_r101_fpn_gn-all_3x_coco_20200513_181609-0df864f4.pth",
+        "gn%2Bws/faster_rcnn_r50_fpn_gn_ws-all_1x_coco/"
+        "faster_rcnn_r50_fpn_gn_ws-all_1x_coco_20200130-613d9fe2.pth",
+        "scratch/mask_rcnn_r50_fpn_gn-all_scratch_6x_coco/scratch_mask_rcnn_r50_fpn_gn_6x_"
+        "bbox_mAP-0.412__segm_mAP-0.374_20200201_193051-1e190a40.pth",
+    ],
+)
+def test_names_of_mmdetection(file, put):
+    """As its README.md of configs/gn, gn+ws and scratch link them."""
+    path = put(f"mmdetection/v2.0/{file}")
+    assert locate(f"mmdetection://{file.split('/')[1]}").path == path
+    assert f"https://download.openmmlab.com/mmdetection/v2.0/{file}" in ADDRESSES
 
 
 def test_names_of_timm(put, monkeypatch):

@@ -98,5 +98,5 @@ def _channels_per_group(state: Mapping[str, torch.Tensor]) -> int | None:
     """Of norms with a gamma for each group; None where they have one for each channel."""
     gammas = {n: len(value) for n, value in state.items() if n.endswith(".norm.weight")}
     outputs = {n: len(state[n.replace(".norm.", ".")]) for n in gammas}
-    channels = only(divmod(outputs[n], count) for n, count in gammas.items())
-    return channels[0] if channels and channels[0] > 1 and not channels[1] else None
+    channels = only(outputs[n] // count for n, count in gammas.items())
+    return channels if channels and channels > 1 else None
