@@ -121,6 +121,7 @@ def test_classification(tmp_path, capsys, monkeypatch):
         assert cfg.dataloader.train.total_batch_size == 32 and cfg.train.max_iter == 4
         assert cfg.train.ims_per_gpu * cfg.train.accumulate_steps == 32
         assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.1, 0.5)
+        assert cfg.dataloader.train.num_workers == 0  # several would augment otherwise
         cfg.train.update(ims_per_gpu=0, accumulate_steps=0, output_dir="")
     assert runs[::2] == runs[1::2]
     images = torch.zeros(2, 3, 32, 32)

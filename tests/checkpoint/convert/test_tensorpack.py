@@ -1,6 +1,7 @@
 """Detectors of tensorpack: names and shapes, numbers, and what is refused."""
 
 import contextlib
+import math
 from unittest import mock
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from helpers import SMALL, SMALL_CONFIG, as_shipped, config
 from tensorpack_reference import Reference, State
 
@@ -93,6 +95,23 @@ def test_anchors_and_what_the_rpn_makes_of_them(pair, levels):
         their_anchors = reference.anchors(i, *level.shape[2:])
         close(anchors[i].tensor, their_anchors)
         close(boxes[i][0], reference.decode(their_deltas, their_anchors))
+
+
+@torch.no_grad()
+def test_what_the_rpn_is_trained_on(pair):
+    """Anchors within the image alone (data.py), and for these the Huber loss of 1/9, divided by it,
+    and a cross entropy, both over the 256 anchors of a sample (modeling/model_rpn.py)."""
+    rpn = pair[1].proposal_generator
+    anchors = [Boxes(torch.tensor([[10.0, 10, 50, 50], [-1, 10, 49, 50], [60, 20, 100, 60]]))]
+    objects = [Instances((96, 128), gt_boxes=anchors[0][:1])]
+    labels, boxes = rpn.label_and_sample_anchors(anchors, objects)
+    assert labels[0].tolist() == [1, -1, 0]
+    deltas = torch.tensor([[[0.05, -0.2, 0.5, 0.0], [9.0] * 4, [9.0] * 4]])  # the true ones are 0
+    with EventStorage():
+        losses = rpn.losses(anchors, [torch.zeros(1, 3)], labels, [deltas], boxes)
+    huber = 9 / 2 * 0.05**2 + (0.2 - 1 / 18) + (0.5 - 1 / 18)
+    assert losses["loss_rpn_loc"].item() == pytest.approx(huber / 256, rel=1e-6)
+    assert losses["loss_rpn_cls"].item() == pytest.approx(2 * math.log(2) / 256)
 
 
 # Of all levels, and with sides beyond those of the maps.
