@@ -76,3 +76,10 @@ def test_classes_differ_by_the_shape():
         for other in CLASSES:
             differs = np.abs(drawn[one] - drawn[other]).sum(2) > 60
             assert (one == other) == (not differs.any()) and differs.mean() < 0.5
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_shape_is_brighter_than_all_else(name):
+    rng = np.random.default_rng(CLASSES.index(name))
+    pixels = np.asarray(draw_class(rng, name, 64, (0.3, 0.4), 3, 0), dtype=float).mean(2)
+    assert np.median(pixels) < 130 and np.quantile(pixels, 0.98) > 140
