@@ -134,10 +134,10 @@ TASKS = {
         classification,
         {"top-1 error": "classification/top1_error"},
         worst=100.0,
-        norms=("GN", "LN", "IN", "BN"),
+        norms=("GN", "LN", "BN"),
         total_batch=32,
         images_per_pass=(2, 4, 8, 16, 32),
-        images=64000,
+        images=80000,
     ),
 }
 

@@ -42,7 +42,6 @@ def write_classes(
     radii: Sequence[float] = (0.3, 0.4),
     clutter: int = 2,
     noise: float = 4,
-    contrast: float = 1,
     seed: int = 0,
 ) -> Path:
     """Write the images ``train/CLASS/`` and ``val/CLASS/`` of ``CLASSES`` under ``root``, once.
@@ -58,8 +57,6 @@ def write_classes(
         clutter: so many triangles and bars, smaller and duller than the shape, lie around and
             behind it.
         noise: deviation of the noise of each pixel.
-        contrast: that of an image falls by a random factor, to no less than this part, and its
-            brightness is then random, too, as that of photographs.
         seed: another one gives other images.
 
     Returns:
@@ -69,12 +66,10 @@ def write_classes(
         DataError: ``root`` holds a dataset of other arguments, or something else.
     """
     info = {"generator": VERSION, "counts": [num_train, num_val], "size": image_size}
-    drawn = {"radii": list(radii), "clutter": clutter, "noise": noise, "contrast": contrast}
+    drawn = {"radii": list(radii), "clutter": clutter, "noise": noise}
     info |= drawn | {"seed": seed}
     if min(num_train, num_val) < len(CLASSES) or image_size < 32:
         raise DataError("shapes need an image of each class in each split, and 32 pixels")
-    if not 0 < contrast <= 1:
-        raise DataError(f"contrast is {contrast}; it must be above 0, and at most 1")
 
     def write(directory: Path) -> None:
         for i, (split, count) in enumerate((("train", num_train), ("val", num_val))):
@@ -96,7 +91,6 @@ def draw_class(
     radii: Sequence[float],
     clutter: int,
     noise: float,
-    contrast: float,
 ) -> Image.Image:
     """Draw an RGB image of the class ``name``, in which the shape is the brightest; for the rest
     see :func:`write_classes`."""
@@ -105,9 +99,6 @@ def draw_class(
     pieces = [(shape_mask(rng, outline, size, (0.05, 0.12)), 30, 150) for outline in small]
     for mask, *colours in [*pieces, (shape_mask(rng, _FIGURES[name], size, radii), 150, 240)]:
         canvas[mask] = texture(rng, size, rng.uniform(*colours, 3), contrast=24)[mask]
-    if contrast < 1:
-        gain = np.exp(rng.uniform(np.log(contrast), 0))
-        canvas = gain * canvas + rng.uniform(0, 255 * (1 - gain))
     return photograph(rng, canvas, noise)
 
 

@@ -1,6 +1,7 @@
 """The classification of resnet_18_gn_classes.py with a ResNet-18 of a quarter of the width and 4
-groups, small enough to compare norms with (tools/compare_norms.py). model.stem.norm is that of all
-layers. Images differ in contrast and brightness, so that two do not stand for all."""
+groups on images of half the size, small enough to compare norms with (tools/compare_norms.py).
+model.stem.norm is that of all layers. The last stage has one position: there BN normalizes as many
+values as a pass has images."""
 
 import os
 
@@ -24,7 +25,11 @@ model.stages = [
     )
     for in_channels, out_channels in ((16, 16), (16, 32), (32, 64), (64, 128))
 ]
-_root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "classes_of_contrasts")
-dataloader.train.dataset.update(root=f"{_root}/train", contrast=0.15, noise=1)
-dataloader.test.dataset.update(root=f"{_root}/val", contrast=0.15, noise=1)
+_root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "small_classes")
+for split, loader in (("train", dataloader.train), ("val", dataloader.test)):
+    loader.dataset.update(root=f"{_root}/{split}", image_size=32, radii=[0.32, 0.42])
+    loader.dataset.update(clutter=1, noise=1)
+    for augmentation in loader.mapper.augmentations:
+        if "size" in augmentation:
+            augmentation.size = 32
 optimizer.lr = 0.1
