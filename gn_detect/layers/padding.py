@@ -66,7 +66,7 @@ class Extents:
     def mask(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(N, 1, H, W): 1 where there is image, else 0."""
         ones = (torch.ones(1, 1, h, w, dtype=dtype) for h, w in self.sizes)
-        return self._on(device, dtype, lambda: torch.cat([self._resized(one) for one in ones]))
+        return self._on(device, dtype, lambda: join(list(ones), self.height, self.width))
 
     def _on(self, device: torch.device, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
         if (device, dtype) not in self._tensors:
@@ -80,16 +80,11 @@ class Extents:
         """What is image of a map (N, C, H, W): each (1, C, h, w), or all (N, C, h, w) where they
         have one size."""
         alike = len(set(self.sizes)) == 1
-        images = [x] if alike else x.split(1)
-        return [_resize(image, *size) for image, size in zip(images, self.sizes, strict=False)]
+        return crop([len(self.sizes)] if alike else [1] * len(self.sizes), self.sizes, x)
 
     def join(self, crops: Sequence[Tensor]) -> Tensor:
         """The map (N, C, H, W) of its :meth:`crops`, with zeros around them."""
-        padded = [self._resized(crop) for crop in crops]
-        return padded[0] if len(padded) == 1 else torch.cat(padded)
-
-    def _resized(self, x: Tensor) -> Tensor:
-        return _resize(x, self.height, self.width)
+        return join(crops, self.height, self.width)
 
 
 def _divided(size: int, stride: int) -> int:
@@ -103,6 +98,72 @@ def _resize(x: Tensor, height: int, width: int) -> Tensor:
     if not torch.jit.is_tracing() and (h, w) == (height, width):
         return x
     return F.pad(x, (0, width - w, 0, height - h))
+
+
+def crop(numbers: Sequence[int], sizes: Sequence[Sequence[int]], x: Tensor) -> list[Tensor]:
+    """Of a map (N, C, H, W) the top left of so many images each, in sizes of their own: maps
+    (n, C, h, w)."""
+    if not _is_captured():
+        return list(_Crop.apply(numbers, sizes, x))
+    parts = [x] if len(numbers) == 1 else x.split(numbers)
+    return [_resize(part, *size) for part, size in zip(parts, sizes, strict=False)]
+
+
+def join(crops: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """Of maps (n, C, h, w) one (N, C, height, width), with zeros around them."""
+    if not _is_captured():
+        alone = len(crops) == 1 and crops[0].shape[-2:] == (height, width)
+        return crops[0] if alone else _Join.apply(height, width, *crops)
+    padded = [_resize(crop, height, width) for crop in crops]
+    return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+
+def _is_captured() -> bool:
+    """Whether a graph is made, which is to have operations of PyTorch alone."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+class _Crop(torch.autograd.Function):
+    """Its gradient is a join, and that of a join are crops: each a pass over what is image, where
+    autograd would pad, split and add whole maps."""
+
+    @staticmethod
+    def forward(ctx, numbers, sizes, x):
+        ctx.size = x.shape[-2:]
+        parts = zip(x.split(numbers), sizes, strict=False)
+        return tuple(p if (h, w) == ctx.size else p[..., :h, :w].clone() for p, (h, w) in parts)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, None, join(gradients, *ctx.size)
+
+
+class _Join(torch.autograd.Function):
+    """See :class:`_Crop`."""
+
+    @staticmethod
+    def forward(ctx, height, width, *crops):
+        ctx.numbers, ctx.sizes = [len(crop) for crop in crops], [crop.shape[-2:] for crop in crops]
+        nchw, nhwc = (
+            all(crop.is_contiguous(memory_format=layout) for crop in crops)
+            for layout in (torch.contiguous_format, torch.channels_last)
+        )
+        joined = torch.empty(
+            (sum(ctx.numbers), crops[0].shape[1], height, width),
+            dtype=crops[0].dtype,
+            device=crops[0].device,
+            memory_format=torch.channels_last if nhwc and not nchw else torch.contiguous_format,
+        )
+        for part, one in zip(joined.split(ctx.numbers), crops, strict=True):
+            h, w = one.shape[-2:]
+            part[..., :h, :w] = one
+            part[..., h:, :] = 0
+            part[..., :h, w:] = 0
+        return joined
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, *crop(ctx.numbers, ctx.sizes, gradient)
 
 
 _current: contextvars.ContextVar[Extents | None] = contextvars.ContextVar("extents", default=None)
@@ -143,7 +204,8 @@ def extents_of(x: Tensor) -> Extents | None:
             f"a map of {x.shape[0]} images, where the batch has {len(extents.sizes)}: nobody knows "
             "what of it is padding (MODEL.GN.MASK_PADDING)"
         )
-    return extents.of(*x.shape[-2:])
+    here = extents.of(*x.shape[-2:])
+    return here if here.padded else None  # as small maps may not be
 
 
 def mask_padding(x: Tensor) -> Tensor:
@@ -161,7 +223,8 @@ def extend_images(x: Tensor) -> Tensor:
     h, w = x.shape[-2:]
     crops = extents.crops(x)
     sides = [(0, w - crop.shape[-1], 0, h - crop.shape[-2]) for crop in crops]
-    return torch.cat([F.pad(c, s, mode="replicate") for c, s in zip(crops, sides, strict=True)])
+    extended = [F.pad(c, s, mode="replicate") for c, s in zip(crops, sides, strict=True)]
+    return torch.cat(extended).to(x.dtype)  # which autocast changes
 
 
 def per_image(
@@ -175,7 +238,7 @@ def per_image(
     """
     extents = extents_of(x)
     if extents is None:
-        return function(x)
+        return mask_padding(function(x))  # which may be larger
     found = [function(crop) for crop in extents.crops(x)]
     extents = current().of(*map(size, x.shape[-2:]))
     # A result may be larger than ceil(size / stride) of its image.
