@@ -166,6 +166,40 @@ class _Join(torch.autograd.Function):
         return None, None, *crop(ctx.numbers, ctx.sizes, gradient)
 
 
+class _Extend(torch.autograd.Function):
+    """:func:`extend_images` of a map (N, C, H, W), and its gradient, whose gradient it is."""
+
+    @staticmethod
+    def forward(ctx, sizes, x):
+        ctx.sizes, extended = sizes, x.clone()
+        for image, (h, w) in zip(extended, sizes, strict=True):
+            image[:, h:] = image[:, h - 1 : h]
+            image[..., w:] = image[..., w - 1 : w]
+        return extended
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, _Fold.apply(ctx.sizes, gradient)
+
+
+class _Fold(torch.autograd.Function):
+    """See :class:`_Extend`."""
+
+    @staticmethod
+    def forward(ctx, sizes, gradient):
+        ctx.sizes, folded = sizes, gradient.clone()
+        for image, (h, w) in zip(folded, sizes, strict=True):
+            image[..., w - 1] += image[..., w:].sum(-1)
+            image[..., w:] = 0
+            image[:, h - 1] += image[:, h:].sum(1)
+            image[:, h:] = 0
+        return folded
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, _Extend.apply(ctx.sizes, gradient)
+
+
 _current: contextvars.ContextVar[Extents | None] = contextvars.ContextVar("extents", default=None)
 
 
@@ -220,6 +254,8 @@ def extend_images(x: Tensor) -> Tensor:
     extents = extents_of(x)
     if extents is None:
         return x
+    if not _is_captured():
+        return _Extend.apply(extents.sizes, x)
     h, w = x.shape[-2:]
     crops = extents.crops(x)
     sides = [(0, w - crop.shape[-1], 0, h - crop.shape[-2]) for crop in crops]

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from gn_detect.layers import group_norm_act, padding
 from gn_detect.layers.padding import (
     Extents,
+    extend_images,
     extents_of,
     images_in_batch,
     per_image,
@@ -51,6 +52,28 @@ def test_crops_and_their_join(sizes, layout, captured, monkeypatch):
     (of_found,), (of_expected,) = (torch.autograd.grad(y, x, dy) for y in (found, expected))
     torch.testing.assert_close(of_found, of_expected)
     assert gradcheck(cubes, x, fast_mode=True) and gradgradcheck(cubes, x, fast_mode=True)
+
+
+@SIZES
+@pytest.mark.parametrize("captured", [False, True])
+def test_extended_images(sizes, captured, monkeypatch):
+    monkeypatch.setattr(padding, "_is_captured", lambda: captured)
+    x = make()
+
+    def extended(x):
+        with images_in_batch(Extents(sizes, 4, 5)):
+            return extend_images(x)
+
+    for found, image, (h, w) in zip(extended(x), x, sizes, strict=True):
+        rows, columns = torch.arange(4).clamp(max=h - 1), torch.arange(5).clamp(max=w - 1)
+        assert torch.equal(found, image[:, rows][..., columns])
+
+    def cube(x):
+        return extended(x) ** 3
+
+    assert gradcheck(cube, x, fast_mode=True) and gradgradcheck(cube, x, fast_mode=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert extended(x.detach().bfloat16()).dtype == torch.bfloat16
 
 
 @SIZES
