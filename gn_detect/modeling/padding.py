@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from torch import nn
@@ -44,7 +45,8 @@ class UpsampleImages(nn.Upsample):
 
 def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
     """Have every layer in ``module``, but not in ``but``, keep what is padding of its maps at 0:
-    each GroupNorm by its own pass, a convolution without one by a product. Where a norm comes
+    each GroupNorm by its own pass, a convolution without one, and the pooling of a stem, which
+    widens the image, by a product. Where a norm comes
     before each convolution (``modeling.resnetv2``), 0 stays 0."""
     skipped = set(before_group_norm(module)) | set(but.modules() if but else ())
     for name, child in list(module.named_modules()):
@@ -54,7 +56,7 @@ def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
             child.mask_padding = True
         if getattr(child, "pre_activation", False):
             skipped.update(m for m in child.modules() if isinstance(m, nn.Conv2d))
-        elif isinstance(child, nn.Conv2d):
+        elif isinstance(child, (nn.Conv2d, BasicStem)):
             child.register_forward_hook(_mask_output)
         elif type(child) is nn.Upsample:
             module.set_submodule(name, like(child, UpsampleImages))

@@ -25,6 +25,7 @@ SIZES = (64, 90), (128, 50), (37, 128)
 NO_NORM = ("MODEL.FPN.NORM", "", "MODEL.RPN.CONV_DIMS", [-1, -1])
 KINDS = {
     **{name: (name,) for name in MODELS if name != "keypoints"},
+    "R18": ("basic blocks", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
     "no norm in FPN and RPN": ("bottlenecks", *NO_NORM),
     "FrozenBN": ("bottlenecks", "MODEL.RESNETS.NORM", "FrozenBN"),
     "GN in RetinaNet": ("RetinaNet", "MODEL.RETINANET.NORM", "GN"),
