@@ -46,8 +46,8 @@ class UpsampleImages(nn.Upsample):
 def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
     """Have every layer in ``module``, but not in ``but``, keep what is padding of its maps at 0:
     each GroupNorm by its own pass, a convolution without one, and the pooling of a stem, which
-    widens the image, by a product. Where a norm comes
-    before each convolution (``modeling.resnetv2``), 0 stays 0."""
+    widens the image, by a product. Where a norm comes before each convolution
+    (``modeling.resnetv2``), 0 stays 0."""
     skipped = set(before_group_norm(module)) | set(but.modules() if but else ())
     for name, child in list(module.named_modules()):
         if child in skipped:
