@@ -41,7 +41,8 @@ def run_block(memory: str, block: Callable, *inputs: torch.Tensor) -> torch.Tens
     if memory == "fast" or not torch.is_grad_enabled():
         return block(*inputs)
     if memory == "checkpoint":
-        if extents := padding.current():  # the block runs again when the batch is gone
+        extents = padding.current()
+        if extents and not torch.compiler.is_compiling():  # it runs again when the batch is gone
             block = padding.images_in_batch(extents)(block)
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     if torch.compiler.is_compiling():  # whose partitioner decides what to keep

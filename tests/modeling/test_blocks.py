@@ -15,10 +15,12 @@ from helpers import TINY, config, randomize, training_image
 from torch import nn
 
 from gn_detect.layers import GroupNorm, standardize_weight
+from gn_detect.layers.padding import Extents, images_in_batch
 from gn_detect.layers.recompute import MODES
 from gn_detect.modeling import blocks
 from gn_detect.modeling.blocks import GNBasicBlock, GNBottleneckBlock, GNConv2d, fuse_norms
 from gn_detect.modeling.norm import GroupNormFactory
+from gn_detect.modeling.padding import mask_paddings
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_gn_3x.yaml"
@@ -245,21 +247,24 @@ def test_data_parallel_training(memory, request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [None, [(20, 40), (32, 30)]], ids=["whole", "padded"])
 @pytest.mark.parametrize("memory", ["lean", "checkpoint"])
-def test_compiled_and_exported(memory):
+def test_compiled_and_exported(memory, sizes):
     network = nn.Sequential(
         BasicStem(8, 8, norm=GroupNormFactory(4)),
         bottleneck(),
         nn.Sequential(nn.Conv2d(16, 8, 1), GroupNorm(2, 8), nn.ReLU()),
     )
-    network, x = fuse_norms(network, memory), image(1, 8, 32, 40)
-    expected = torch.autograd.grad(network(x).square().sum(), list(network.parameters()))
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)(x)
-    found = torch.autograd.grad(compiled.square().sum(), list(network.parameters()))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        program = torch.export.export(network.eval(), (x,))
-        torch.testing.assert_close(program.module()(x), network(x))
+    network, x = fuse_norms(network, memory), image(2, 8, 32, 40)
+    mask_paddings(network)
+    with images_in_batch(Extents(sizes, 32, 40) if sizes else None):
+        expected = torch.autograd.grad(network(x).square().sum(), list(network.parameters()))
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)(x)
+        found = torch.autograd.grad(compiled.square().sum(), list(network.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            program = torch.export.export(network.eval(), (x,))
+            torch.testing.assert_close(program.module()(x), network(x))
 
 
 @pytest.mark.slow
