@@ -200,7 +200,10 @@ class _Fold(torch.autograd.Function):
         return None, _Extend.apply(ctx.sizes, gradient)
 
 
-_current: contextvars.ContextVar[Extents | None] = contextvars.ContextVar("extents", default=None)
+# False: outside of any batch.
+_current: contextvars.ContextVar[Extents | None | bool] = contextvars.ContextVar(
+    "extents", default=False
+)
 
 
 @contextlib.contextmanager
@@ -215,13 +218,15 @@ def images_in_batch(extents: Extents | None = None) -> Iterator[None]:
 
 
 def set_images(extents: Extents) -> None:
-    """Tell the extents of the batch, within :func:`images_in_batch`."""
-    _current.set(extents)
+    """Tell the extents of the batch, within :func:`images_in_batch`. Outside, where they would be
+    those of all that comes later, they are left out."""
+    if _current.get() is not False:
+        _current.set(extents)
 
 
 def current() -> Extents | None:
     """Of the batch in work."""
-    return _current.get()
+    return _current.get() or None
 
 
 def extents_of(x: Tensor) -> Extents | None:
@@ -230,7 +235,7 @@ def extents_of(x: Tensor) -> Extents | None:
     Raises:
         ValueError: N is not the number of images in the batch, or see :meth:`Extents.of`.
     """
-    extents = _current.get()
+    extents = current()
     if extents is None or not extents.padded:
         return None
     if not torch.jit.is_tracing() and x.shape[0] != len(extents.sizes):

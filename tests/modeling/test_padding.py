@@ -14,7 +14,7 @@ from modeling.test_detectors import MODELS, build
 
 from gn_detect.config import ConfigError
 from gn_detect.layers import GroupNorm
-from gn_detect.layers.padding import images_in_batch
+from gn_detect.layers.padding import current, images_in_batch
 from gn_detect.layers.recompute import MODES
 from gn_detect.modeling.normalizer import RunningMeans
 
@@ -52,6 +52,11 @@ def features(model, batch):
         if hasattr(model, "sem_seg_head"):
             found = {**found, "sem_seg": model.sem_seg_head(found)[0]}
     return found
+
+
+def test_images_of_no_batch_are_not_those_of_the_next(model):
+    model.preprocess_image([training_image(*size) for size in SIZES])
+    assert current() is None
 
 
 def test_an_image_is_as_it_is_alone(model):
