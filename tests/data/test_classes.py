@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,6 +37,12 @@ def test_a_folder_of_each_class(tmp_path):
     assert [(image["file_name"], image["label"]) for image in images] == folder.samples
     assert np.bincount([image["label"] for image in images]).tolist() == [3, 3, 3] + [2] * 7
     assert Image.open(images[0]["file_name"]).size == (32, 32)
+    for image in images[::3]:
+        file = Path(image["file_name"])
+        rng = np.random.default_rng([0, 0, int(file.stem)])
+        drawn = draw_class(rng, CLASSES[image["label"]], 32, (0.3, 0.4), 2, 4)
+        error = np.asarray(drawn, dtype=float) - np.asarray(Image.open(file))
+        assert np.abs(error).mean() < 8  # of JPEG
 
 
 def test_other_arguments_are_refused(tmp_path):

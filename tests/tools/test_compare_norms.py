@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import runpy
 import subprocess
 from pathlib import Path
@@ -34,7 +35,8 @@ KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 @pytest.fixture
 def runs(monkeypatch):
     """The configs of the runs, in order. The box AP is ten times the images of a pass, plus the
-    seed; the mask AP is NaN, as where nothing was predicted. At a high rate runs diverge."""
+    seed; the mask AP is NaN, as where nothing was predicted, or with seed 1 -1, as where nothing is
+    asked. At a high rate runs diverge."""
     runs = []
 
     def train(command, **_):
@@ -47,7 +49,10 @@ def runs(monkeypatch):
         runs.append(cfg)
         if cfg.SOLVER.BASE_LR > 9:
             return subprocess.CompletedProcess(command, 1, "training diverged at iteration 3 (a)")
-        ap = {"bbox/AP": 10.0 * cfg.SOLVER.IMS_PER_GPU + cfg.SEED, "segm/AP": float("nan")}
+        ap = {
+            "bbox/AP": 10.0 * cfg.SOLVER.IMS_PER_GPU + cfg.SEED,
+            "segm/AP": (math.nan, -1.0)[cfg.SEED],
+        }
         rows = [{"iteration": 3, "bbox/AP": 1.0}, {"iteration": 5, **ap}, {"iteration": 5, "lr": 1}]
         Path(cfg.OUTPUT_DIR, "metrics.json").write_text("\n".join(map(json.dumps, rows)))
         return subprocess.CompletedProcess(command, 0, "")
@@ -107,7 +112,7 @@ def test_classification(tmp_path, capsys, monkeypatch):
         cfg = load_lazy_config(args.config_file, args.opts)
         resolve_schedule(Settings(cfg, [o.split("=")[0] for o in args.opts]), args.num_gpus, 5000)
         runs.append(cfg)
-        error = 10.0 * cfg.train.ims_per_gpu if cfg.model.stem.norm == "BN" else float("nan")
+        error = 10.0 * cfg.train.ims_per_gpu if cfg.model.stem.norm == "BN" else math.nan
         row = {"iteration": 5, "classification/top1_error": error}
         Path(cfg.train.output_dir, "metrics.json").write_text(json.dumps(row))
         return subprocess.CompletedProcess(command, 0, "")
