@@ -161,25 +161,14 @@ def parse_args(argv):
         help="GN+mask is GN with MODEL.GN.MASK_PADDING; SyncBN needs several GPUs (--num-gpus), on "
         f"one it is BN. By default: {defaults('norms')}",
     )
-    parser.add_argument(
-        "--total-batch",
-        type=int,
-        help=f"images of an optimizer step. By default: {defaults('total_batch')}",
-    )
-    parser.add_argument(
-        "--images-per-pass",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="in each process; they divide the total batch. By default: "
-        f"{defaults('images_per_pass')}",
-    )
-    parser.add_argument(
-        "--images", type=int, help=f"seen by every run. By default: {defaults('images')}"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ..."
-    )
+    for option, what, more in (
+        ("total-batch", "images of an optimizer step", {}),
+        ("images-per-pass", "in each process; they divide the total batch", {"nargs": "+"}),
+        ("images", "seen by every run", {}),
+    ):
+        text = f"{what}. By default: {defaults(option.replace('-', '_'))}"
+        parser.add_argument(f"--{option}", type=int, metavar="N", help=text, **more)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each: seeds 0, 1, ...")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of a run")
     for option in DATA:
         parser.add_argument(f"--{option}", help="of tools/train_net.py, for data of your own")
@@ -197,10 +186,8 @@ def parse_args(argv):
         setattr(args, option, getattr(args, option) or getattr(args.task, option))
     data = [f"--{option}" for option in DATA if getattr(args, option.replace("-", "_"))]
     if task == "classification":
-        if args.mixed or data:
-            parser.error(
-                f"{' '.join(data) or '--mixed'}: of detection; give dataloader.*.dataset.root"
-            )
+        if given := " ".join(data) or "--mixed" * args.mixed:
+            parser.error(f"{given}: of detection; give dataloader.*.dataset.root")
         if others := {"GN+mask", "LN2d"} & {*args.norms}:
             parser.error(f"--norms {' '.join(sorted(others))} is compared in detection alone")
     if data and (args.mixed or not {"--train-json", "--val-json"} <= {*data}):
