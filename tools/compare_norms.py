@@ -183,7 +183,10 @@ def parse_args(argv):
     task, args.task = args.task, TASKS[args.task]
     args.config_file = args.config_file or get_config_file(args.task.config)
     for option in ("norms", "total_batch", "images_per_pass", "images"):
-        setattr(args, option, getattr(args, option) or getattr(args.task, option))
+        if getattr(args, option) is None:
+            setattr(args, option, getattr(args.task, option))
+    if min(args.total_batch, args.seeds, *args.images_per_pass) < 1:
+        parser.error("--total-batch, --images-per-pass and --seeds must be at least 1")
     data = [f"--{option}" for option in DATA if getattr(args, option.replace("-", "_"))]
     if task == "classification":
         if given := " ".join(data) or "--mixed" * args.mixed:
