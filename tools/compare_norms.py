@@ -172,11 +172,8 @@ def parse_args(argv):
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of a run")
     for option in DATA:
         parser.add_argument(f"--{option}", help="of tools/train_net.py, for data of your own")
-    parser.add_argument(
-        "--mixed",
-        action="store_true",
-        help="generated images in landscape and portrait, of which a pass of several is padded",
-    )
+    text = "generated landscapes and portraits, of which a pass of several is padded"
+    parser.add_argument("--mixed", action="store_true", help=text)
     parser.add_argument("--report", action="store_true", help="only the table and the plot")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="more of the config")
     args = parser.parse_args(argv)
