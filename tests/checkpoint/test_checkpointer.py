@@ -12,7 +12,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from helpers import config, randomize
 
-from gn_detect.checkpoint import Checkpointer, Origin, WeightGuards, Weights, WeightsError
+from gn_detect.checkpoint import (
+    Checkpointer,
+    Origin,
+    WeightGuards,
+    Weights,
+    WeightsError,
+    read_weights,
+)
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.origin import same
 from gn_detect.config import ConfigError
@@ -365,6 +372,26 @@ def test_a_model_of_any_names_goes_on(content, tmp_path):
     checkpointer = Checkpointer(ours, str(tmp_path), guards=guards_of(small()))
     checkpointer.resume_or_load("", resume=True)
     assert torch.equal(ours.encoder.weight, saved.encoder.weight)
+
+
+class Classifier(torch.nn.Module):
+    """All of its names begin with that of a wrapper; behind it, they are torchvision's."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torchvision.models.resnet18(norm_layer=lambda n: torch.nn.GroupNorm(8, n))
+
+
+@pytest.mark.parametrize("name", ["model_final.pth", "model_final.safetensors"])
+@pytest.mark.parametrize("model", [Classifier, lambda: Classifier().model], ids=["model.", ""])
+def test_our_checkpoints_have_the_names_of_the_model(model, name, tmp_path):
+    saved, ours = model(), model()
+    checkpointer = Checkpointer(saved, str(tmp_path), guards=guards_of(small()))
+    checkpointer.save("model_final", iteration=7)
+    checkpointer.save_safetensors()
+    weights = read_weights(str(tmp_path / name), ours.state_dict())
+    assert weights.state.keys() == saved.state_dict().keys()
+    assert weights.rest["iteration"] == 7 and weights.origin.num_groups == 8
 
 
 @pytest.mark.parametrize(

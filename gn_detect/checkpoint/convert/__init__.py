@@ -72,7 +72,10 @@ def convert(
     state, rest = _state(content, name)
     names = state.keys()
     more = {mmdetection: [rest.get("meta")], torchvision: ["linear.weight" in model_names]}
-    if layout := next((layout for layout in _LAYOUTS if layout.recognizes(names)), None):
+    # Checkpointer writes any names; for a model that has none of them the file is what they say.
+    ours = "origin" in rest and not (model_names and names.isdisjoint(model_names))
+    layout = next((layout for layout in _LAYOUTS if layout.recognizes(names)), None)
+    if layout and not ours:
         try:
             return layout.convert(state, *more.get(layout, ()))
         except WeightsError as error:
@@ -111,8 +114,18 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
             break
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{name}: there are no weights in it: no mapping of names to tensors")
-    prefix = ""
-    while wrapper := [w for w in _WRAPPERS if all(str(n).startswith(prefix + w) for n in content)]:
+    # Where it is that of safetensors.
+    metadata = rest.get("metadata")
+    for key in _AS_JSON:
+        if isinstance(metadata, Mapping) and f"gn_detect.{key}" in metadata:
+            try:
+                rest[key] = json.loads(metadata[f"gn_detect.{key}"])
+            except (TypeError, ValueError, RecursionError):
+                raise WeightsError(f"{name}: gn_detect.{key} in its metadata is no JSON") from None
+    if isinstance(metadata, Mapping) and "gn_detect.config" in metadata:
+        rest["config"] = metadata["gn_detect.config"]
+    prefix, wrappers = "", () if "origin" in rest else _WRAPPERS
+    while wrapper := [w for w in wrappers if all(str(n).startswith(prefix + w) for n in content)]:
         prefix += wrapper[0]
     if prefix:
         logger.info(f"{name}: the prefix {prefix!r} of all its names is left out")
@@ -132,16 +145,6 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
                 "alone or under model, model_state, state_dict or blobs"
             )
         state[key.removeprefix(prefix)] = value
-    # Where it is that of safetensors.
-    metadata = rest.get("metadata")
-    for key in _AS_JSON:
-        if isinstance(metadata, Mapping) and f"gn_detect.{key}" in metadata:
-            try:
-                rest[key] = json.loads(metadata[f"gn_detect.{key}"])
-            except (TypeError, ValueError, RecursionError):
-                raise WeightsError(f"{name}: gn_detect.{key} in its metadata is no JSON") from None
-    if isinstance(metadata, Mapping) and "gn_detect.config" in metadata:
-        rest["config"] = metadata["gn_detect.config"]
     return state, rest
 
 
