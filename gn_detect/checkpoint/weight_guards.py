@@ -124,7 +124,7 @@ class WeightGuards:
                 "were trained with BN",
             )
         self._check_biases(coverage, name)
-        self._check_group_norms(weights.origin, modules, name)
+        self._check_group_norms(weights, modules, name)
         self._check_backbone(coverage, parameters, name)
 
     def check_outputs(
@@ -170,21 +170,41 @@ class WeightGuards:
         )
 
     def _check_biases(self, coverage: Coverage, name: str) -> None:
-        biases = [n.removesuffix(".bias") for n in coverage.unexpected if n.endswith(".bias")]
-        if layers := [layer for layer in biases if f"{layer}.norm.weight" in coverage.loaded]:
+        def biased(names: list[str]) -> list[str]:
+            """The layers of the biases among ``names`` of which weight and norm are loaded."""
+            layers = [n.removesuffix(".bias") for n in names if n.endswith(".bias")]
+            loaded = coverage.loaded.keys()
+            return [n for n in layers if {f"{n}.weight", f"{n}.norm.weight"} <= loaded]
+
+        if layers := biased(coverage.unexpected):
             self._refuse(
                 "WEIGHTS_NORM",
                 f"{name} was trained with a bias in front of the norm in {len(layers)} layers that "
                 f"have none here, such as {layers[0]}. Name a config of configs/tensorpack, or "
                 "other weights",
             )
+        if layers := biased(coverage.missing):
+            self._refuse(
+                "WEIGHTS_NORM",
+                f"{name} was trained without a bias in front of the norm in {len(layers)} layers "
+                f"that have one here, such as {layers[0]}, and with ReLU behind it. Name a config "
+                "that is not of configs/tensorpack, or other weights",
+            )
 
-    def _check_group_norms(self, origin: Origin, modules: dict[str, nn.Module], name: str) -> None:
+    def _check_group_norms(
+        self, weights: Weights, modules: dict[str, nn.Module], name: str
+    ) -> None:
         group_norms = {n: m for n, m in modules.items() if isinstance(m, nn.GroupNorm)}
         if not group_norms:
             return
-        ours = variants_in(modules.values())
+        origin, ours = weights.origin, variants_in(modules.values())
         theirs = origin.weight_standardization
+        if theirs is None and (ours != {""} or weights.format != "Detectron2"):
+            logger.warning(
+                f"{name} does not tell whether its convolutions were standardized. The model has "
+                f"{_variant(*ours)}: set {self.run.keys['weight_standardization']} to what they "
+                "were trained with"
+            )
         if theirs is not None and ours != {theirs}:
             self._refuse(
                 "WEIGHTS_NORM",

@@ -41,7 +41,8 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
             # MSRA's networks stride in the 1x1 convolution; those that Detectron trained with
             # GN do not (its configs/04_2018_gn_baselines).
             stride_in_1x1=False if group_norm else None,
-            weight_standardization="",
+            # It leaves no trace in a file, and its authors have published one in this format.
+            weight_standardization=None if group_norm else "",
             num_groups=32 if group_norm else None,
         ),
         batch_norms={name.rpartition(".")[0] for name in folded},

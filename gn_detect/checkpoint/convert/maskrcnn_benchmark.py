@@ -9,7 +9,6 @@ leaves no trace in a file.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Mapping
 
@@ -18,8 +17,6 @@ import torch
 from ..origin import DETECTRON, Origin
 from . import detectors, torchvision
 from .weights import Weights
-
-logger = logging.getLogger(__name__)
 
 # Of ``detectors.rename``. Convolutions with GN are X.0 and X.1 of a Sequential
 # (maskrcnn_benchmark/modeling/make_layers.py), which become X and X.norm.
@@ -57,11 +54,6 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     # The background has boxes in common, too (modeling/roi_heads/box_head/roi_box_predictors.py).
     converted = detectors.converted(state, names, "maskrcnn-benchmark", common_boxes=8)
     group_norm = "backbone.body.stem.bn1.running_mean" not in state
-    if group_norm:
-        logger.warning(
-            "a file of maskrcnn-benchmark does not tell whether Weight Standardization was used: "
-            'if so, as in the fork of its authors, set MODEL.GN.WEIGHT_STANDARDIZATION "authors"'
-        )
     return Weights(
         "maskrcnn-benchmark",
         converted,

@@ -1,6 +1,7 @@
 """Weights with the names and shapes of Detectron's blobs against the same arrays placed by hand."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_backbone(tmp_path):
     path = save(imagenet_backbone(), tmp_path / "any_name")
     weights = read_weights(path)
     assert sorted(weights.left_out) == ["pred_b", "pred_w"]
-    known = {"stride_in_1x1": False, "weight_standardization": "", "num_groups": 32}
+    known = {"stride_in_1x1": False, "num_groups": 32}
     assert weights.origin == Origin(**DETECTRON, **known)  # though the file's name says nothing
     loader = checkpointer(mask_rcnn_config())
     loader.load(path)
@@ -151,6 +152,16 @@ def test_backbone(tmp_path):
     assert len(pairs) == 53 * 3 and all(torch.equal(a, b) for a, b in pairs)
     coverage = cover(weights, loader.model)
     assert not coverage.lacking("backbone") and not coverage.unexpected
+
+
+def test_that_weights_were_standardized_the_file_does_not_tell(tmp_path, caplog):
+    """As the authors of Weight Standardization have published theirs, too."""
+    path = save(imagenet_backbone(), tmp_path / "any_name")
+    for variant, named in (("authors", r"Weight Standardization \(authors\)"), ("", "no Weight")):
+        cfg = mask_rcnn_config("MODEL.GN.WEIGHT_STANDARDIZATION", variant)
+        checkpointer(cfg).load(path)
+        said = f"does not tell whether its convolutions were standardized. The model has {named}"
+        assert re.search(said, caplog.text)
 
 
 @pytest.fixture

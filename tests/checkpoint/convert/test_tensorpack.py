@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from helpers import SMALL, SMALL_CONFIG, as_shipped, config
 from tensorpack_reference import Reference, State
 
-from gn_detect.checkpoint import read_weights
+from gn_detect.checkpoint import Weights, read_weights
 from gn_detect.checkpoint.convert import convert
 from gn_detect.checkpoint.coverage import cover
 from gn_detect.checkpoint.origin import Origin
@@ -185,6 +185,18 @@ def test_a_model_without_the_biases_is_refused():
     weights = convert(State().meta(), "model.npz")
     with pytest.raises(ConfigError, match="in 16 layers .* backbone.fpn_lateral2. Name a config"):
         WeightGuards.from_config(cfg).check(weights, cover(weights, model), model, "model.npz")
+
+
+def test_a_detector_without_the_biases_is_refused():
+    """Its heads have ReLU behind the norm, under the same names."""
+    detectron = "Detectron/mask_rcnn_R_50_FPN_gn_2x.yaml"
+    cfg = config(MASK, "MODEL.DEVICE", "meta", "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
+    with torch.device("meta"):
+        model = build_model(cfg)
+        other = build_model(config(detectron, "MODEL.DEVICE", "meta"))
+    weights = Weights("Detectron", other.state_dict())
+    with pytest.raises(ConfigError, match="without a bias .* in 16 layers .*fpn_lateral2, and"):
+        WeightGuards.from_config(cfg).check(weights, cover(weights, model), model, "model.pkl")
 
 
 def test_imagenet_weights_are_all_of_the_backbone():
