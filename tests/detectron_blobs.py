@@ -2,6 +2,7 @@
 FPN.py, fast_rcnn_heads.py, mask_rcnn_heads.py)."""
 
 import numpy as np
+import torch
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -67,3 +68,10 @@ class Blobs(dict):
         self.conv("bbox_pred", (self._classes + 1) * 4, self._fc)
         self.conv("conv5_mask", dim, dim, 2, 2)
         self.conv("mask_fcn_logits", self._classes + 1, dim, 1, 1)
+
+
+class Shapes(Blobs):
+    """``Blobs`` without values."""
+
+    def add(self, name, *shape, scale=None):
+        self[name] = torch.empty(shape, device="meta")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert weights of any source to Detectron2's names, or a trained backbone to a classifier's.
 
-IN is all that MODEL.WEIGHTS takes: a path, a URL, a name of tools/list_weights.py, each with
-#sha256=... if it is to be checked. OUT ends in .pth or .safetensors.
+IN is a path, a URL or a name of tools/list_weights.py, with #sha256=... if it is to be checked, of
+a file with the names of a library of docs/weights.md. OUT ends in .pth or .safetensors.
 
 With --config-file, what the weights give to that model is shown as a table, they are held to the
 same checks as in training, and OUT has the full names of the model.

@@ -36,6 +36,9 @@ class PublicWeights:
     licence: str
     page: str
 
+    def is_detector(self) -> bool:
+        return "rcnn" in self.name.lower()
+
 
 _MASK, _BOX = "COCO-InstanceSegmentation/mask_rcnn_", "COCO-Detection/faster_rcnn_"
 _SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_gn_"
@@ -288,11 +291,9 @@ _TABLE: list[tuple[str, str, str, Callable, dict[tuple, dict[str, str]]]] = [
 ]
 
 PUBLIC = {
-    named[0]: PublicWeights(
-        *named, published, parameters, f"{config}.yaml", tuple(changes), layout, licence, page
-    )
-    for layout, licence, page, name_and_url, rows in _TABLE
-    for (config, parameters, *changes), files in rows.items()
-    for file, published in files.items()
+    named[0]: PublicWeights(*named, ap, size, f"{config}.yaml", tuple(changes), layout, *about)
+    for layout, *about, name_and_url, rows in _TABLE
+    for (config, size, *changes), files in rows.items()
+    for file, ap in files.items()
     for named in [name_and_url(file)]
 }

@@ -81,12 +81,17 @@ def fitting_configs(weights: Weights, name: str) -> tuple[list[tuple], str]:
         the (config, changes) of ``PublicWeights``, and why one that has all their layers does not
         fit.
     """
+    detector = num_classes(weights.shapes) is not None
     benchmark = weights.format == "maskrcnn-benchmark"
     rows = [(f"Detectron/mask_rcnn_{n}_2x.yaml", ()) for n in _BENCHMARK if benchmark]
-    rows += [(r.config, r.changes) for r in PUBLIC.values() if r.layout == weights.format]
+    rows += [
+        (r.config, r.changes)
+        for r in PUBLIC.values()
+        # A backbone's config may take a detector whole, and compute another one.
+        if r.layout == weights.format and r.is_detector() >= detector
+    ]
     reason = f"no config of public weights with {weights.format}'s names has just these layers"
     found = []
-    detector = num_classes(weights.shapes) is not None
     masks = not detector or any("mask_head." in n for n in weights.state)
     backbone = architecture(weights)
     for config, changes in dict.fromkeys(rows):

@@ -1,8 +1,8 @@
 """What Detectron (Caffe2) and maskrcnn-benchmark compute otherwise than Detectron2.
 
 Their boxes end with their last pixel, so one of width x2 - x1 + 1 is Detectron2's (x1, y1, x2 + 1,
-y2 + 1). With that, deltas, levels of the FPN, IoU and clipping are the same. Anchors and RoIAlign
-are not; both are written here from facebookresearch/maskrcnn-benchmark,
+y2 + 1). With that, deltas, levels of the FPN and IoU are the same. Anchors and RoIAlign are not;
+both are written here from facebookresearch/maskrcnn-benchmark,
 maskrcnn_benchmark/modeling/rpn/anchor_generator.py and modeling/poolers.py.
 """
 

@@ -11,13 +11,13 @@ import torch
 import torchvision
 from detectron2.modeling import build_model
 from detectron2_reference import detectron2_config
-from detectron_blobs import Blobs
+from detectron_blobs import Shapes
 from helpers import config
 from mmdetection_reference import State
 
 from gn_detect.checkpoint import Origin, WeightGuards, sources
 from gn_detect.checkpoint.convert import convert
-from gn_detect.checkpoint.coverage import BACKBONE, cover
+from gn_detect.checkpoint.coverage import BACKBONE, cover, num_classes
 from gn_detect.checkpoint.public import PUBLIC
 
 pytestmark = pytest.mark.slow
@@ -26,13 +26,6 @@ pytestmark = pytest.mark.slow
 ROWS = {}
 for row in PUBLIC.values():
     ROWS.setdefault((row.config, row.changes, row.layout, row.parameters), []).append(row)
-
-
-class Shapes(Blobs):
-    """``Blobs`` without values."""
-
-    def add(self, name, *shape, scale=None):
-        self[name] = torch.empty(shape, device="meta")
 
 
 class OneForEach(torch.nn.Module):
@@ -59,14 +52,10 @@ def state_of_detectron2():
         return build_model(detectron2_config(cfg)).state_dict()
 
 
-def is_detector(row):
-    return "rcnn" in row.name.lower()
-
-
 def content(row, cfg):
     """Of the file of ``row``."""
     model, resnets = cfg.MODEL, cfg.MODEL.RESNETS
-    detector = is_detector(row)
+    detector = row.is_detector()
     if row.layout == "Detectron2":
         return {"model": state_of_detectron2(), "__author__": ""}
     if row.layout == "mmdetection":
@@ -103,9 +92,10 @@ def test_the_config_takes_the_file(key):
     source = content(row, cfg)
     weights = convert(source, row.name)
     assert weights.format == row.layout
+    assert num_classes(weights.shapes) == (80 if row.is_detector() else None)
     coverage = cover(weights, model)
     assert not coverage.unexpected and not coverage.mismatched
-    assert not (coverage.afresh if is_detector(row) else coverage.lacking(BACKBONE))
+    assert not (coverage.afresh if row.is_detector() else coverage.lacking(BACKBONE))
     for other in ROWS[key]:
         known = Origin.of_name(other.name) or Origin.of_name(other.url) or Origin()
         weights.origin = known.completed_by(weights.origin)

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
+from detectron_blobs import Shapes
 from helpers import refusal, run_tool
 from maskrcnn_benchmark_reference import renamed
 from mmdetection_reference import State
@@ -82,6 +83,14 @@ def files():
         "80; BGR, mean 103.53, 116.28, 123.675, deviation 1, 1, 1; "
         f"{config} # the prefix 'module.' of all its names is left out",
     )
+    state = Shapes(101)
+    state.resnet()
+    state.heads()
+    yield (
+        {"blobs": without_values(state)},
+        "Detectron; Mask R-CNN; ResNet-101; 120 GN of 32 groups, 0 BN; not known; 80; BGR, mean "
+        "103.53, 116.28, 123.675, deviation 1, 1, 1; Detectron/mask_rcnn_R_101_FPN_gn_2x.yaml # ",
+    )
     with torch.device("meta"):
         state = timm.create_model("resnetv2_101x3_bit", num_classes=0).state_dict()
     changes = "DEPTH 101 MODEL.RESNETS.STEM_OUT_CHANNELS 192 MODEL.RESNETS.WIDTH_PER_GROUP 192 "
@@ -94,7 +103,9 @@ def files():
     )
 
 
-@pytest.mark.parametrize("content, said", list(files()), ids=["mmdetection", "benchmark", "timm"])
+@pytest.mark.parametrize(
+    "content, said", list(files()), ids=["mmdetection", "benchmark", "Detectron", "timm"]
+)
 def test_check(content, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Of each value, and there are 0.4 G of them, all 0.

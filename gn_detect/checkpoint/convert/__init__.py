@@ -77,7 +77,11 @@ def convert(
     layout = next((layout for layout in _LAYOUTS if layout.recognizes(names)), None)
     if layout and not ours:
         try:
-            return layout.convert(state, *more.get(layout, ()))
+            weights = layout.convert(state, *more.get(layout, ()))
+            rpn = any("rpn_head" in name for name in weights.state)
+            if rpn and layout in (detectron, maskrcnn_benchmark):
+                logger.info(f"{name}: its anchors and RoIAlign are those of configs/Detectron")
+            return weights
         except WeightsError as error:
             reason = str(error)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:

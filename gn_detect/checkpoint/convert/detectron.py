@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 import torch
@@ -14,6 +15,8 @@ from ..origin import DETECTRON, Origin
 from .weights import Weights
 
 _CLASSIFIER = ("linear.", "fc1000.")
+# Detectron2's renaming leaves the box predictor's layers at the beginning of their names.
+_BOX_PREDICTOR = r"^(?=(cls_score|bbox_pred)\.)"
 
 
 def recognizes(names: Collection[str]) -> bool:
@@ -26,7 +29,10 @@ def convert(state: Mapping[str, torch.Tensor]) -> Weights:
     Left out are the momentum of the optimizer and the classifier.
     """
     kept = {name: tensor for name, tensor in state.items() if not name.endswith("_momentum")}
-    renamed, originals = convert_c2_detectron_names(kept)
+    renamed, originals = (
+        {re.sub(_BOX_PREDICTOR, "box_predictor.", name): value for name, value in names.items()}
+        for names in convert_c2_detectron_names(kept)
+    )
     # BN is folded into a scale and a bias in most files, and then has the names of GN.
     folded = convert_basic_c2_names([name for name in kept if "_bn_" in name])
     group_norm = any(name.endswith("_gn_s") for name in kept)
