@@ -47,7 +47,7 @@ class Task:
     Attributes:
         config: that ships with gn_detect.
         command: (args, norm, images per pass, seed, directory of the run) -> the words behind
-            ``python`` that train and evaluate, or resume.
+            ``python`` that train and evaluate, or resume. The last one has the directory.
         metrics: what the table calls a metric -> its name in metrics.json. The first is drawn.
         worst: the value of the metrics of a run that diverged, or that has none.
         norms: those that are compared where none are named.
@@ -208,13 +208,19 @@ def run_directory(args, norm: str, per_pass: int, seed: int | str) -> Path:
     return args.output / f"{norm}-{per_pass}of{args.total_batch}-seed{seed}"
 
 
+def command_of(args, norm: str, per_pass: int, seed: int) -> tuple[list[str], str]:
+    """That of a run, and what its result depends on."""
+    directory = run_directory(args, norm, per_pass, seed)
+    command = list(map(str, args.task.command(args, norm, per_pass, seed, directory)))
+    return [sys.executable, *command], shlex.join(command[1:-1])
+
+
 def run(args, norm: str, per_pass: int, seed: int) -> None:
     """Train and evaluate one; write result.json into its directory."""
     directory = run_directory(args, norm, per_pass, seed)
     directory.mkdir(parents=True, exist_ok=True)
-    command = args.task.command(args, norm, per_pass, seed, directory)
-    command = list(map(str, [sys.executable, *command]))
-    stated, settings = directory / "settings.txt", shlex.join(command[2:])
+    command, settings = command_of(args, norm, per_pass, seed)
+    stated = directory / "settings.txt"
     if stated.exists() and stated.read_text() != settings:
         sys.exit(f"error: {directory} holds a run with other settings; choose another --output")
     stated.write_text(settings)
@@ -226,6 +232,10 @@ def run(args, norm: str, per_pass: int, seed: int) -> None:
     metrics = args.task.metrics
     if done.returncode == 0:
         curves = read_curves(directory / "metrics.json")
+        if (first := next(iter(metrics.values()))) not in curves:
+            sys.exit(
+                f"error: {directory / 'metrics.json'} has no {first}: the run did not evaluate"
+            )
         last = {name: curves.get(key, ([], [-1.0]))[1][-1] for name, key in metrics.items()}
         # A model without masks has no mask AP. Detectron2 has NaN where nothing was predicted, and
         # pycocotools -1 where nothing is asked.
@@ -236,20 +246,26 @@ def run(args, norm: str, per_pass: int, seed: int) -> None:
         words = done.stdout[-2000:]
         sys.exit(f"error: a run failed; its last words, of {directory / 'output.txt'}:\n{words}")
     (directory / "result.json").write_text(json.dumps(result))
-    text = cell([result], metrics)
-    print(f"{norm}, {per_pass} images per pass, seed {seed}: {text}", flush=True)
+    said = f"{norm}, {per_pass} images per pass, seed {seed}: {cell([result], metrics)}"
+    print(said, flush=True)
 
 
 def report(args) -> None:
-    """Print the table of all results that are there, and draw the first metric."""
+    """Print the table of all results of these settings, and draw the first metric."""
     table, figure, (drawn, *_) = [], Figure((6, 4)), args.task.metrics
     axes = figure.subplots()
     for norm in NORMS:
         row, points = [norm], []
         for per_pass in args.images_per_pass:
-            runs = args.output.glob(str(run_directory(args, norm, per_pass, "*").name))
-            files = sorted(f for run in runs for f in run.glob("result.json"))
-            results = [json.loads(f.read_text()) for f in files]
+            results = []
+            pattern = run_directory(args, norm, per_pass, "*").name
+            for file in sorted(args.output.glob(f"{pattern}/result.json")):
+                seed = int(file.parent.name.rpartition("seed")[2])
+                settings = command_of(args, norm, per_pass, seed)[1]
+                if file.with_name("settings.txt").read_text() == settings:
+                    results.append(json.loads(file.read_text()))
+                else:
+                    print(f"{file.parent} is left out: it was run with other settings")
             row.append(cell(results, args.task.metrics))
             if values := [result[drawn] for result in results]:
                 mean = statistics.mean(values)

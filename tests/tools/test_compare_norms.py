@@ -70,7 +70,8 @@ def table(capsys) -> dict[str, list[str]]:
 def test_one_table_and_one_plot_and_no_run_twice(runs, tmp_path, capsys):
     study = ["--output", str(tmp_path), "--images", "66", "--total-batch", "4"]
     study += ["--images-per-pass", "1", "2", "4"]
-    args = [*study, "--norms", "BN", "GN+WS", "--seeds", "2", "--", "MODEL.FPN.OUT_CHANNELS", "32"]
+    opts = ["--", "MODEL.FPN.OUT_CHANNELS", "32"]
+    args = [*study, "--norms", "BN", "GN+WS", "--seeds", "2", *opts]
     compare_norms(args)
     assert len({cfg.OUTPUT_DIR for cfg in runs}) == len(runs) == 2 * 3 * 2
     for cfg in runs:
@@ -93,9 +94,16 @@ def test_one_table_and_one_plot_and_no_run_twice(runs, tmp_path, capsys):
     # Another call adds to it, and one that is repeated runs nothing.
     rows["LN2d"] = [f"{n}0.0 / 0.0" for n in (1, 2, 4)]
     for _ in range(2):
-        compare_norms([*study, "--norms", "LN2d"])
+        compare_norms([*study, "--norms", "LN2d", *opts])
         assert len(runs) == 12 + 3 and runs[-1].MODEL.FPN.NORM == "LN2d"
         assert table(capsys) == rows
+    # The runs of other settings, here of more steps, are no part of a table.
+    more = [*study, "--norms", "GN", "--images", "88", *opts]
+    compare_norms(more)
+    assert table(capsys) == {"GN": rows["LN2d"]} and len(runs) == 15 + 3
+    compare_norms(["--report", *more])
+    said = capsys.readouterr().out
+    assert "GN-1of4" not in said and f"{tmp_path / 'BN-1of4-seed1'} is left out" in said
     with pytest.raises(SystemExit, match="holds a run with other settings"):
         compare_norms([*args, "SOLVER.GAMMA", "0.5"])
 
@@ -191,6 +199,17 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_an_error(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit, match="error: a run failed.*\nno space left"):
         compare_norms([*args, "--images-per-pass", "2"])
+
+
+def test_a_run_that_was_not_evaluated_has_no_result(runs, tmp_path, monkeypatch):
+    def train(command, **_):
+        Path(command[-1], "metrics.json").write_text('{"iteration": 3, "total_loss": 1.0}')
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    with pytest.raises(SystemExit, match="metrics.json has no bbox/AP: the run did not evaluate"):
+        compare_norms(["--output", str(tmp_path), "--norms", "GN"])
+    assert not list(tmp_path.glob("*/result.json"))
 
 
 def test_each_step_is_on_the_same_images(tmp_path, monkeypatch):
