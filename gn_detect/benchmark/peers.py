@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gn_detect.layers.reference import deviation
+
 from .timing import Unfit
 
 # Where they are installed: https://github.com/linkedin/Liger-Kernel, for NCHW, and
@@ -95,7 +97,7 @@ def check(
         gradient: of y, where the gradients of the inputs are compared, too.
 
     Raises:
-        Unfit: something is off by more than 1e-4 + 2 units in the last place, of its largest value.
+        Unfit: something is wrong (:func:`deviation`).
     """
     for parameter in inputs[-2:]:
         nn.init.normal_(parameter)
@@ -111,8 +113,5 @@ def check(
         expected += torch.autograd.grad(z, leaves, gradient.double())
     names = "x", *["the residual"] * len(residual), "gamma", "beta"
     names = "output", *(f"gradient of {name}" for name in names)
-    tolerance = 1e-4 + 2 * torch.finfo(inputs[0].dtype).eps
-    for name, a, b in zip(names, found, expected, strict=False):
-        difference, largest = (t.abs().max().item() for t in (a.double() - b, b))
-        if not difference <= tolerance * largest:  # NaN, too
-            raise Unfit(f"wrong: the {name} is off by {difference:.2g} of {largest:.2g}")
+    if wrong := deviation(names[: len(found)], found, expected, inputs[0].dtype):
+        raise Unfit(f"wrong: {wrong}")

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import triton_kernels
 from .padding import Extents
+from .reference import deviation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, C, H, W) and groups, each for one of the two ways of ``triton_kernels``
@@ -115,13 +116,6 @@ def _difference(shape, num_groups, device, dtype, channels_last, padded) -> str:
     # The mask of y: another one where z is 0 but for rounding would be no fault.
     expected = z.relu(), *torch.autograd.grad(torch.where(y > 0, z, 0), leaves, dy.double())
 
-    tolerance = 1e-4 + 2 * torch.finfo(dtype).eps
     of = "x", "gamma", "beta", "the residual"
     names = "output", *(f"gradient of {name}" for name in of)
-    for name, a, b in zip(names, found, expected, strict=True):
-        difference, largest = (t.abs().max().item() for t in (a.double() - b, b))
-        if not difference <= tolerance * largest:  # NaN, too
-            return (
-                f"the {name} is off by {difference:.2g}, where its largest value is {largest:.2g}"
-            )
-    return ""
+    return deviation(names, found, expected, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +54,16 @@ def _group_norm(x, num_groups, weight, bias, eps) -> Tensor:
     dtype = functools.reduce(torch.promote_types, dtypes)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     return normalize(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
+
+
+def deviation(
+    names: Iterable[str], found: Iterable[Tensor], expected: Iterable[Tensor], dtype: torch.dtype
+) -> str:
+    """Which result of others, on maps of ``dtype``, is wrong, as it is off by more than 1e-4 + 2
+    units in the last place, of the largest value in float64; "" if none is."""
+    tolerance = 1e-4 + 2 * torch.finfo(dtype).eps
+    for name, a, b in zip(names, found, expected, strict=True):
+        off, largest = (t.abs().max().item() for t in (a.double() - b, b))
+        if not off <= tolerance * largest:  # NaN, too
+            return f"the {name} is off by {off:.2g}, where its largest value is {largest:.2g}"
+    return ""
