@@ -489,21 +489,20 @@ def test_unsupported_says_why(interpreted):
 
 
 @LAYOUTS
-def test_plans_cover_the_tensor_and_fill_the_gpu(nhwc):
+@pytest.mark.parametrize("processors", [16, 40, 132, 148])
+def test_plans_cover_the_tensor_and_fill_the_gpu(nhwc, processors):
     sizes = [(c, hw) for c in (6, 64, 96, 256, 2048) for hw in (1, 49, 196, 1050, 4200, 268800)]
     for n in (1, 2, 64):
         for c, hw in sizes:
             for g in (1, 2, 32, c):
                 if c % g:
                     continue
-                how = kernels.plan(nhwc, n, c, g, hw, 132)
+                how = kernels.plan(nhwc, n, c, g, hw, processors)
                 where = (n, c, g, hw, how)
                 assert hw % how.vec == 0 and 1 <= how.warps <= 16, where
                 if how.resident:
                     assert how.lanes >= c // g and how.pixels >= hw, where
                     continue
-                reads = 8 * how.pairs * how.groups, 4 * how.block * how.pixels * how.chunk_iters
-                assert how.reduced == (how.pairs > 128 and reads[0] > 0.05 * reads[1]), where
                 assert not (how.reduced and g == 32), where
                 d = c // g
                 assert how.block == how.groups * d or how.groups == 1 and d % how.block == 0, where
@@ -515,7 +514,7 @@ def test_plans_cover_the_tensor_and_fill_the_gpu(nhwc):
                     size = tiles * how.pixels
                     assert (parts - 1) * size < hw <= parts * size, where
                 if n * c * hw >= 2 * 64 * 200 * 336:  # from 17 MB in bfloat16
-                    assert n * triton.cdiv(c, how.block) * how.splits >= 132, where
+                    assert n * triton.cdiv(c, how.block) * how.splits >= processors, where
 
 
 # Full-size shapes of R50-FPN at 800 x 1344, 2 images.
