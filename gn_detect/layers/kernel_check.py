@@ -4,6 +4,7 @@ before their use."""
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import textwrap
 
@@ -19,7 +20,7 @@ from .reference import deviation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, C, H, W) and groups, each for one of the two ways of ``triton_kernels``
-RESIDENT = (2, 16, 7, 7), 4
+RESIDENT = (2, 16, 6, 8), 4  # NCHW reads 16 pixels at a time
 SPLIT = (2, 4, 50, 84), 2  # several programs share a channel
 EPS = 1e-5
 
@@ -64,9 +65,10 @@ def failure(
 ) -> str:
     """What the kernels did wrong with maps of this kind; "" if nothing.
 
-    A resident and a split shape, forward and backward, with residual and ReLU, are compared with
-    PyTorch's operations in float64, once per process; with ``padded``, as maps of images of two
-    sizes, for which the kernels are compiled anew. Exceptions (no C compiler, an error of
+    A resident and a split shape, forward, rebuilt and backward, with ReLU, with and without
+    residual, are compared with PyTorch's operations in float64, once per process; with ``padded``,
+    as maps of images of two sizes, for which the kernels are compiled anew. All twice: what was
+    compiled is launched in another way (``triton_launch``). Exceptions (no C compiler, an error of
     Triton or of the driver) are told like differences.
     """
     maps = f"{dtype} maps in {'channels_last' if channels_last else 'NCHW'} on {device}"
@@ -75,9 +77,10 @@ def failure(
     # torch.utils.checkpoint would count what is saved in here.
     as_it_is = saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), as_it_is:
-        for shape, num_groups in (RESIDENT, SPLIT):
+        for with_residual, case in [*itertools.product((True, False), (RESIDENT, SPLIT))] * 2:
+            shape = case[0]
             try:
-                wrong = _difference(shape, num_groups, device, dtype, channels_last, padded)
+                wrong = _difference(*case, with_residual, device, dtype, channels_last, padded)
             except torch.OutOfMemoryError:  # says nothing of the kernels
                 raise
             except Exception as error:
@@ -89,7 +92,7 @@ def failure(
     return ""
 
 
-def _difference(shape, num_groups, device, dtype, channels_last, padded) -> str:
+def _difference(shape, num_groups, with_residual, device, dtype, channels_last, padded) -> str:
     random = functools.partial(
         torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     )
@@ -99,23 +102,28 @@ def _difference(shape, num_groups, device, dtype, channels_last, padded) -> str:
     height, width = shape[2:]
     sizes = [(height - padded, width // (1 + padded)), (height // (1 + padded), width)]
     extents = Extents(sizes, height, width)
-    residual = extents.join(extents.crops(residual))
+    residual = extents.join(extents.crops(residual)) if with_residual else None
     valid = torch.tensor(sizes, dtype=torch.int32, device=device) if padded else None
     y, mean, rstd = triton_kernels.forward(x, num_groups, weight, bias, EPS, residual, True, valid)
-    found = (
-        y,
-        *triton_kernels.backward(dy, x, y, mean, rstd, weight, bias, True, dtype, valid=valid),
+    gradients = triton_kernels.backward(
+        dy, x, y, mean, rstd, weight, bias, True, dtype if with_residual else None, valid=valid
     )
+    found = [t for t in (y, *gradients) if t is not None]
 
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias, residual)]
+    inputs = (t for t in (x, weight, bias, residual) if t is not None)
+    leaves = [t.double().requires_grad_() for t in inputs]
     crops = (
         F.group_norm(crop, num_groups, leaves[1], leaves[2], EPS)
         for crop in extents.crops(leaves[0])
     )
-    z = extents.join(list(crops)) + leaves[3]
+    z = sum(leaves[3:], extents.join(list(crops)))
     # The mask of y: another one where z is 0 but for rounding would be no fault.
     expected = z.relu(), *torch.autograd.grad(torch.where(y > 0, z, 0), leaves, dy.double())
 
     of = "x", "gamma", "beta", "the residual"
     names = "output", *(f"gradient of {name}" for name in of)
-    return deviation(names, found, expected, dtype)
+    wrong = deviation(names[: len(expected)], found, expected, dtype)
+    if wrong or with_residual:
+        return wrong
+    rebuilt = triton_kernels.apply(x, mean, rstd, weight, bias, True, valid)
+    return "" if torch.equal(rebuilt, y) else "the output is another one where it is rebuilt"

@@ -56,6 +56,8 @@ def interpreted(interpreted_device, monkeypatch):
     # Triton's own functions in Python are for the compiler, as triton was imported without it.
     monkeypatch.setattr(tl, "sum", interpreter.InterpretedFunction(tl.sum.fn))
     monkeypatch.setattr(kernels, "device", interpreted_device)
+    # The check before the first use takes seconds of the interpreter; its own test has all of it.
+    monkeypatch.setattr(functional.kernel_check, "SPLIT", functional.kernel_check.RESIDENT)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=CUDA)])

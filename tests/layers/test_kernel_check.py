@@ -16,6 +16,7 @@ from gn_detect.layers.padding import Extents  # noqa: E402
 from gn_detect.layers.recompute import MODES, rebuild_norms, run_block  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted", "fresh")]
+SPLIT = kernel_check.SPLIT
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable"
 
 
@@ -29,6 +30,12 @@ def fresh(monkeypatch):
     ):
         again = functools.cache(getattr(module, name).__wrapped__)
         monkeypatch.setattr(module, name, again)
+
+
+@pytest.fixture
+def whole(interpreted, monkeypatch):
+    """The check is not shortened."""
+    monkeypatch.setattr(kernel_check, "SPLIT", SPLIT)
 
 
 @pytest.fixture
@@ -52,19 +59,28 @@ def no_compiler(_):
     raise RuntimeError(NO_COMPILER)
 
 
-def scaled(name):
-    return lambda named: named[name].mul_(1.001)
+def scaled(name, where=lambda named: True):
+    return lambda named: where(named) and named[name].mul_(1.001)
+
+
+def alone(named):
+    """Without residual."""
+    return named["y"] is None
 
 
 # Kernel, what happens, what is said
 FAULTS = [
     ("resident", no_compiler, rf"failed for torch.float32 maps in NCHW on cpu.*{NO_COMPILER}"),
     ("gradient", no_compiler, rf"failed for .* of shape \[2, 4, 50, 84\]: Run.*{NO_COMPILER}"),
-    ("resident", scaled("y"), r"wrong for .* \[2, 16, 7, 7\]: the output is off by 0.0"),
+    ("resident", scaled("y"), r"wrong for .* \[2, 16, 6, 8\]: the output is off by 0.0"),
     ("resident_gradient", scaled("dx"), "wrong for .* the gradient of x is off by 0.0"),
     ("resident_gradient", scaled("dz"), "wrong for .* the gradient of the residual is off"),
     ("gradient_sums", scaled("sums"), r"\[2, 4, 50, 84\]: the gradient of gamma is off"),
     ("apply", lambda named: named["y"][1, 3, 49, 83].fill_(torch.nan), "the output is off by nan"),
+    ("resident_gradient", scaled("dx", alone), "the gradient of x is off by 0.0"),
+    ("gradient_sums", scaled("sums", alone), "the gradient of gamma is off"),
+    ("resident", scaled("y", lambda named: named["KNOWN"]), "another one where it is rebuilt"),
+    ("apply", scaled("y", lambda named: named["part"] is None), "another one where it is rebuilt"),
 ]
 
 
@@ -85,6 +101,7 @@ def launched(monkeypatch):
     return dtypes
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("kernel, harm, message", FAULTS, ids=[fault[2] for fault in FAULTS])
 def test_auto_falls_back_with_one_warning_and_triton_raises(
     kernel, harm, message, spoil, monkeypatch, caplog
@@ -112,8 +129,27 @@ def test_other_dtypes_and_layouts_are_not_concerned(spoil, monkeypatch, caplog):
     dtypes = launched(monkeypatch)
     with caplog.at_level(logging.INFO, "gn_detect"):
         group_norm_act(maps(torch.float16), 4)
-    assert dtypes == [torch.float16] * 3  # two of the check
+    assert dtypes == [torch.float16] * 9  # eight of the check
     assert "auto runs triton: torch.float16 maps on cpu" in caplog.text
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("name", ["resident_gradient", "gradient"])
+def test_launches_of_what_was_compiled_are_checked(name, intercept, caplog):
+    """They take another way than the first launch."""
+    compiled = set()
+
+    def launch(kernel, grid, *args, **kwargs):
+        key = kernel.__name__, *(getattr(a, "dtype", a) for a in args)
+        if kernel.__name__ == name and key in compiled:
+            raise TypeError("function takes exactly 12 arguments")
+        compiled.add(key)
+        kernel[grid](*args, **kwargs)
+
+    intercept(launch)
+    x = maps()
+    assert torch.equal(group_norm_act(x, 4), group_norm_act(x, 4, kernel="torch"))
+    assert "TypeError: function takes exactly 12 arguments" in caplog.text
 
 
 def test_padded_maps_are_checked_for_themselves(spoil, caplog):
@@ -151,6 +187,7 @@ def test_torch_compile_checks_while_it_traces(spoil, caplog):
     assert not any("gn_detect" in target for target in targets)
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("channels_last, padded", [(False, True), (True, False), (True, True)])
 def test_check_changes_nothing_and_needs_nothing(channels_last, padded):
     """It may come in the middle of anything."""
@@ -184,6 +221,7 @@ def test_memory_that_is_out_says_nothing_of_the_kernels(spoil):
             group_norm_act(maps(), 4)
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("processors", [16, 132])
 def test_shapes_of_the_check_go_both_ways(channels_last, processors):
@@ -193,6 +231,8 @@ def test_shapes_of_the_check_go_both_ways(channels_last, processors):
     )
     assert resident.resident and not split.resident
     assert split.splits > 1 and split.chunks > 1
+    # Of padded maps, what is read is found otherwise where several pixels are read at a time.
+    assert channels_last or (resident.vec == 16 and split.vec > 1)
 
 
 def test_fake_tensors_are_not_checked(monkeypatch):
