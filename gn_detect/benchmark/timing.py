@@ -46,10 +46,10 @@ def interleave(
                 seconds = clock(runs[name])
                 if number >= 0:
                     results[name].append(seconds)
-            except torch.OutOfMemoryError:
-                results[name] = "out of memory"
-            except (FloatingPointError, Unfit) as error:
-                results[name] = str(error)
+            except (torch.OutOfMemoryError, FloatingPointError, Unfit) as error:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError)
+                results[name] = "out of memory" if out_of_memory else str(error)
+                runs.pop(name, None)  # the others need its memory
     return results
 
 

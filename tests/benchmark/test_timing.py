@@ -85,6 +85,24 @@ def test_a_variant_that_fails_leaves_the_others():
         interleave({"a": anything_else}, 1)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, FloatingPointError])
+def test_a_variant_that_fails_leaves_its_memory(error):
+    class Fails:
+        def __call__(self):
+            if len(alive) == 4:
+                raise error
+
+    def make():
+        fails = Fails()
+        refs.append(weakref.ref(fails))
+        return fails
+
+    refs, alive = [], []
+    makers = {"a": make, "b": lambda: lambda: alive.append(refs[0]() is not None)}
+    interleave(makers, 3, lambda run: (run(), 1.0)[1])
+    assert alive == [True] * 4 + [False] * 2
+
+
 def test_cells():
     # A machine that is ten times as slow in one round changes no ratio.
     assert ratio([1.0, 20.0, 3.0, 40.0, 5.0], [1.0, 10.0, 2.0, 20.0, 5.0]) == "1.500 (1.000-2.000)"
