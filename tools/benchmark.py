@@ -47,7 +47,11 @@ def parse_args(argv):
     for name in QUESTIONS:
         style = argparse.ArgumentDefaultsHelpFormatter
         add_options(commands.add_parser(name, formatter_class=style), name)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    usual = commands.choices[args.question].get_default("variants")
+    if getattr(args, "mixed", False) and args.variants is usual:
+        args.variants = detectors.VARIANTS
+    return args
 
 
 def add_options(parser: argparse.ArgumentParser, question: str) -> None:
@@ -60,7 +64,9 @@ def add_options(parser: argparse.ArgumentParser, question: str) -> None:
     images = {"memory": [1], "estimate": [1], "inference": [1], "step": [2]}.get(question, [1, 2])
     known = (*kernels.VARIANTS, *peers.PEERS) if question == "kernels" else detectors.VARIANTS
     # The modes of memory do not differ in inference, and Detectron2's variants have no estimate.
-    usual = {"inference": known[:3], "estimate": known[2:]}.get(question, known)
+    # Where no image is padded, there is nothing to mask.
+    unmasked = [name for name in known if name != detectors.MASKED]
+    usual = {"inference": known[:3], "estimate": unmasked[2:]}.get(question, unmasked)
     if question == "kernels":  # to compile all layers takes minutes
         usual = *kernels.VARIANTS, *peers.installed()
 

@@ -60,6 +60,18 @@ def test_step(benchmark):
     assert lean["kept MiB"] < gn["kept MiB"]
 
 
+@pytest.mark.parametrize("question", ["step", "scaling", "estimate"])
+def test_padding_is_masked_where_there_is_any_or_it_is_asked_for(question):
+    def variants(*options):
+        return tool["parse_args"]([question, "--output", "results", *options]).variants
+
+    assert "ours-masked" not in variants() and "ours-lean" in variants()
+    assert variants("--variants", "ours-masked") == ["ours-masked"]
+    if question != "estimate":
+        assert "ours-masked" in variants("--mixed")
+        assert variants("--mixed", "--variants", "ours-fast") == ["ours-fast"]
+
+
 def test_inference(benchmark, monkeypatch):
     ticks = iter(range(0, 1000, 4))  # 4 s from call to call
     monkeypatch.setattr("gn_detect.benchmark.timing.timer", lambda: next(ticks))
@@ -74,7 +86,7 @@ def test_inference(benchmark, monkeypatch):
 def test_memory(benchmark):
     rows, (result,) = benchmark("memory", "--size", "64x64", "--device", "cuda")
     kept = {name: measures["MiB"] for name, measures in result["variants"].items()}
-    assert list(kept) == list(detectors.VARIANTS)
+    assert list(kept) == list(detectors.VARIANTS[:-1])
     assert kept["ours-fast"] == kept["detectron2-gn"] > kept["ours-lean"]
     for row in rows:
         assert row["MiB / detectron2-gn"] == ratio(kept[row["variant"]], kept["detectron2-gn"])
