@@ -6,9 +6,11 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from layers.conftest import CUDA
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
+from gn_detect.benchmark.timing import as_cuda_graph
 from gn_detect.layers import GroupNorm, functional, group_norm_act
 from gn_detect.layers.padding import Extents
 from gn_detect.layers.recompute import rebuild_norms
@@ -28,7 +30,9 @@ LAYOUTS_BY_TURNS = pytest.mark.parametrize(
 )
 
 
-def inputs(residual, dtype=torch.float64, layout=NCHW, shape=(2, 8, 3, 5), trained="xgbr"):
+def inputs(
+    residual, dtype=torch.float64, layout=NCHW, shape=(2, 8, 3, 5), trained="xgbr", device="cpu"
+):
     """x, gamma, beta and residual or None. No value before a ReLU is near its kink."""
     for seed in itertools.count():
         torch.manual_seed(seed)
@@ -38,7 +42,8 @@ def inputs(residual, dtype=torch.float64, layout=NCHW, shape=(2, 8, 3, 5), train
             gamma, beta = gamma.double(), beta.double()
         if formula(x, gamma, beta, r if residual else None, None).abs().min() > 1e-3:
             break
-    x, r = x.contiguous(memory_format=layout), r.contiguous(memory_format=layout)
+    x, r = (t.contiguous(memory_format=layout) for t in (x, r))
+    x, gamma, beta, r = (t.to(device) for t in (x, gamma, beta, r))
     for name, tensor in zip("xgbr", (x, gamma, beta, r), strict=True):
         tensor.requires_grad_(name in trained)
     return x, gamma, beta, r if residual else None
@@ -60,6 +65,14 @@ def call(x, gamma, beta, residual, activation, **kwargs):
     return group_norm_act(x, G, gamma, beta, EPS, residual, activation, **kwargs)
 
 
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=CUDA)])
+def backend(request, device):
+    """Of torch.compile, which has a compiler of the GPU's code with Triton."""
+    if request.param == "inductor" and device == "cpu":
+        pytest.skip("Inductor is for the GPU")
+    return request.param
+
+
 def given(*tensors):
     return [t for t in tensors if t is not None]
 
@@ -71,7 +84,7 @@ def assert_close_to_formula(y, arguments):
     trained = [t for t in given(*arguments[:4]) if t.requires_grad]
     assert y.requires_grad == bool(trained)
     if trained:
-        dy = torch.randn(y.shape)
+        dy = torch.randn(y.shape).to(y.device)
         gradients = torch.autograd.grad(y, trained, dy)
         of_formula = torch.autograd.grad(expected, trained, dy.double())
         torch.testing.assert_close(gradients, of_formula, rtol=1e-4, atol=1e-5)
@@ -205,13 +218,83 @@ def test_without_triton(monkeypatch):
         call(x, gamma, beta, None, None, kernel="triton")
 
 
-# The kernels, run by Triton's interpreter, behind autograd and the compiler.
+# The kernels, run by Triton's interpreter and, where there is one, a GPU, behind autograd and the
+# compiler.
 
 
 @LAYOUTS_BY_TURNS
-def test_kernels_behind_autograd(residual, activation, layout, interpreted):
-    arguments = *inputs(residual, torch.float32, layout), activation
+def test_kernels_behind_autograd(residual, activation, layout, device):
+    arguments = *inputs(residual, torch.float32, layout, device=device), activation
     assert_close_to_formula(call(*arguments, kernel="triton"), arguments)
+
+
+def test_auto_takes_the_kernels(device, caplog):
+    functional._decided.cache_clear()
+    functional._log_once.cache_clear()
+    x, *others = inputs(True, torch.float32, device=device)
+    with caplog.at_level(logging.INFO, "gn_detect"):
+        call(x, *others, "relu")
+    assert [record.message for record in caplog.records] == [
+        f"GroupNorm with MODEL.GN.KERNEL auto runs triton: torch.float32 maps on {x.device}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "view, layout",
+    [
+        (lambda x: x[:, :, ::2], NCHW),
+        (lambda x: x.transpose(2, 3), NCHW),
+        (lambda x: x[..., 1:], NHWC),
+    ],
+    ids=["every second row", "transposed", "without the first column, channels_last"],
+)
+def test_kernels_for_maps_that_are_not_dense(view, layout, device):
+    x, gamma, beta, _ = inputs(False, torch.float32, layout, (2, 8, 4, 6), device=device)
+    arguments = view(x), gamma, beta, None, None
+    assert functional.kernel_check.unsupported(*arguments[:3])
+    # The copy that the function makes on CUDA alone.
+    dense = arguments[0] if device == "cuda" else functional.triton_kernels.dense(arguments[0])
+    y = call(dense, *arguments[1:], kernel="triton")
+    assert y.is_contiguous(memory_format=layout)
+    assert_close_to_formula(y, arguments)
+
+
+@CUDA
+def test_kernels_on_another_stream():
+    """Where they come after what is late. On the usual one they would come first."""
+    x, *others = trained = inputs(True, torch.float32, device="cuda")
+    call(x, *others, "relu", kernel="triton")  # which is checked
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # cycles of the GPU
+        y = call(x * 1, *others, "relu", kernel="triton")
+        gradients = torch.autograd.grad(y.square().sum(), trained)
+    stream.synchronize()
+    expected = formula(x, *others, "relu")
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(expected.square().sum(), trained)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
+
+
+@CUDA
+def test_kernels_in_a_cuda_graph():
+    """Replayed on other values."""
+    x, gamma, beta, r = trained = inputs(True, torch.float32, device="cuda")
+    found = []
+
+    def run():
+        y = call(*trained, "relu", kernel="triton")
+        found[:] = y.detach(), *torch.autograd.grad(y.square().sum(), trained)
+
+    replay = as_cuda_graph(run)
+    with torch.no_grad():
+        for t in (x, r):  # with those of the other image, no value is at the kink
+            t.copy_(t.flip(0))
+    replay()
+    y = formula(*trained, "relu")
+    expected = y.float(), *torch.autograd.grad(y.square().sum(), trained)
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +308,11 @@ def test_kernels_for_maps_of_any_number_of_dimensions(shape, layout, interpreted
 
 
 @LAYOUTS_BY_TURNS
-def test_kernels_of_padded_maps(residual, activation, layout, interpreted):
+def test_kernels_of_padded_maps(residual, activation, layout, device):
     """Each image as if it was alone, in gradients and their gradients, too."""
-    x, gamma, beta, r = inputs(residual, torch.float32, layout)
+    x, gamma, beta, r = inputs(residual, torch.float32, layout, device=device)
     mask = PADDED.mask(x.device, x.dtype)
-    dy = torch.randn(x.shape)
+    dy = torch.randn(x.shape).to(device)
     if residual:
         r = (r * mask).detach().requires_grad_()
         dy = dy if activation else dy * mask  # else all of it is the gradient of the residual
@@ -274,10 +357,11 @@ def test_gradients_of_gradients_of_kernels(residual, activation, interpreted):
 
 
 @pytest.mark.parametrize("extents", [None, PADDED], ids=["whole", "padded"])
-def test_kernels_rebuild_their_output(extents, interpreted):
+def test_kernels_rebuild_their_output(extents, device, monkeypatch):
     """In a chain of two norms and convolutions, bit for bit, without its maps."""
-    x, gamma, beta, _ = inputs(False, torch.float32)
-    weight = torch.randn(8, 8, 1, 1, requires_grad=True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    x, gamma, beta, _ = inputs(False, torch.float32, device=device)
+    weight = torch.randn(8, 8, 1, 1).to(device).requires_grad_()
     trained, maps, results = [x, gamma, beta, weight], [], []
 
     def layer(x):
@@ -353,23 +437,25 @@ def test_operators_whose_residual_alone_is_trained(relu, interpreted):
 
 
 @pytest.mark.parametrize("residual, activation", KINDS[1:], ids=KINDS_IDS[1:])
-def test_kernels_compiled(residual, activation, interpreted):
+def test_kernels_compiled(residual, activation, device, backend):
     """One graph, with the layout of the input, for all heights and widths."""
     torch._dynamo.reset()
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=True)
     for shape in ((2, 8, 3, 5), (1, 8, 4, 7)):
-        arguments = *inputs(residual, torch.float32, torch.channels_last, shape), activation
+        x, *others = inputs(residual, torch.float32, NHWC, shape, device=device)
+        arguments = x, *others, activation
         y = compiled(*arguments, kernel="triton")
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert_close_to_formula(y, arguments)
 
 
-def test_kernels_of_padded_maps_compiled(interpreted):
+def test_kernels_of_padded_maps_compiled(device, backend):
     torch._dynamo.reset()
-    x, *others = inputs(False, torch.float32)
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    x, *others = inputs(False, torch.float32, device=device)
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    extents = Extents(PADDED.sizes, 3, 5)  # whose tensors are made in the graph
     found, expected = (
-        function(x, *others, "relu", extents=PADDED, kernel="triton")
+        function(x, *others, "relu", extents=extents, kernel="triton")
         for function in (compiled, call)
     )
     assert torch.equal(found, expected)

@@ -128,10 +128,11 @@ def test_deterministic_algorithms(device, take, nhwc, way):
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_autocast_inside_autocast(interpreted, kernel, dtype):
+def test_autocast_inside_autocast(device, kernel, dtype):
     """To another dtype, and off: neither changes what is computed, nor what is left behind."""
-    x, residual = (make((2, 8, 3, 5), dtype=dtype, seed=seed).requires_grad_() for seed in range(2))
-    weight, bias = (t.requires_grad_() for t in affine(8))
+    maps = (make((2, 8, 3, 5), dtype=dtype, seed=seed, device=device) for seed in range(2))
+    x, residual = (t.requires_grad_() for t in maps)
+    weight, bias = (t.requires_grad_() for t in affine(8, device=device))
     trained = x, weight, bias, residual
 
     def run():
@@ -139,13 +140,14 @@ def test_autocast_inside_autocast(interpreted, kernel, dtype):
         return y, *torch.autograd.grad(y, trained, torch.ones_like(y))
 
     expected = run()
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(device, BF16):
         for inner in ({"dtype": F16}, {"enabled": False}):
-            with torch.autocast("cpu", **inner):
+            with torch.autocast(device, **inner):
                 found = run()
             for a, b in zip(found, expected, strict=True):
                 assert a.dtype == b.dtype and torch.equal(a, b)
-            assert F.linear(x.detach().flatten(1), torch.ones(1, 120)).dtype == BF16
+            ones = torch.ones(1, 120, device=device)
+            assert F.linear(x.detach().flatten(1), ones).dtype == BF16
 
 
 @pytest.mark.parametrize("memory", MODES[1:])
