@@ -281,6 +281,5 @@ def per_image(
     if extents is None:
         return mask_padding(function(x))  # which may be larger
     found = [function(crop) for crop in extents.crops(x)]
-    extents = current().of(*map(size, x.shape[-2:]))
-    # A result may be larger than ceil(size / stride) of its image.
-    return extents.join([_resize(y, *s) for y, s in zip(found, extents.sizes, strict=False)])
+    # A result may be larger than its image: on a coarse map, images of several sizes have one.
+    return mask_padding(join(found, *map(size, x.shape[-2:])))

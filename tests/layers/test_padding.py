@@ -1,5 +1,7 @@
 """What is image of a batch, taken out and put together again."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +114,21 @@ def test_maps_of_images_may_get_padding():
     with images_in_batch(Extents([(3, 4)], 4, 4)):
         y = per_image(lambda x: F.interpolate(x, scale_factor=2.0), torch.ones(1, 1, 2, 2), _twice)
     assert y[0, 0].tolist() == [[1] * 4] * 3 + [[0] * 4]
+
+
+@pytest.mark.parametrize("sizes", [[(3, 4), (4, 4)], [(4, 4), (3, 4)]], ids=str)
+@pytest.mark.parametrize("captured", [False, True])
+def test_maps_of_images_that_differ_by_less_than_the_stride(sizes, captured, monkeypatch):
+    """All have 2 rows and columns, and one column is padding."""
+    monkeypatch.setattr(padding, "_is_captured", lambda: captured)
+    x = make(shape=(2, 4, 2, 3))
+    upsample = functools.partial(F.interpolate, scale_factor=2.0, mode="bilinear")
+    with images_in_batch(Extents(sizes, 4, 6)):
+        found = per_image(upsample, x, _twice)
+    expected = torch.zeros(2, 4, 4, 6, dtype=x.dtype)
+    for y, image, (h, w) in zip(expected, x.detach(), sizes, strict=True):
+        y[:, :h, :w] = upsample(image[None, :, :2, :2])[0, :, :h, :w]
+    torch.testing.assert_close(found.detach(), expected)
 
 
 def _twice(size):

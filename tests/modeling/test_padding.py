@@ -54,14 +54,7 @@ def features(model, batch):
     return found
 
 
-def test_images_of_no_batch_are_not_those_of_the_next(model):
-    model.preprocess_image([training_image(*size) for size in SIZES])
-    assert current() is None
-
-
-def test_an_image_is_as_it_is_alone(model):
-    batch = [training_image(*size) for size in SIZES]
-    model.double()
+def assert_features_as_alone(model, batch):
     together = features(model, batch)
     for i, image in enumerate(batch):
         alone = features(model, [image])
@@ -71,6 +64,16 @@ def test_an_image_is_as_it_is_alone(model):
                 x = x[..., : image["height"], : image["width"]]
             found = together[name][i, :, : x.shape[2], : x.shape[3]]
             assert (found - x[0]).abs().max() <= 1e-10 * x.abs().max(), name
+
+
+def test_images_of_no_batch_are_not_those_of_the_next(model):
+    model.preprocess_image([training_image(*size) for size in SIZES])
+    assert current() is None
+
+
+def test_an_image_is_as_it_is_alone(model):
+    batch = [training_image(*size) for size in SIZES]
+    assert_features_as_alone(model.double(), batch)
     model.float()
     with torch.no_grad():
         together = [found["instances"] for found in model(batch)]
@@ -81,6 +84,13 @@ def test_an_image_is_as_it_is_alone(model):
         torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-3)
         ious = pairwise_iou(found.pred_boxes, expected.pred_boxes)
         assert (ious.max(dim=1).values > 0.99).float().mean() > 0.9
+
+
+def test_images_that_have_one_size_on_coarse_maps():
+    """9 rows at stride 8; 17 and 18 at stride 4."""
+    torch.manual_seed(0)
+    model = randomize(build("panoptic", *MASKED)).double().eval()
+    assert_features_as_alone(model, [training_image(68, 90), training_image(72, 90)])
 
 
 def test_without_it_padding_matters():
