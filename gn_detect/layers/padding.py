@@ -71,8 +71,9 @@ class Extents:
     def _on(self, device: torch.device, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
         if (device, dtype) not in self._tensors:
             tensor = build()
-            if device.type == "cuda":  # from pinned memory, so that nobody waits for the device
-                tensor = tensor.pin_memory().to(device, non_blocking=True)
+            # From pinned memory, so that nobody waits for the device. A fake tensor has none.
+            pin = device.type == "cuda" and type(tensor) is Tensor and not _is_captured()
+            tensor = (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
             self._tensors[device, dtype] = tensor
         return self._tensors[device, dtype]
 

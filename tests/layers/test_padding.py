@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from gn_detect.layers import group_norm_act, padding
@@ -98,6 +99,41 @@ def test_group_norm(sizes, layout):
     torch.testing.assert_close(compiled(*inputs), expected)
     gradients = (torch.autograd.grad(f(*inputs).square().sum(), x) for f in (compiled, found))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "meta"])
+def test_masks_are_on_the_device(kind):
+    """Of a step whose memory is estimated, on a machine that may have no such device."""
+    with FakeTensorMode():
+        device, extents = torch.device(kind), Extents([(3, 5), (4, 3)], 4, 5)
+        for mask in (extents.tensor(device), extents.mask(device, torch.float16)):
+            assert mask.device.type == kind
+
+
+def test_graphs_have_no_pinned_memory():
+    graphs = []
+
+    @functools.partial(torch.compile, backend=lambda *args: graphs.append(args) or (lambda x: (x,)))
+    def masked(x):  # on a GPU, which the graph does not need, as it does not run
+        return x * Extents([(3, 5), (4, 3)], 4, 5).mask(torch.device("cuda"), x.dtype).cpu()
+
+    masked(torch.ones(2, 4, 4, 5))
+    ((graph, _),) = graphs
+    assert "cuda" in graph.code and "pin" not in graph.code
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+def test_compiled_masks(device):
+    x, sizes = make(shape=(2, 4, 4, 5)).to(device), [(3, 5), (4, 3)]
+
+    @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def masked(x):
+        return x * Extents(sizes, 4, 5).mask(x.device, x.dtype)
+
+    assert torch.equal(masked(x), alone(lambda c: c, x, sizes))
 
 
 def test_small_maps_may_have_no_padding():
