@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gn_detect.layers.padding import extents_of, mask_padding
+
 # Layer -> mean and variance of each of its calls in a forward pass, in order: heads are shared by
 # the levels of a pyramid. Each is a pair of (groups,) float32.
 Statistics = dict[nn.GroupNorm, list[tuple[Tensor, Tensor]]]
@@ -41,7 +43,9 @@ def recorded_statistics(model: nn.Module) -> Iterator[Statistics]:
         (x,) = inputs[:1]
         if len(x) != 1:
             raise ValueError(f"statistics are recorded of one image, not of {len(x)}")
-        groups = x.detach().float().reshape(layer.num_groups, -1)
+        extents = extents_of(x) if getattr(layer, "mask_padding", False) else None
+        (image,) = extents.crops(x) if extents else (x,)
+        groups = image.detach().float().reshape(layer.num_groups, -1)
         var, mean = torch.var_mean(groups, dim=1, correction=0)
         found[layer].append((mean, var))
 
@@ -71,4 +75,5 @@ def fixed_statistics(statistics: Statistics) -> Iterator[None]:
 def _normalize(layer: nn.GroupNorm, calls: Iterator[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     channels = layer.num_channels // layer.num_groups
     mean, var = (value.repeat_interleave(channels) for value in next(calls))
-    return F.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps)
+    y = F.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps)
+    return mask_padding(y) if getattr(layer, "mask_padding", False) else y
