@@ -27,8 +27,9 @@ class Resume(HookBase):
     """Lets a run go on as if it had not stopped.
 
     On the CPU, in one process without data loading workers, the result is that of an uninterrupted
-    run, bit for bit. With data loading workers the order of the images continues exactly, but their
-    random augmentation does not.
+    run, bit for bit; of RetinaNet but for rounding, as TorchScript adds up its focal loss otherwise
+    in the first passes of a process. With data loading workers the order of the images continues
+    exactly, but their random augmentation does not.
 
     A run can be resumed with another number of processes; those that the checkpoint does not know
     draw random numbers of their own. With another number of images per iteration it continues at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from detectron2.engine import HookBase
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
@@ -53,23 +54,34 @@ def running_mean(kind: str, key: str, value: float) -> RunningMean | None:
 
 
 class RunningMeans(HookBase):
-    """Updates those of a model after each iteration, and keeps them in checkpoints."""
+    """Updates those of a model after each iteration, and keeps them in checkpoints; also the mean
+    that Detectron2's RetinaNet and FCOS have as a plain attribute, of several processes that of the
+    first."""
 
     def __init__(self, model: nn.Module):
+        modules = dict(getattr(model, "module", model).named_modules())  # without DDP
         self._means = {
             f"{name}.{key}": value
-            for name, module in getattr(model, "module", model).named_modules()  # without DDP
+            for name, module in modules.items()
             for key, value in vars(module).items()
             if isinstance(value, RunningMean)
         }
+        self._dense = {n: m for n, m in modules.items() if isinstance(m, DenseDetector)}
 
     def after_step(self) -> None:
         for mean in self._means.values():
             mean.update()
 
     def state_dict(self) -> dict[str, float]:
-        return {name: mean.value for name, mean in self._means.items()}
+        means = {name: mean.value for name, mean in self._means.items()}
+        for name, module in self._dense.items():
+            if hasattr(module, "loss_normalizer"):  # from its first pass on
+                means[f"{name}.loss_normalizer"] = module.loss_normalizer
+        return means
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name in self._means.keys() & state.keys():
             self._means[name].value = state[name]
+        for name, module in self._dense.items():
+            if (key := f"{name}.loss_normalizer") in state:
+                module.loss_normalizer = state[key]
