@@ -27,7 +27,7 @@ from gn_detect.layers.padding import Extents, extend_images, images_in_batch, se
 from .blocks import Block, in_memory_mode
 from .norm import finish_from_config, finish_norms, with_norms
 from .normalizer import running_mean
-from .padding import extend_pooled, mask_paddings
+from .padding import check_masked, extend_pooled, mask_paddings
 from .rpn import inside, label_inside
 
 
@@ -49,9 +49,17 @@ class TellsExtents:
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
+        """
+        Raises:
+            ConfigError: with ``MODEL.GN.MASK_PADDING``, a component does not mask padding.
+        """
         args = super().from_config(cfg)
-        if cfg.MODEL.GN.MASK_PADDING and "roi_heads" in args:
-            extend_pooled(args["roi_heads"])
+        if cfg.MODEL.GN.MASK_PADDING:
+            check_masked(cfg, "MODEL.BACKBONE.NAME", args["backbone"])
+            if "sem_seg_head" in args:
+                check_masked(cfg, "MODEL.SEM_SEG_HEAD.NAME", args["sem_seg_head"])
+            if "roi_heads" in args:
+                extend_pooled(args["roi_heads"])
         return args
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
@@ -200,7 +208,7 @@ def build_detector(
     """
     model = meta_arch(**components)
     if mask_padding:
-        for part in (model, getattr(model, "proposal_generator", model)):
+        for part in (model, getattr(model, "proposal_generator", None) or model):
             if not hasattr(part, "masks_padding"):
                 raise ConfigError(
                     f"model.mask_padding is True, but a {type(part).__name__} does not know of it; "

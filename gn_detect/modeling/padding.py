@@ -11,7 +11,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from torch import nn
 
-from gn_detect.config import ConfigError
+from gn_detect.config import ConfigError, locate
 from gn_detect.layers.padding import extend_images, mask_padding, per_image
 
 from .blocks import before_group_norm, like
@@ -24,8 +24,8 @@ def check_components(cfg: CfgNode) -> None:
     """
     arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     parts = {"META_ARCHITECTURE": arch}
-    if issubclass(arch, GeneralizedRCNN):
-        name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if issubclass(arch, GeneralizedRCNN) and name != "PrecomputedProposals":  # which are of nobody
         parts["PROPOSAL_GENERATOR.NAME"] = PROPOSAL_GENERATOR_REGISTRY.get(name)
     for key, part in parts.items():
         if not hasattr(part, "masks_padding"):
@@ -34,6 +34,20 @@ def check_components(cfg: CfgNode) -> None:
                 f"not know of it; set it to 'GN{part.__name__}', if there is one, or MASK_PADDING "
                 "to False"
             )
+
+
+def check_masked(cfg: CfgNode, key: str, module: nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: the component that ``key`` names was not built with :func:`mask_paddings`.
+    """
+    if not hasattr(module, "masks_padding"):
+        node, name = locate(cfg, key)
+        raise ConfigError(
+            f"MODEL.GN.MASK_PADDING is True, but {key} is {node[name]!r}, which does not keep "
+            "padding at 0; take one of gn_detect, have it call "
+            "gn_detect.modeling.finish_norms(..., mask_padding=True), or set MASK_PADDING to False"
+        )
 
 
 class UpsampleImages(nn.Upsample):
@@ -60,6 +74,7 @@ def mask_paddings(module: nn.Module, but: nn.Module | None = None) -> None:
             child.register_forward_hook(_mask_output)
         elif type(child) is nn.Upsample:
             module.set_submodule(name, like(child, UpsampleImages))
+    module.masks_padding = True
 
 
 def extend_pooled(roi_heads: nn.Module) -> None:

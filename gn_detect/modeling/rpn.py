@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from .blocks import Block, in_memory_mode
 from .norm import GroupNormFactory, add_norms, finish_from_config, finish_norms, norm_from_config
+from .padding import check_masked
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -64,6 +65,9 @@ class GNRPN(RPN):
     Args:
         mask_padding: do so.
         **kwargs: of ``RPN``.
+
+    Raises:
+        ConfigError: with ``MODEL.GN.MASK_PADDING``, the head does not mask padding.
     """
 
     masks_padding = True  # where it is asked to
@@ -76,6 +80,8 @@ class GNRPN(RPN):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
         args = super().from_config(cfg, input_shape)
+        if cfg.MODEL.GN.MASK_PADDING:
+            check_masked(cfg, "MODEL.RPN.HEAD_NAME", args["head"])
         return {**args, "mask_padding": cfg.MODEL.GN.MASK_PADDING}
 
     @torch.no_grad()

@@ -1,12 +1,14 @@
 """With MASK_PADDING, what a detector makes of an image does not depend on the images beside it."""
 
+import copy
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from helpers import ROOT, config, randomize, training_image
@@ -16,6 +18,7 @@ from gn_detect.config import ConfigError
 from gn_detect.layers import GroupNorm
 from gn_detect.layers.padding import current, images_in_batch
 from gn_detect.layers.recompute import MODES
+from gn_detect.modeling import finish_norms
 from gn_detect.modeling.normalizer import RunningMeans
 
 pytestmark = pytest.mark.slow
@@ -192,6 +195,38 @@ def test_components_that_do_not_know_of_padding(key, name):
         build_model(cfg)
 
 
+@pytest.mark.parametrize(
+    "kind, key, name",
+    [
+        ("basic blocks", "BACKBONE.NAME", "build_resnet_fpn_backbone"),
+        ("RetinaNet", "BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+        ("basic blocks", "RPN.HEAD_NAME", "StandardRPNHead"),
+        ("panoptic", "SEM_SEG_HEAD.NAME", "SemSegFPNHead"),
+    ],
+)
+def test_components_that_do_not_mask_padding(kind, key, name):
+    norms = ("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.RPN.NORM", "")
+    with pytest.raises(ConfigError, match=f"{key} is '{name}', which does not.*finish_norms"):
+        build(kind, *MASKED, *norms, "MODEL.SEM_SEG_HEAD.NORM", "BN", f"MODEL.{key}", name)
+
+
+def test_a_backbone_of_ones_own_masks_padding_by_finish_norms(monkeypatch):
+    def own_backbone(cfg, input_shape):
+        return finish_norms(build_resnet_fpn_backbone(cfg, input_shape), "own", mask_padding=True)
+
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "own_backbone", own_backbone)
+    norms = ("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN")
+    model = build("basic blocks", *MASKED, *norms, "MODEL.BACKBONE.NAME", "own_backbone")
+    model = randomize(model).double().eval()
+    assert_features_as_alone(model, [training_image(*size) for size in SIZES])
+
+
+def test_proposals_that_are_given():
+    """Of what generates them nothing is asked."""
+    given = ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    assert build("basic blocks", *MASKED, *given).proposal_generator is None
+
+
 def test_lazy_detectors():
     cfg = LazyConfig.load(str(ROOT / "configs/lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py"))
     cfg.model.mask_padding = True
@@ -203,6 +238,9 @@ def test_lazy_detectors():
     assert masked == {"backbone": {True}, "roi_heads": {False}}
     assert model.proposal_generator.mask_padding
     assert len(model.roi_heads.box_pooler._forward_pre_hooks) == 1
+    given = copy.deepcopy(cfg.model)
+    given.proposal_generator = None
+    assert instantiate(given).backbone.bottom_up.stem.conv1.norm.mask_padding
     cfg.model.meta_arch = GeneralizedRCNN
     with pytest.raises(ConfigError, match="a GeneralizedRCNN does not know of it"):
         instantiate(cfg.model)
