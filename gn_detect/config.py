@@ -121,7 +121,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("EARLY_STOP_MIN_DELTA", 0.0)
 
     # Large-scale jitter (Ghiasi et al., https://arxiv.org/abs/2012.07177) in place of the
-    # training sizes: scale the image by a factor of this range, then cut or pad it to a square.
+    # training sizes: scale the image by a factor of this range, then cut or pad it to a square;
+    # with MODEL.GN.MASK_PADDING, only cut it.
     lsj = cfg.INPUT.setdefault("LSJ", CfgNode())
     lsj.setdefault("ENABLED", False)
     lsj.setdefault("MIN_SCALE", 0.1)

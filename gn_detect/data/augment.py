@@ -110,8 +110,8 @@ def paste(sample: dict, donor: dict) -> None:
 
     Both are samples as Detectron2's DatasetMapper makes them: ``image`` (C, H, W) in uint8,
     ``instances`` with masks, perhaps ``sem_seg`` (H, W). Where the donor is smaller it is put
-    anywhere, where it is larger a random part of it is taken; with large-scale jitter both are of
-    one size. Masks become bitmaps.
+    anywhere, where it is larger a random part of it is taken; with large-scale jitter, if it pads,
+    both are of one size. Masks become bitmaps.
     """
     size = sample["image"].shape[1:]
     here, there = [...], [...]  # where they lie over each other, in the sample and in the donor

@@ -179,11 +179,13 @@ class NamingDatasetMapper(DatasetMapper):
             )
         if jitter:
             # As in Detectron2's ``new_baselines``: scale, relative to the image fit into a square;
-            # then cut (at random) or pad (with gray, right and below) it to that square.
+            # then cut (at random) or pad (with gray, right and below) it to that square. What the
+            # mapper pads is image to the model, what the batch does is not.
             lsj, size = cfg.INPUT.LSJ, (cfg.INPUT.LSJ.IMAGE_SIZE,) * 2
             scale = T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, *size)
+            crop_or_pad = T.FixedSizeCrop(size, pad=not cfg.MODEL.GN.MASK_PADDING)
             _, *flips = args["augmentations"]  # the first one is the resizing
-            args["augmentations"] = [scale, T.FixedSizeCrop(size), *flips]
+            args["augmentations"] = [scale, crop_or_pad, *flips]
         if (jitter or crop) and cfg.MODEL.MASK_ON:
             args.update(instance_mask_format="bitmask", recompute_boxes=True)
             if cfg.INPUT.MASK_FORMAT != "bitmask":

@@ -163,6 +163,7 @@ def test_an_image_that_cannot_be_used_is_named(own, coco_files, monkeypatch, dam
 
 
 LSJ = ["INPUT.LSJ.ENABLED", True, "INPUT.LSJ.IMAGE_SIZE", 128, "INPUT.MIN_SIZE_TEST", 32]
+MASKED = ["MODEL.GN.MASK_PADDING", True]
 CROP = ["INPUT.CROP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.CROP.TYPE"]
 # BGR, polygon: a triangle, whose box depends on where it is cut, and a rectangle.
 OBJECTS = [
@@ -278,6 +279,7 @@ def test_a_mapper_refuses_what_it_could_not_read():
     [
         [*LSJ, "INPUT.LSJ.MIN_SCALE", 0.4, "INPUT.LSJ.MAX_SCALE", 1.0],
         [*LSJ, "INPUT.LSJ.MIN_SCALE", 1.0, "INPUT.LSJ.MAX_SCALE", 2.0],
+        [*LSJ, "INPUT.LSJ.MIN_SCALE", 0.6, "INPUT.LSJ.MAX_SCALE", 1.8, *MASKED],
         [*CROP, "relative", "INPUT.CROP.SIZE", (0.7, 0.5)],
         [*CROP, "relative_range", "INPUT.CROP.SIZE", (0.4, 0.4)],
     ],
@@ -289,7 +291,8 @@ def test_objects_move_with_the_pixels_and_are_cut_with_them(photo, opts):
         pixels = result["image"].permute(1, 2, 0).numpy().astype(int)
         instances = result["instances"]
         assert pixels.shape[:2] == instances.image_size
-        assert instances.image_size == (128, 128) or "INPUT.LSJ.ENABLED" not in opts
+        square = "INPUT.LSJ.ENABLED" in opts and "MODEL.GN.MASK_PADDING" not in opts
+        assert instances.image_size == (128, 128) or not square
         for number, (color, _) in enumerate(OBJECTS):
             painted = np.abs(pixels - color).max(2) < 100
             (found,) = (instances.gt_classes == number).nonzero(as_tuple=True)
@@ -320,6 +323,18 @@ def test_large_scale_jitter_keeps_to_its_range(photo):
     cut = [s for s in scales if s == 1.0]
     assert 0.2 < len(cut) / len(scales) < 0.6  # 0.4 of the range is above 1
     assert len({round(s, 2) for s in scales}) > 20
+
+
+def test_large_scale_jitter_does_not_pad_where_padding_is_masked(photo):
+    """At half of the square's side, the 96 x 64 pixels are 64 x 43."""
+    flips = ("INPUT.RANDOM_FLIP", "none")
+    padded, masked = (jitter(0.5, 0.5, *flips, *opts)(photo) for opts in ((), MASKED))
+    assert padded["instances"].image_size == (128, 128)
+    assert masked["instances"].image_size == masked["image"].shape[1:] == (43, 64)
+    assert torch.equal(masked["image"], padded["image"][:, :43, :64])
+    masks, expected = (sample["instances"].gt_masks.tensor for sample in (masked, padded))
+    assert torch.equal(masks, expected[:, :43, :64]) and masks.any(2).any(1).all()
+    assert_same(masked["instances"].gt_boxes, padded["instances"].gt_boxes)
 
 
 def test_large_scale_jitter_is_for_training_with_the_flips_of_the_config(photo):
