@@ -118,7 +118,9 @@ def step(model, *passes):
     """Mean losses and gradients of ``passes``, with the same RoIs each time."""
 
     def proposals(anchors, logits, deltas, image_sizes):
-        boxes = torch.tensor([[4.0, 6, 41, 35], [20, 19, 48, 36], [0, 0, 20, 10], [30, 9, 44, 30]])
+        boxes = [[4, 6, 41, 35], [20, 19, 48, 36], [0, 0, 20, 10], [30, 9, 44, 30]]
+        boxes.append([20, 30, 50, 64])  # to the end of an image
+        boxes = torch.tensor(boxes, dtype=torch.float32)
         rois = {"proposal_boxes": Boxes(boxes), "objectness_logits": torch.zeros(len(boxes))}
         return [Instances(size, **rois) for size in image_sizes]
 
