@@ -106,7 +106,8 @@ class GNRetinaNet(TellsExtents, RetinaNet):
         super().__init__(**kwargs)
         self.mask_padding = mask_padding
         key = "MODEL.RETINANET.LOSS_NORMALIZER"
-        self.normalizer = running_mean(loss_normalizer, key, 100)  # as Detectron2's starts
+        # Of an image; Detectron2's, of a pass, starts there.
+        self.normalizer = running_mean(loss_normalizer, key, 100)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -126,12 +127,15 @@ class GNRetinaNet(TellsExtents, RetinaNet):
         return label(anchors, gt_instances)
 
     def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
-        self._num_images = len(gt_labels)
+        if self.normalizer:
+            labels = torch.stack(gt_labels)
+            positives = (labels >= 0) & (labels != self.num_classes)
+            self._counts = int(positives.sum()), len(labels)
         return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9):
-        if self.normalizer:
-            return self.normalizer(value, self._num_images)
+        if self.normalizer:  # not ``value``, which is 1 also where a pass has no positives
+            return self.normalizer(*self._counts)
         return super()._ema_update(name, value, initial_value, momentum)
 
     def inference_single_image(self, anchors, box_cls, box_delta, image_size) -> Instances:

@@ -10,6 +10,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import BACKBONE_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import ROOT, config, randomize, training_image
 from modeling.test_detectors import MODELS, build
@@ -19,7 +20,7 @@ from gn_detect.layers import GroupNorm
 from gn_detect.layers.padding import current, images_in_batch
 from gn_detect.layers.recompute import MODES
 from gn_detect.modeling import finish_norms
-from gn_detect.modeling.normalizer import RunningMeans
+from gn_detect.modeling.normalizer import RunningMean, RunningMeans
 
 pytestmark = pytest.mark.slow
 MASKED = ("MODEL.GN.MASK_PADDING", True, "MODEL.GN.MEMORY", "fast")
@@ -172,6 +173,32 @@ def test_passes_of_one_image_are_one_of_all(kind):
         means.after_step()
         (value,) = means.state_dict().values()
         assert value != before.popitem()[1]
+
+
+def test_images_without_objects_have_no_positive_anchors():
+    """Nor where they are alone in a pass."""
+    torch.manual_seed(0)
+    model = build("RetinaNet", *MASKED, *STEP).double()
+    image, empty = training_image(), training_image()
+    empty["instances"] = empty["instances"][:0]
+    values = []
+    for passes in ([image, empty],), ([image], [empty]):
+        model.normalizer.value = 100
+        step(model, *passes)
+        RunningMeans(model).after_step()
+        values.append(model.normalizer.value)
+    assert values[0] == values[1] < 100
+
+
+def test_a_mean_over_the_images_of_all_processes(monkeypatch):
+    mean = RunningMean(10)
+    assert [mean(3, 1), mean(4, 2)] == [10, 20]
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, (7, 2)])
+    mean.update()
+    assert mean.value == pytest.approx(0.9 * 10 + 0.1 * (3 + 4 + 7) / (1 + 2 + 2))
+    before = mean.value
+    mean.update()  # after an iteration without images in this process
+    assert mean.value == pytest.approx(0.9 * before + 0.1 * 7 / 2)
 
 
 @pytest.mark.parametrize("memory", MODES[1:])
