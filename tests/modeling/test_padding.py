@@ -259,7 +259,12 @@ def test_proposals_that_are_given():
 def test_lazy_detectors():
     cfg = LazyConfig.load(str(ROOT / "configs/lazy/quickstart/mask_rcnn_R_18_FPN_gn_shapes.py"))
     cfg.model.mask_padding = True
+    cfg.model.roi_heads.mask_head.loss_normalizer = "running"
     model = instantiate(cfg.model)
+    running = ("MODEL.ROI_MASK_HEAD.LOSS_NORMALIZER", "running")
+    yaml = build_model(config("quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml", *running))
+    means = RunningMeans(model).state_dict()
+    assert means == RunningMeans(yaml).state_dict() and len(means) == 1
     masked = {}
     for name, module in model.named_modules():
         if isinstance(module, GroupNorm):

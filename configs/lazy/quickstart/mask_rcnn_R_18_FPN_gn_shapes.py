@@ -50,7 +50,7 @@ model.proposal_generator.head.in_channels = 64
 model.proposal_generator.anchor_generator.sizes = [[16], [32], [64], [128], [256]]
 model.roi_heads.update(num_classes=3, batch_size_per_image=64)
 model.roi_heads.box_head.update(conv_dims=[64] * 4, fc_dims=[256], conv_norm=_gn)
-model.roi_heads.mask_head.update(conv_dims=[64] * 5, conv_norm=_gn)
+model.roi_heads.mask_head.update(conv_dims=[64] * 5, conv_norm=_gn, masks_per_image=64 // 4)
 for _head in (model.roi_heads.box_head, model.roi_heads.mask_head):
     _head.input_shape.channels = 64
 model.roi_heads.box_predictor.input_shape.channels = 256
