@@ -1,16 +1,12 @@
 """Two processes of one run, on machines that share no directory: the files of the first count."""
 
-import datetime
-import multiprocessing
 import os
 import pickle
-import traceback
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from detectron2.utils import comm
+from engine.pair import two_machines
 from helpers import TINY, config
 from safetensors.torch import save_file
 
@@ -27,43 +23,22 @@ from gn_detect.engine import prepare_run
 
 R18 = "quickstart/mask_rcnn_R_18_FPN_gn_shapes.yaml"
 GUARDS = WeightGuards.from_config(config(R18))
-FORK = multiprocessing.get_context("fork")
 
 
-def _serve(rank, root, pipe, function, arguments):
+def there(rank, root, function, arguments):
     os.chdir(root / f"machine{rank}")
-    store, timeout = f"file://{root}/store", datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store, timeout, rank=rank, world_size=2)
-    comm.create_local_process_group(1)
-    try:
-        pipe.send(function(rank, *arguments))
-    except Exception as error:
-        traceback.print_exc()
-        pipe.send(error)
-    dist.destroy_process_group()
+    return function(rank, *arguments)
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, tmp_path_factory):
     """What a function returns or raises in two processes, each in a directory of its own."""
     for rank in range(2):
         (tmp_path / f"machine{rank}").mkdir()
 
     def start(function, *arguments):
-        (tmp_path / "store").unlink(missing_ok=True)
-        started = []
-        for rank in range(2):
-            pipe, theirs = FORK.Pipe()
-            process = FORK.Process(
-                target=_serve, args=(rank, tmp_path, theirs, function, arguments)
-            )
-            process.start()
-            theirs.close()
-            started.append((process, pipe))
-        answers = [pipe.recv() for _, pipe in started]  # EOFError, if it has died
-        for process, _ in started:
-            process.join()
-        return answers
+        with two_machines(tmp_path_factory.mktemp("meeting")) as call:
+            return call(there, tmp_path, function, arguments)
 
     return start
 
