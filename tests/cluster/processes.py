@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from helpers import ROOT, TINY, CocoFiles
 
@@ -32,6 +33,10 @@ ROUNDS = int(os.environ.get("CLUSTER_ROUNDS", 2))
 PATIENCE = 120  # seconds that a test waits for what must come: the cores may be busy
 QUICK = gn_detect.get_config_file("quickstart/mask_rcnn_R_18_FPN_gn_photos.yaml")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
+WITHOUT_CUDA = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
+]
 
 _STEP = r"^iteration (\d+) of rank (\d+): (.*)"  # of _steps_shown
 

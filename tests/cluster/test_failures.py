@@ -3,13 +3,9 @@
 import re
 
 import pytest
-import torch
-from cluster.processes import ROUNDS, TORCHRUN, Run, free_address
+from cluster.processes import ROUNDS, TORCHRUN, WITHOUT_CUDA, Run, free_address
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
-]
+pytestmark = WITHOUT_CUDA
 STARTS = ["--num-gpus", "torchrun"] if ROUNDS > 2 else ["--num-gpus"]
 
 

@@ -3,14 +3,10 @@
 import socket
 
 import pytest
-import torch
-from cluster.processes import free_address
+from cluster.processes import WITHOUT_CUDA, free_address
 from helpers import assert_equal
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
-]
+pytestmark = WITHOUT_CUDA
 
 
 def start(runs, *options, second=None, **more):

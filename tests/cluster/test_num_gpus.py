@@ -2,15 +2,11 @@
 
 import json
 
-import pytest
-import torch
+from cluster.processes import WITHOUT_CUDA
 from dataset_commands import lazy_config
 from helpers import ROOT
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
-]
+pytestmark = WITHOUT_CUDA
 OPTIONS = ("--num-gpus", 2, "--dist-url", "auto")
 
 

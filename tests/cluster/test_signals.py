@@ -8,13 +8,10 @@ import time
 
 import pytest
 import torch
-from cluster.processes import ROUNDS, TORCHRUN, images_seen
+from cluster.processes import ROUNDS, TORCHRUN, WITHOUT_CUDA, images_seen
 from helpers import assert_equal
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
-]
+pytestmark = WITHOUT_CUDA
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 MOMENTS = {
     "step": None,

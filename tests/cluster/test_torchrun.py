@@ -3,15 +3,10 @@
 import random
 import re
 
-import pytest
-import torch
-from cluster.processes import QUICK, ROUNDS, TORCHRUN, free_address, images_seen
+from cluster.processes import QUICK, ROUNDS, TORCHRUN, WITHOUT_CUDA, free_address, images_seen
 from helpers import assert_equal
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
-]
+pytestmark = WITHOUT_CUDA
 ONE_MACHINE = (*TORCHRUN, 2, "--standalone")
 
 

@@ -1,13 +1,9 @@
 """Two runs on one machine at the same time."""
 
-import pytest
-import torch
+from cluster.processes import WITHOUT_CUDA
 from helpers import assert_equal
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="processes without CUDA"),
-]
+pytestmark = WITHOUT_CUDA
 
 
 def test_do_not_meet(runs):
