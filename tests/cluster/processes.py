@@ -93,20 +93,14 @@ class Run:
 
     def wait_for(self, pattern: str, after: int = 0) -> re.Match:
         """Wait for the first place in the output, from ``after`` on, that matches."""
-        return _until(
+        return until(
             lambda: re.compile(pattern).search(self.output, after),
             lambda: f"no {pattern!r}; running: {self.running()}; the output:\n{self.end_of_output}",
             lambda: self._ended() is not None,
         )
 
     def running(self) -> list[int]:
-        """Process ids, in the order of their start."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended, or is not ours
-                if (path / "cwd").readlink() == self._cwd:
-                    found.append((int(_stat(path)[19]), int(path.name)))
-        return [pid for _, pid in sorted(found)]
+        return running_in(self._cwd)
 
     def children(self, pid: int | None = None) -> list[int]:
         """Running ones of ``pid``. Those of the process that was started are, in their order, the
@@ -136,7 +130,7 @@ class Run:
                 os.kill(pid, signal.SIGUSR2)  # shows the stacks of forks
             time.sleep(1)
             raise AssertionError(f"it does not end: {self.running()}\n{self.end_of_output}")
-        _until(
+        until(
             lambda: not self.running(),
             lambda: f"left: {self.running()}\n{self.end_of_output}",
             limit=9,
@@ -167,11 +161,7 @@ class Run:
     def kill_all(self) -> None:
         self._process.kill()
         self.wait(9)
-        while running := self.running():
-            for pid in running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        kill_in(self._cwd)
 
 
 class Runs:
@@ -241,7 +231,25 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
-def _until(
+def running_in(directory: Path) -> list[int]:
+    """Ids of the processes there, in the order of their start."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            if (path / "cwd").readlink() == directory:
+                found.append((int(_stat(path)[19]), int(path.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def kill_in(directory: Path) -> None:
+    while running := running_in(directory):
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def until(
     condition: Callable,
     problem: Callable[[], str],
     hopeless: Callable = bool,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster.processes import Run
-from helpers import ROOT, TINY, CocoFiles
+from cluster.processes import PATIENCE, Run, free_address, kill_in, running_in, until
+from helpers import ROOT, TINY, CocoFiles, assert_equal
 from test_docs import blocks
 from torch.distributed.run import get_args_parser
 
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.slow
 SRUN, TORCHRUN, BY_HAND = (
     block for block in blocks("docs/clusters.md", "bash") if block.startswith("#!/bin/bash\n")
 )
-PATIENCE = 120  # seconds that a test waits for what must come: the cores may be busy
 ITERATIONS = 15
 STOPPED = r"(SIGUSR1|SIGTERM): stopped after iteration (\d+)"
 # As srun does: each task has its place in the environment; the exit code is the highest, or 128 and
@@ -173,14 +172,12 @@ class Job:
     def requeue(self) -> str:
         return f"requeue {self._env['SLURM_JOB_ID']}"
 
-    def wait_for(self, pattern: str, process: subprocess.Popen, after: int = 0) -> re.Match:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            ended = process.poll() is not None
-            if match := re.compile(pattern).search(self.output, after):
-                return match
-            assert not ended and time.monotonic() < deadline, self.end_of_output
-            time.sleep(0.02)
+    def wait_for(self, pattern: str, process: subprocess.Popen) -> re.Match:
+        return until(
+            lambda: re.search(pattern, self.output),
+            lambda: self.end_of_output,
+            lambda: process.poll() is not None,
+        )
 
     @property
     def output(self) -> str:
@@ -195,24 +192,17 @@ class Job:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
         if process.returncode is None:
-            for pid in self.running():
+            for pid in running_in(self.directory):
                 os.kill(pid, signal.SIGUSR2)  # shows where a fork stands
             time.sleep(2)
         assert process.returncode is not None, self.end_of_output
-        deadline = time.monotonic() + 10
-        while process is self._started[-1] and (left := self.running()):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.02)
+        if process is self._started[-1]:
+            until(
+                lambda: not running_in(self.directory),
+                lambda: f"left: {running_in(self.directory)}",
+                limit=9,
+            )
         return process.returncode
-
-    def running(self) -> list[int]:
-        """Processes of the job, which are in its directory."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended, or is not ours
-                if (path / "cwd").readlink() == self.directory:
-                    found.append(int(path.name))
-        return found
 
     def weights(self, output: str, name: str = "model_final") -> dict[str, torch.Tensor]:
         path = self.directory / output / f"{name}.pth"
@@ -220,13 +210,9 @@ class Job:
 
     def close(self) -> None:
         self._server.shutdown(socket.SHUT_RDWR)
-        while running := self.running():
-            for pid in running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for process in self._started:
-                process.poll()
-            time.sleep(0.02)
+        kill_in(self.directory)
+        for process in self._started:
+            process.wait()
 
 
 KEYS = f"SOLVER.MAX_ITER {ITERATIONS} SOLVER.STEPS '()' SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"
@@ -257,11 +243,6 @@ def uninterrupted(tmp_path_factory):
     finally:
         job.close()
     return job.weights("output/coco")["model"]
-
-
-def assert_equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert weights.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
 
 
 def stopped_at(job: Job, signum: str) -> int:
@@ -302,10 +283,8 @@ def test_slurm_stops_and_requeues_torchrun_and_two_machines_go_on(job, uninterru
     assert job.scontrol == ["show hostnames localhost", job.requeue], job.end_of_output
     iteration = stopped_at(job, "SIGTERM")
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     script = job.small(BY_HAND).replace("--num-gpus 8", "--num-gpus 1")
-    script = script.replace("tcp://gpu1:29500", url)
+    script = script.replace("tcp://gpu1:29500", free_address())
     for process in [job.start(script, rank) for rank in "01"]:
         assert job.end(process) == 0, job.end_of_output
     assert f"Starting training from iteration {iteration}\n" in job.output
