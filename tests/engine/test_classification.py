@@ -11,8 +11,8 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from engine.trainers import train_lazy
 from helpers import TINY, assert_equal, config, run_tool
-from safetensors.torch import load_file
 
 import gn_detect
 from gn_detect.checkpoint import Checkpointer, WeightGuards, read_weights
@@ -157,13 +157,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(small, tmp_path):
         options = (f"train.output_dir={tmp_path / output}", "train.max_iter=4")
         options += ("train.accumulate_steps=2", "train.ema.enabled=True")
         cfg = load_lazy_config(str(small), options)
-        prepare_run(cfg, resume=resume)
-        seed_all_rng(99 if resume else 3)
-        cfg.train.max_iter = stop
-        do_train(cfg, resume=resume)
-        names = ("model_final", "model_final_ema")
-        files = {n: load_file(tmp_path / output / f"{n}.safetensors") for n in names}
-        return {f"{n}.{key}": v for n, weights in files.items() for key, v in weights.items()}
+        return train_lazy(cfg, "model_final", "model_final_ema", stop=stop, resume=resume)
 
     # A constant rate, so that the first half does not depend on the length of the run.
     small = small.with_name("constant.py")

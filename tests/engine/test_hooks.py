@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import TrainerBase
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter
+from engine.trainers import PERIODS, train_lazy
 from helpers import assert_equal, weights
-from safetensors.torch import load_file
 from torch import nn
 
 from gn_detect.engine import hooks, lazy, prepare_run
@@ -221,14 +220,8 @@ def raise_accident(*args):
 @pytest.mark.slow
 def test_a_lazy_run_goes_on_from_before_the_evaluation(lazy_data, tmp_path, monkeypatch):
     def run(output, resume=False):
-        cfg = lazy_data(
-            *(f"train.output_dir={tmp_path / output}", "train.checkpointer.period=3"),
-            *("train.eval_period=2", "train.max_iter=4"),
-        )
-        prepare_run(cfg, resume=resume)
-        seed_all_rng(99 if resume else 3)
-        do_train(cfg, resume=resume)
-        return load_file(tmp_path / output / "model_final.safetensors")
+        cfg = lazy_data(f"train.output_dir={tmp_path / output}", *PERIODS)
+        return train_lazy(cfg, "model_final", resume=resume)
 
     whole = run("whole")
     with monkeypatch.context() as context:

@@ -10,12 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.utils.env import seed_all_rng
-from engine.trainers import build_trainer
+from engine.trainers import PERIODS, build_trainer, train_lazy
 from helpers import CocoFiles, assert_equal, record_images, weights
-from safetensors.torch import load_file
 
-from gn_detect.engine import lazy, prepare_run, stopping
+from gn_detect.engine import lazy, stopping
 from gn_detect.engine.stopping import SIGNALS, Stopped, handle_signals, request, stop_as_others
 
 BY_RESUME = "go on with --resume (same command)"
@@ -286,14 +284,8 @@ def test_loading_workers_take_no_notice(train, tmp_path):
 @pytest.mark.slow
 def test_a_lazy_run_is_stopped_too(lazy_data, tmp_path, monkeypatch):
     def run(output, resume=False):
-        cfg = lazy_data(
-            *(f"train.output_dir={tmp_path / output}", "train.checkpointer.period=3"),
-            *("train.eval_period=2", "train.max_iter=4"),
-        )
-        prepare_run(cfg, resume=resume)
-        seed_all_rng(99 if resume else 3)
-        lazy.do_train(cfg, resume=resume)
-        return load_file(tmp_path / output / "model_final.safetensors")
+        cfg = lazy_data(f"train.output_dir={tmp_path / output}", *PERIODS)
+        return train_lazy(cfg, "model_final", resume=resume)
 
     whole = run("whole")
     step = lazy.build_loop.__globals__["AccumulatingTrainer"].run_step

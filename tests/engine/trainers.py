@@ -9,16 +9,19 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from helpers import TINY, CocoFiles, config
+from safetensors.torch import load_file
 from torch import nn
 
 from gn_detect.data.coco import register_coco_json
-from gn_detect.engine import Trainer
+from gn_detect.engine import Trainer, lazy, prepare_run
 from gn_detect.engine.stopping import Stopped, handle_signals
 
 TWO_IMAGES = ("DATASETS.TEST", (), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4)
 # The images of an iteration are those of one process with 2 steps, or of 2 processes.
 SAME_IMAGES = (*TWO_IMAGES, "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (64,))
 SAME_IMAGES += ("SOLVER.WARMUP_ITERS", 1)
+# Of a lazy config: when it is saved and evaluated.
+PERIODS = ("train.checkpointer.period=3", "train.eval_period=2", "train.max_iter=4")
 
 
 def build_trainer(files: CocoFiles, output: str | Path, *opts, resume: bool = False) -> Trainer:
@@ -35,6 +38,17 @@ def build_trainer(files: CocoFiles, output: str | Path, *opts, resume: bool = Fa
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume)
     return trainer
+
+
+def train_lazy(cfg, *names: str, stop: int | None = None, resume: bool = False) -> dict:
+    """Prepare and train a lazy config, for all iterations or the first ``stop``; the tensors of the
+    ``.safetensors`` that it leaves."""
+    prepare_run(cfg, resume=resume)
+    seed_all_rng(99 if resume else 3)
+    cfg.train.max_iter = stop or cfg.train.max_iter
+    lazy.do_train(cfg, resume=resume)
+    files = {name: load_file(f"{cfg.train.output_dir}/{name}.safetensors") for name in names}
+    return {f"{name}.{key}": v for name, tensors in files.items() for key, v in tensors.items()}
 
 
 def clone(model: nn.Module) -> dict[str, torch.Tensor]:
