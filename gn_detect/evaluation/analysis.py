@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 from tabulate import tabulate
 
@@ -138,7 +139,7 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: lists in place of arrays, None in place of NaN."""
-        return _plain(dataclasses.asdict(self))
+        return msgspec.json.decode(msgspec.json.encode(self, enc_hook=lambda v: v.tolist()))
 
     def text(self, most: int = 10) -> str:
         """Tables for a terminal, of at most so many classes and images."""
@@ -169,13 +170,3 @@ class Analysis:
                 *worst,
             ]
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if value != value else value
