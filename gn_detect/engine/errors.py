@@ -138,6 +138,17 @@ def errors_as_sentences() -> Iterator[None]:
         sys.exit(f"error: {message}")
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, nothing but errors is logged: the rest is said elsewhere."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
 def shorten_expected_error(record: logging.LogRecord) -> bool:
     """Log what has a :func:`sentence` as that; Detectron2 logs a traceback of it."""
     error = record.exc_info and record.exc_info[1]

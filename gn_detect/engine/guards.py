@@ -21,6 +21,7 @@ from gn_detect.config import ConfigError
 from gn_detect.evaluation import check_tta
 from gn_detect.settings import Settings
 
+from .errors import quiet
 from .lazy_config import instantiate_key
 
 logger = logging.getLogger(__name__)
@@ -71,15 +72,12 @@ def _model_without_weights(cfg: CfgNode | DictConfig) -> nn.Module:
 def without_weights(build: Callable[[str], nn.Module]) -> nn.Module:
     """What ``build`` returns for the device "meta", in no time and memory; for the CPU where a
     component computes while it is built."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it is said when the model of the run is built
-    try:
-        with torch.device("meta"):
-            return build("meta")
-    except (NotImplementedError, RuntimeError):
-        return build("cpu")
-    finally:
-        logging.disable(disabled)
+    with quiet():  # it is said when the model of the run is built
+        try:
+            with torch.device("meta"):
+                return build("meta")
+        except (NotImplementedError, RuntimeError):
+            return build("cpu")
 
 
 def _check_scratch(run: Settings, model: nn.Module, num_images: int | None) -> None:

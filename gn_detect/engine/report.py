@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -22,7 +22,7 @@ from gn_detect import __version__
 from gn_detect.settings import Settings
 
 from .best import best_of
-from .errors import sentence
+from .errors import quiet, sentence
 from .prepare import dataset_names
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _test_set(run: Settings, name: str, results: Path, notes: list[str]):
         lacking = f"there is no {results}" if json_file else "it is no COCO JSON"
         notes.append(f"No analysis of {name}: {lacking}.")
         return TestSet(name, None)
-    with _quiet():
+    with quiet():  # the run has said it of its data
         try:
             analysis = analyze(json_file, str(results))
         except Exception as error:
@@ -133,18 +133,6 @@ def _test_set(run: Settings, name: str, results: Path, notes: list[str]):
             if not any(reason in note for note in notes):
                 notes.append(f"No pictures of {name}: {reason}.")
     return TestSet(name, analysis, pictures)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it, what the run has said of its data is not said again."""
-    log = logging.getLogger("gn_detect")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from gn_detect.settings import Settings
 
+from .errors import quiet
 from .lazy_config import instantiate_key
 from .train_loop import AMP_DTYPES
 
@@ -94,9 +94,7 @@ def estimate_step(run: Settings, batch: Batch, processes: int = 1) -> StepMemory
         Exception: of any kind, where the model does what fake tensors cannot.
     """
     device, dtype = torch.device(run["device"]), AMP_DTYPES[run["amp_dtype"]]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it is said when the model of the run is built
-    try:
+    with quiet():  # it is said when the model of the run is built
         memory = Allocations(workspace=device.type == "cpu")
         with FakeTensorMode(), memory, device, _fake_detection():
             model, optimizer = _build(run)
@@ -129,8 +127,6 @@ def estimate_step(run: Settings, batch: Batch, processes: int = 1) -> StepMemory
             return StepMemory(
                 weights, state, average, maps, memory.peak - weights - state - maps + exchanged
             )
-    finally:
-        logging.disable(disabled)
 
 
 def _build(run: Settings) -> tuple[nn.Module, torch.optim.Optimizer]:
