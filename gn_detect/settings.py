@@ -47,8 +47,6 @@ _KEYS = {
     "flip": ("INPUT.RANDOM_FLIP", ""),
     "mask_format": ("INPUT.MASK_FORMAT", "dataloader.train.mapper.instance_mask_format"),
     "copy_paste": ("INPUT.COPY_PASTE.ENABLED", "dataloader.train.copy_paste"),
-    "color_jitter": ("INPUT.COLOR_JITTER", "dataloader.train.color_jitter"),
-    "close_augmentation": ("INPUT.CLOSE_AUGMENTATION", "dataloader.train.close_augmentation"),
     "oks_sigmas": ("TEST.KEYPOINT_OKS_SIGMAS", ""),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
     "input_format": ("INPUT.FORMAT", "model.input_format"),

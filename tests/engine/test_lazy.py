@@ -53,12 +53,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(lazy_data, tmp_path):
 
 def test_more_augmentation(lazy_data):
     cfg = lazy_data("dataloader.train.copy_paste=True", "dataloader.train.color_jitter=0.3")
-    run = Settings(cfg)
-    assert [run[n] for n in ("copy_paste", "color_jitter", "close_augmentation")] == [
-        True,
-        0.3,
-        0.15,
-    ]
+    assert Settings(cfg)["copy_paste"]
     loader = instantiate_key(cfg, "dataloader.train").dataset
     assert loader.dataset.copy_paste and loader.dataset.color_jitter == 0.3
     assert loader.sampler.close == 0.15
