@@ -392,6 +392,12 @@ def test_our_checkpoints_have_the_names_of_the_model(model, name, tmp_path):
     weights = read_weights(str(tmp_path / name), ours.state_dict())
     assert weights.state.keys() == saved.state_dict().keys()
     assert weights.rest["iteration"] == 7 and weights.origin.num_groups == 8
+    # For a detector they are what their names say, of the origin that the checkpoint states.
+    mean = {"pixel_mean": (1.0, 2, 3)}
+    saved_origin = {"model": saved.state_dict(), "origin": mean}
+    weights = convert(saved_origin, name, build_model(small()).state_dict())
+    assert weights.format == "torchvision" and "res2.0.conv1.weight" in weights.state
+    assert weights.origin.pixel_mean == (1.0, 2, 3) and weights.origin.input_format == "RGB"
 
 
 @pytest.mark.parametrize(

@@ -69,16 +69,16 @@ def convert(
     Raises:
         WeightsError: no network of a known layout is in it.
     """
-    state, rest = _state(content, name)
+    state, rest, ours = _state(content, name, model_names)
     names = state.keys()
     more = {mmdetection: [rest.get("meta")], torchvision: ["linear.weight" in model_names]}
-    # Checkpointer writes any names; for a model that has none of them the file is what they say.
-    ours = "origin" in rest and not (model_names and names.isdisjoint(model_names))
     layout = next((layout for layout in _LAYOUTS if layout.recognizes(names)), None)
     if layout and not ours:
+        stated = _pop_origin(rest, name)
         try:
             weights = layout.convert(state, *more.get(layout, ()))
-            rpn = any("rpn_head" in name for name in weights.state)
+            weights.origin = stated.completed_by(weights.origin)
+            rpn = any("rpn_head" in n for n in weights.state)
             if rpn and layout in (detectron, maskrcnn_benchmark):
                 logger.info(f"{name}: its anchors and RoIAlign are those of configs/Detectron")
             return weights
@@ -106,8 +106,11 @@ def convert(
     )
 
 
-def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The names and tensors in the content of a file, and the rest of it."""
+def _state(
+    content: Any, name: str, model_names: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], bool]:
+    """The names and tensors in the content of a file, the rest of it, and whether it is a
+    checkpoint of ours with the names of its model, whatever they are."""
     rest = {}
     for key in ("model", "model_state", "state_dict", "blobs"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -128,7 +131,9 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
                 raise WeightsError(f"{name}: gn_detect.{key} in its metadata is no JSON") from None
     if isinstance(metadata, Mapping) and "gn_detect.config" in metadata:
         rest["config"] = metadata["gn_detect.config"]
-    prefix, wrappers = "", () if "origin" in rest else _WRAPPERS
+    # For a model that has none of its names, it is what they say.
+    ours = "origin" in rest and not (model_names and content.keys().isdisjoint(model_names))
+    prefix, wrappers = "", () if ours else _WRAPPERS
     while wrapper := [w for w in wrappers if all(str(n).startswith(prefix + w) for n in content)]:
         prefix += wrapper[0]
     if prefix:
@@ -149,7 +154,7 @@ def _state(content: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
                 "alone or under model, model_state, state_dict or blobs"
             )
         state[key.removeprefix(prefix)] = value
-    return state, rest
+    return state, rest, ours
 
 
 def _pop_origin(rest: dict[str, Any], name: str) -> Origin:
