@@ -100,7 +100,7 @@ def _check_shapes(x, num_groups, residual, extents) -> None:
 
 
 def _takes_triton(kernel, x, weight, bias, residual, extents) -> bool:
-    if kernel == "torch" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if kernel == "torch" or _is_exporting() or torch.jit.is_tracing():
         return False
     if triton_kernels is None:
         reason = "triton is not installed"
@@ -108,6 +108,11 @@ def _takes_triton(kernel, x, weight, bias, residual, extents) -> bool:
         reason = kernel_check.unsupported(x, weight, bias, residual, extents is not None)
     kind = x.device, x.dtype, not x.is_contiguous(), extents is not None
     return _decide(kernel, reason, isinstance(x, FakeTensor), *kind)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 traces it as True, for torch.compile, too
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while it traces
