@@ -41,8 +41,8 @@ def run_block(memory: str, block: Callable, *inputs: torch.Tensor) -> torch.Tens
     if memory == "fast" or not torch.is_grad_enabled():
         return block(*inputs)
     if memory == "checkpoint":
-        extents = padding.current()
-        if extents and not torch.compiler.is_compiling():  # it runs again when the batch is gone
+        # It runs again when the batch is gone.
+        if not torch.compiler.is_compiling() and (extents := padding.current()):
             block = padding.images_in_batch(extents)(block)
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     if torch.compiler.is_compiling():  # whose partitioner decides what to keep
@@ -79,6 +79,8 @@ def offer(y: torch.Tensor, rebuild: Callable, inputs: tuple, in_place_operations
         inputs: its arguments, tensors or None. They are kept, or rebuilt themselves.
         in_place_operations: on ``y``, still to come, which ``rebuild`` includes.
     """
+    if torch.compiler.is_compiling():  # see run_block; PyTorch 2.11 cannot trace a ContextVar
+        return
     rebuildable = _active.get()
     if rebuildable is not None and y.requires_grad:
         packed = [t if t is None else _pack(rebuildable, t) for t in inputs]
