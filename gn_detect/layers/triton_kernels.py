@@ -176,8 +176,9 @@ def _backward(dy, x, y, mean, rstd, weight, bias, relu, dz, dx, wants_sums, vali
         return sums
     rows, sizes = n * triton.cdiv(c, how.block), (*size, c, c // g, how.block)
     part = None if dx is None else _floats(x, n * g, 3, how.pairs)
-    # Two accumulators and up to three tensors: half a tile leaves registers to more programs.
-    shrink = 2 if how.pixels > 1 else 1
+    # Two accumulators and up to three tensors: half a tile leaves registers to more programs. One
+    # of less than an access of padded maps does not compile (Triton 3.6).
+    shrink = 2 if how.pixels > how.vec else 1
     launch(
         device.gradient_sums, rows * how.splits, how.warps,
         dy, x, y, weight, bias, mean, rstd, dz, part, sums, valid, *sizes, how.splits,

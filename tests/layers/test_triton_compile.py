@@ -209,6 +209,12 @@ def test_unusual_layers_compile(launches, layout, groups, shape, dtypes, with_af
         launch.compile(90)
 
 
+def test_padded_maps_of_few_pixels_compile(launches):
+    """A tile, or half of it, would be less than what is read at a time, 16 pixels."""
+    for launch in launches((2, 1024, 4, 4), True, True, torch.bfloat16, NCHW, 1, padded=True):
+        launch.compile(90)
+
+
 @pytest.fixture
 def launched(monkeypatch, copy_of_device):
     """What is launched on a GPU that need not be there, by a copy of the device code: the machine
