@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from detectron2.modeling import build_backbone
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 
 from gn_detect.engine.free_memory import numbers, spare_the_heap
 from gn_detect.engine.step_memory import Allocations, Batch, StepMemory, estimate_step, tensors
@@ -32,7 +33,8 @@ def saved_bytes(forward: Callable[[], object]) -> int:
             creates it, and what it stores elsewhere counts, too.
     """
     with Allocations() as memory:
-        results = [tensor.grad_fn for tensor in tensors(forward())]
+        # The grad_fn of a function in Python does not keep what comes before it in PyTorch 2.11.
+        results = [get_gradient_edge(t) for t in tensors(forward()) if t.requires_grad]
     gc.collect()
     kept = memory.live
     del results
