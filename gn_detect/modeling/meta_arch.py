@@ -141,8 +141,8 @@ class GNRetinaNet(TellsExtents, RetinaNet):
     def inference_single_image(self, anchors, box_cls, box_delta, image_size) -> Instances:
         levels = anchors, box_cls, box_delta
         if self.mask_padding:
-            kept = inside(anchors, image_size)
-            levels = ([x[k] for x, k in zip(level, kept, strict=True)] for level in levels)
+            kept = inside(anchors, [image_size])
+            levels = ([x[k[0]] for x, k in zip(level, kept, strict=True)] for level in levels)
         return super().inference_single_image(*levels, image_size)
 
 

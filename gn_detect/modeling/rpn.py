@@ -100,23 +100,28 @@ class GNRPN(RPN):
         pred_anchor_deltas: list[torch.Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        predicted = pred_objectness_logits, pred_anchor_deltas
         if not self.mask_padding:
-            return super().predict_proposals(anchors, *predicted, image_sizes)
-        proposals = []
-        for image, size in enumerate(image_sizes):
-            kept = inside(anchors, size)
-            levels = [level[k] for level, k in zip(anchors, kept, strict=True)]
-            ours = [[p[image, k][None] for p, k in zip(ps, kept, strict=True)] for ps in predicted]
-            proposals += super().predict_proposals(levels, *ours, [size])
-        return proposals
+            return super().predict_proposals(
+                anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
+            )
+        lowest = torch.finfo(pred_objectness_logits[0].dtype).min  # infinite ones end a training
+        kept = inside(anchors, image_sizes)
+        logits = [
+            x.masked_fill(~k, lowest) for x, k in zip(pred_objectness_logits, kept, strict=True)
+        ]
+        proposals = super().predict_proposals(anchors, logits, pred_anchor_deltas, image_sizes)
+        return [p[p.objectness_logits > lowest] for p in proposals]
 
 
-def inside(anchors: list[Boxes], image_size: tuple[int, int]) -> list[torch.Tensor]:
-    """Which anchors of each level have their centre in an image, (R,) bool."""
-    height, width = (side - 0.25 for side in image_size)  # centres are halves, but for rounding
-    centers = [level.get_centers() for level in anchors]
-    return [(xy[:, 0] < width) & (xy[:, 1] < height) for xy in centers]
+def inside(anchors: list[Boxes], image_sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Which anchors of each level have their centre in each of N images, (N, R) bool."""
+    kept = []
+    for level in anchors:
+        x, y = level.get_centers().unbind(1)
+        # Centres are halves, but for rounding.
+        images = [(x < width - 0.25) & (y < height - 0.25) for height, width in image_sizes]
+        kept.append(torch.stack(images))
+    return kept
 
 
 def label_inside(
@@ -124,10 +129,10 @@ def label_inside(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """``label(anchors, gt_instances)``, of each image labels (R,) and boxes (R, 4), of the anchors
     inside of the image; others have the label -1."""
-    labels, boxes = [], []
-    for instances in gt_instances:
-        kept = torch.cat(inside(anchors, instances.image_size))
-        (found,), (matched,) = label([Boxes.cat(anchors)[kept]], [instances])
+    labels, boxes, all_anchors = [], [], Boxes.cat(anchors)
+    sizes = [instances.image_size for instances in gt_instances]
+    for instances, kept in zip(gt_instances, torch.cat(inside(anchors, sizes), 1), strict=True):
+        (found,), (matched,) = label([all_anchors[kept]], [instances])
         labels.append(found.new_full(kept.shape, -1).masked_scatter_(kept, found))
         boxes.append(matched.new_zeros(len(kept), 4).masked_scatter_(kept[:, None], matched))
     return labels, boxes

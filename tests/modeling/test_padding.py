@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import BACKBONE_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -254,6 +255,31 @@ def test_proposals_that_are_given():
     """Of what generates them nothing is asked."""
     given = ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
     assert build("basic blocks", *MASKED, *given).proposal_generator is None
+
+
+@pytest.mark.parametrize("kept", [40, 10**4], ids=["the best", "all"])
+def test_proposals_of_an_image_are_those_of_its_anchors(kept):
+    """Detectron2's, which are asked for the anchors with a centre in each image alone."""
+    opts = ("MODEL.RPN.POST_NMS_TOPK_TEST", kept, "MODEL.RPN.PRE_NMS_TOPK_TEST", kept)
+    generator = build("basic blocks", *MASKED, *opts).proposal_generator.eval()
+    features = [torch.zeros(2, 1, *size) for size in ((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))]
+    anchors, sizes = generator.anchor_generator(features), [(64, 50), (37, 64)]
+    torch.manual_seed(0)
+    logits, deltas = (
+        [torch.randn(2, len(level), *more) for level in anchors] for more in ((), (4,))
+    )
+    found = generator.predict_proposals(anchors, logits, deltas, sizes)
+    for i, (height, width) in enumerate(sizes):
+        centers = [level.get_centers() for level in anchors]
+        inside = [(xy < torch.tensor([width, height])).all(1) for xy in centers]
+        alone = (
+            [level[k] for level, k in zip(anchors, inside, strict=True)],
+            [x[i : i + 1, k] for x, k in zip(logits, inside, strict=True)],
+            [x[i : i + 1, k] for x, k in zip(deltas, inside, strict=True)],
+        )
+        (expected,) = RPN.predict_proposals(generator, *alone, [sizes[i]])
+        assert torch.equal(found[i].proposal_boxes.tensor, expected.proposal_boxes.tensor)
+        assert torch.equal(found[i].objectness_logits, expected.objectness_logits)
 
 
 def test_lazy_detectors():
