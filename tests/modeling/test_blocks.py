@@ -252,8 +252,12 @@ def test_data_parallel_training(memory, request):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
-    [None, pytest.param([(20, 40), (32, 30)], marks=TRACES_CONTEXT)],
-    ids=["whole", "padded"],
+    [
+        None,
+        pytest.param([(32, 40), (32, 40)], marks=TRACES_CONTEXT),
+        pytest.param([(20, 40), (32, 30)], marks=TRACES_CONTEXT),
+    ],
+    ids=["not masked", "whole", "padded"],
 )
 @pytest.mark.parametrize("memory", ["lean", "checkpoint"])
 def test_compiled_and_exported(memory, sizes):
