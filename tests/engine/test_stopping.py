@@ -19,6 +19,14 @@ from gn_detect.engine.stopping import SIGNALS, Stopped, handle_signals, request,
 BY_RESUME = "go on with --resume (same command)"
 
 
+@pytest.fixture(autouse=True)
+def hangups_count():
+    """Also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send(signum: int = signal.SIGTERM) -> None:
     signal.raise_signal(signum)  # to this thread, so that it is handled at once
 
@@ -312,11 +320,8 @@ def test_a_lazy_run_is_stopped_too(lazy_data, tmp_path, monkeypatch):
 
 
 def test_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with handle_signals():
-            send(signal.SIGHUP)
-            assert not request.signum
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with handle_signals():
+        send(signal.SIGHUP)
+        assert not request.signum
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
